@@ -1,0 +1,316 @@
+"""Every option of a run, and the one parser that reads them from flags and from a saved file.
+
+A configuration file is saved flags: `--config run.yaml` is turned into flags that come before those
+typed, so later ones win and there is one set of types, checks and messages. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from lora_ft.errors import ConfigError
+
+TaskName = Literal["chat", "complete", "classify", "seq2seq"]
+Quant = Literal["nf4", "int8", "none"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The low-rank adapter."""
+
+    rank: int = 16
+    """Rank r of the update B @ A."""
+    alpha: float = 32.0
+    """Scale numerator: the update is multiplied by alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    dropout: float = 0.0
+    """Dropout probability on the adapter's input, in [0, 1)."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Module-name suffixes to adapt; `all-linear` is every linear layer but the output head."""
+    rslora: bool | None = None
+    """Scale by alpha / sqrt(rank). Unset: on from rank 32, where alpha / rank shrinks the update so much
+    that a higher rank learns no more (Kalajdzievski 2023, arXiv 2312.03732, section 3)."""
+    dora: bool = False
+    """Train each weight's magnitude apart from its direction (Liu et al. 2024, arXiv 2402.09353)."""
+    plus_ratio: float | None = None
+    """LoRA+: learning rate of B over that of A (Hayou et al. 2024, arXiv 2402.12354; 16 is usual)."""
+    init: Literal["default", "eva", "loftq", "pissa", "olora"] = "default"
+    """Start of A and B. `pissa` and `olora` rewrite the base weights and need `--quant none`."""
+    save_modules: tuple[str, ...] = ()
+    """Modules trained and saved whole, besides a task's own head."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank for modules whose name matches the key (a suffix or a regular expression)."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alpha for modules whose name matches the key."""
+    train_tokens: tuple[str, ...] = ()
+    """Tokens already in the vocabulary whose embedding rows are trained too."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        for name, rank in self.rank_pattern.items():
+            _at_least(f"lora.rank-pattern {name}", rank, 1)
+        _above("lora.alpha", self.alpha, 0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
+        if self.plus_ratio is not None:
+            _at_least("lora.plus-ratio", self.plus_ratio, 1)
+        if not self.targets:
+            raise ValueError("lora.targets is empty; name module suffixes such as q_proj, or all-linear.")
+
+    @property
+    def uses_rslora(self) -> bool:
+        """Whether the scale is alpha / sqrt(rank)."""
+        return self.rank >= 32 if self.rslora is None else self.rslora
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The rows."""
+
+    train: str | None = None
+    """Training rows: a JSONL, JSON, CSV, Parquet or text file, or a hub data set (`NAME` or `NAME:SPLIT`)."""
+    eval: str | None = None
+    """Held-out rows: a file or hub data set, or the fraction of the training rows to hold out (such as 0.1)."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names the rows use for known fields: `--data.columns prompt question completion reply`."""
+    max_length: int = 1024
+    """Longest row in tokens; longer ones are cut at the end."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens to add to the vocabulary; only their embedding rows are trained."""
+    streaming: bool = False
+    """Render rows as they are read instead of all at the start; needs `--train.steps`."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.max-length", self.max_length, 8)
+        fraction = self.eval_fraction
+        if fraction is not None and not 0 < fraction < 1:
+            raise ValueError(f"data.eval is a fraction in (0, 1) or a file, got {self.eval}.")
+        if self.streaming and fraction is not None:
+            raise ValueError("data.eval must be a file with data.streaming: the rows cannot be split unseen.")
+
+    @property
+    def eval_fraction(self) -> float | None:
+        """The share of the training rows to hold out, where `eval` is a number."""
+        try:
+            return float(self.eval) if self.eval is not None else None
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer, schedule and what is watched."""
+
+    batch_size: int = 4
+    """Rows in one forward pass on one device."""
+    accumulate: int = 1
+    """Forward passes added up, weighted by their trained tokens, before each optimizer step."""
+    epochs: float = 3.0
+    """Passes over the training rows."""
+    steps: int | None = None
+    """Optimizer steps; set, it replaces `epochs`."""
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warm-up."""
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises from 0, in [0, 1)."""
+    weight_decay: float = 0.0
+    """AdamW's decay, on the matrices of the adapter."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    seed: int = 42
+    """Seed of the adapter's start, of the order of the rows and of dropout."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute dtype; `auto` takes what the device multiplies fastest and logs why."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: a third slower, far less memory."""
+    eval_steps: int | None = None
+    """Optimizer steps between evaluations; unset, once at the end."""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints; unset, only at an interrupt."""
+    patience: int | None = None
+    """Stop after this many evaluations without a lower held-out loss; the best checkpoint is kept."""
+    log_steps: int = 1
+    """Optimizer steps between lines of metrics.jsonl."""
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers to send metrics to; none unless named."""
+
+    def __post_init__(self) -> None:
+        _at_least("train.batch-size", self.batch_size, 1)
+        _at_least("train.accumulate", self.accumulate, 1)
+        _above("train.epochs", self.epochs, 0)
+        _above("train.lr", self.lr, 0)
+        for name in ("steps", "eval_steps", "save_steps", "patience"):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(f"train.{name.replace('_', '-')}", value, 1)
+        _at_least("train.log-steps", self.log_steps, 1)
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"train.warmup must be in [0, 1), got {self.warmup}.")
+        if self.weight_decay < 0 or self.clip < 0:
+            raise ValueError("train.weight-decay and train.clip must be at least 0.")
+        if self.patience is not None and self.eval_steps is None:
+            raise ValueError("train.patience needs train.eval-steps: it counts evaluations during training.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Fine-tune a base model on rows and write a proven adapter folder."""
+
+    task: tyro.conf.Positional[TaskName]
+    """What to learn."""
+    base: str
+    """Base model: an alias (smollm2-135m, minilm), a hub id, a local folder or a .gguf file."""
+    out: Path
+    """The adapter folder to write."""
+    quant: Quant = "nf4"
+    """How the frozen base weights are stored."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub base; the commit it resolves to is recorded."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    resume: bool = False
+    """Go on from the newest checkpoint in the adapter folder."""
+    dry_run: bool = False
+    """Check the rows, the loss mask and the plan, then stop before any weight is loaded."""
+
+    def __post_init__(self) -> None:
+        if self.lora.init in ("pissa", "olora") and self.quant != "none":
+            raise ValueError(
+                f"lora.init={self.lora.init} rewrites the base weights, which a {self.quant} base cannot hold: "
+                "use --quant none, or --lora.init eva or loftq."
+            )
+        if self.lora.init == "loftq" and self.quant != "nf4":
+            raise ValueError(f"lora.init=loftq corrects the error of nf4, but quant is {self.quant}.")
+        if self.data.streaming and self.train.steps is None:
+            raise ValueError("data.streaming needs train.steps: the number of rows is not known.")
+
+
+def cli(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T:
+    """Returns a `cls` read from `argv`, after the flags that any `--config FILE` in it stands for.
+
+    Raises:
+        ConfigError: a configuration file is missing, is not a mapping, or holds an unknown key.
+        SystemExit: the flags are wrong (status 2) or ask for help (0); the message has been printed.
+    """
+    typed = list(sys.argv[1:] if argv is None else argv)
+    saved: list[str] = []
+    while (at := _config_flag(typed)) is not None:
+        flag, _, joined = typed[at].partition("=")
+        if not joined and at + 1 == len(typed):
+            raise ConfigError("--config needs a file, such as --config runs/mine/config.yaml.")
+        path = Path(joined or typed[at + 1])
+        del typed[at : at + (1 if joined else 2)]
+        saved += _flags(cls, _read_yaml(path), path)
+    return tyro.cli(cls, args=saved + typed, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+
+
+def plain(value: Any) -> Any:
+    """Returns a configuration as dictionaries, lists and scalars that YAML and JSON can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Returns the text of `config.yaml`: reading it back gives an equal run, started anew.
+
+    Paths under the current folder are kept relative to it; others keep their last name only, so that
+    no path of the machine leaves with an adapter.
+    """
+    fresh = dataclasses.replace(
+        config,
+        out=Path(_portable(str(config.out))),
+        base=_portable(config.base),
+        data=dataclasses.replace(
+            config.data,
+            train=_portable(config.data.train) if config.data.train else None,
+            eval=_portable(config.data.eval) if config.data.eval else None,
+        ),
+        resume=False,
+        dry_run=False,
+    )
+    return yaml.safe_dump(plain(fresh), sort_keys=False)
+
+
+def from_yaml(cls: type[T], path: Path) -> T:
+    """Returns the `cls` that `path` holds, with nothing typed on top."""
+    return cli(cls, ["--config", str(path)])
+
+
+def _portable(name: str) -> str:
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    here = Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+
+
+def _config_flag(argv: Sequence[str]) -> int | None:
+    return next((i for i, word in enumerate(argv) if word == "--config" or word.startswith("--config=")), None)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config: there is no file {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    return {} if tree is None else tree
+
+
+def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
+    """Yields the flags that the mapping `tree` stands for; positional fields come bare."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines{f' under {prefix[:-1]}' if prefix else ''}, got {tree!r}.")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean `{prefix}{close[0]}`?" if close else f"known: {', '.join(hints)}."
+            raise ConfigError(f"{path}: unknown key `{name}`; {hint}")
+        flag = "--" + name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[key]):
+            yield from _flags(hints[key], value, path, f"{name}.")
+        elif tyro.conf.Positional in typing.get_args(hints[key]) or "Positional" in repr(hints[key]):
+            yield str(value)
+        elif hints[key] is bool and isinstance(value, bool):
+            head, _, last = flag.rpartition(".")
+            yield flag if value else (f"{head}.no-{last}" if head else f"--no-{last[2:]}")
+        elif isinstance(value, dict):
+            yield flag
+            for item in value.items():
+                yield from map(str, item)
+        elif isinstance(value, list):
+            yield flag
+            yield from map(str, value)
+        else:
+            yield f"{flag}={value}"
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def _above(name: str, value: float, bound: float) -> None:
+    if value <= bound:
+        raise ValueError(f"{name} must be above {bound}, got {value}.")

@@ -1,0 +1,61 @@
+"""The exceptions a user can meet, each with the exit status of the command that raised it.
+
+A message names the place, what was found, the rule and the remedy, in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class LoraFtError(Exception):
+    """Something the user can mend; the command prints the message alone and exits with `exit_status`."""
+
+    exit_status = 1
+
+
+class ConfigError(LoraFtError, ValueError):
+    """The command line or a configuration file is wrong."""
+
+    exit_status = 2
+
+
+class SourceError(LoraFtError, OSError):
+    """A base model could not be had from any of its sources, or what came is not what was asked for."""
+
+
+class UnsupportedModelError(LoraFtError, ValueError):
+    """The model is of a kind that this library does not fine-tune."""
+
+
+class DataError(LoraFtError, ValueError):
+    """Rows are malformed, or the tokens they train on are not the ones they should.
+
+    Carries every problem found, one line each, so that a file is mended in one pass.
+    """
+
+    SHOWN = 20
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        shown = list(self.problems[: self.SHOWN])
+        if len(self.problems) > self.SHOWN:
+            shown.append(f"... and {len(self.problems) - self.SHOWN} more problems.")
+        super().__init__("\n".join(shown))
+
+    def __reduce__(self) -> tuple[type[DataError], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
+
+class MaskError(DataError):
+    """The loss mask breaks its contract; training would not teach what the rows say."""
+
+
+class AdapterError(LoraFtError, ValueError):
+    """An adapter folder is incomplete, or does not fit the base it is loaded on."""
+
+
+class ProofError(LoraFtError, RuntimeError):
+    """A run or a check could not prove what it claims."""
+
+    exit_status = 3
