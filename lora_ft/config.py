@@ -22,6 +22,7 @@ from lora_ft.errors import ConfigError
 
 TaskName = Literal["chat", "complete", "classify", "seq2seq"]
 Quant = Literal["nf4", "int8", "none"]
+Metric = Literal["exact_match", "json_match"]
 T = TypeVar("T")
 
 
@@ -87,6 +88,8 @@ class DataConfig:
     """Longest row in tokens; longer ones are cut at the end."""
     special_tokens: tuple[str, ...] = ()
     """Tokens to add to the vocabulary; only their embedding rows are trained."""
+    metrics: tuple[Metric, ...] = ()
+    """Metrics on replies generated for the held-out rows, besides the loss."""
     streaming: bool = False
     """Render rows as they are read instead of all at the start; needs `--train.steps`."""
 
@@ -162,6 +165,11 @@ class TrainConfig:
             raise ValueError("train.weight-decay and train.clip must be at least 0.")
         if self.patience is not None and self.eval_steps is None:
             raise ValueError("train.patience needs train.eval-steps: it counts evaluations during training.")
+        if self.eval_steps and self.save_steps and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"train.save-steps must be a multiple of train.eval-steps ({self.eval_steps}), got {self.save_steps}: "
+                "the best checkpoint is chosen among those evaluated."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,3 +59,9 @@ class ProofError(LoraFtError, RuntimeError):
     """A run or a check could not prove what it claims."""
 
     exit_status = 3
+
+
+class Interrupted(LoraFtError):
+    """The run was asked to stop, and has saved a checkpoint that it can go on from."""
+
+    exit_status = 130

@@ -1,0 +1,109 @@
+"""A task: what a row becomes, how rows are batched, which positions are scored. One file each.
+
+Shapes: B rows, T tokens, N scored positions, V classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_ft.data.formats import Example
+from lora_ft.errors import DataError
+
+Features = dict[str, Any]
+"""One row for the model: `input_ids`, `labels` and what else the task needs, as lists."""
+Batch = dict[str, torch.Tensor]
+
+NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model says at every scored position of a batch."""
+
+    logits_NV: torch.Tensor
+    targets_N: torch.Tensor
+    """The right class at each position, int64."""
+    row_N: torch.Tensor
+    """The row of the batch that each position belongs to, int64."""
+
+
+class Task:
+    """The one extension point of the library; a subclass a file."""
+
+    name: str
+    model_class: Any
+    """The `AutoModelFor...` class the base is loaded as."""
+    peft_task: str
+    """PEFT's name for it, written into `adapter_config.json`."""
+    accuracy_name: str = "token_accuracy"
+    """What the share of scored positions predicted right is called."""
+    tokenizer: Any
+    """Set by `prepare`."""
+
+    def learn(self, examples: Sequence[Example]) -> None:
+        """Takes what the task must know of all rows before the model is made, such as the set of labels."""
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what `learn` took, as JSON; `tasks.get` rebuilds the task from it."""
+        return {}
+
+    def config_changes(self) -> dict[str, Any]:
+        """Returns fields of the model's configuration that this task sets."""
+        return {}
+
+    def prepare(self, tokenizer: Any, max_length: int) -> None:
+        """Takes the tokenizer and the longest row, in tokens, that `features` may return."""
+        raise NotImplementedError
+
+    def features(self, example: Example) -> Features:
+        """Returns one row for the model. Raises DataError where the row does not suit the task."""
+        raise NotImplementedError
+
+    def question(self, example: Example) -> tuple[list[int], str]:
+        """Returns the prompt of a row as token ids, and the reply it should get. Raises DataError if it has none."""
+        raise DataError([f"{example.where}: {self.name} rows have no reply to generate; evaluate their loss."])
+
+    def end_ids(self) -> list[int]:
+        """Returns tokens that end a reply besides the model's own end of text."""
+        return []
+
+    def collate(self, rows: Sequence[Features]) -> Batch:
+        """Returns rows padded to one length, with `labels` -100 wherever nothing is scored."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        """Returns the logits at the scored positions only, so that those of a whole batch never exist."""
+        raise NotImplementedError
+
+
+def get(name: str, facts: dict[str, Any] | None = None) -> Task:
+    """Returns the task called `name`, with what an earlier run learned of its rows."""
+    task_class = getattr(importlib.import_module(f"lora_ft.tasks.{name}"), NAMES[name])
+    return task_class(**(facts or {}))
+
+
+def featurize(task: Task, examples: Iterable[Example]) -> list[Features]:
+    """Returns the features of every example. Raises one DataError with the problems of all rows."""
+    rows: list[Features] = []
+    errors: list[DataError] = []
+    for example in examples:
+        try:
+            rows.append(task.features(example))
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])([problem for error in errors for problem in error.problems])
+    return rows
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Returns rows of token ids as int64 [B, T], the shorter ones filled on the right with `value`."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)

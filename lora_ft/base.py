@@ -1,0 +1,238 @@
+"""Load the frozen base, quantized, with its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
+
+from lora_ft.config import Quant
+from lora_ft.errors import SourceError, UnsupportedModelError
+from lora_ft.sources import Source, resolve
+
+log = logging.getLogger(__name__)
+
+
+class _Once(logging.Filter):
+    """Lets each message through once: bitsandbytes repeats one for every layer of every int8 forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.msg not in self.seen
+        self.seen.add(record.msg)
+        return new
+
+
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
+
+# Sub-configurations that mark a model as one of images, sound or video.
+OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
+
+
+@dataclass
+class Base:
+    """A frozen model, its tokenizer and where both came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    quant: Quant
+    dtype: torch.dtype
+    """The dtype activations and dequantized weights are computed in."""
+    left_whole: tuple[str, ...]
+    """Linear layers that are not quantized although quantization was asked for."""
+    task_heads: tuple[str, ...]
+    """Modules on top of the body that a task trains and saves whole, such as a classifier."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def load(
+    name: str | Source,
+    *,
+    quant: Quant = "nf4",
+    model_class: Any = AutoModelForCausalLM,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 42,
+    config_changes: dict[str, Any] | None = None,
+) -> Base:
+    """Returns the base `name` with frozen weights, quantized as it is read, one tensor at a time.
+
+    Args:
+        name: an alias, a local folder, a `.gguf` file, a hub id, or a source already resolved.
+        quant: `nf4` (4 bits, double quantization; Dettmers et al. 2023, arXiv 2305.14314), `int8`
+            (Dettmers et al. 2022, arXiv 2208.07339) or `none`. A base that is already quantized keeps its own.
+        model_class: an `AutoModelFor...` class; a head that the weights lack is made from `seed`.
+        revision: branch, tag or commit of a hub base.
+        dtype: `auto`, or a torch dtype by name.
+        device: `cuda`, `cpu`, ...; unset, the GPU where there is one.
+        config_changes: fields of the model's configuration to set, such as `num_labels`.
+
+    Raises:
+        SourceError: the weights could not be had, or are in a quantization that is not supported.
+        UnsupportedModelError: not a text model, or not one that `model_class` can be.
+    """
+    source = name if isinstance(name, Source) else resolve(name, revision)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    compute_dtype, why = choose_dtype(dtype, device)
+    log.info("computing in %s: %s", str(compute_dtype).removeprefix("torch."), why)
+    config = _text_config(source, model_class)
+    for key, value in (config_changes or {}).items():
+        setattr(config, key, value)
+    tokenizer = load_tokenizer(source.folder)
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    stored = _stored_quant(config, source, quant)
+    output, task_heads = heads(config, model_class)
+    set_seed(seed)
+    disable_progress_bar()  # one bar a tensor, gone in seconds
+    model = model_class.from_pretrained(
+        source.folder,
+        config=config,
+        dtype=compute_dtype,
+        device_map={"": device},
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        quantization_config=None if stored else _quantization(quant, compute_dtype, output + task_heads),
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    keep_weights_in_place(model)
+    left_whole = whole_linears(model) if quant != "none" else ()
+    if left_whole:
+        log.info("not quantized: %s", ", ".join(left_whole))
+    return Base(model, tokenizer, source, quant, compute_dtype, left_whole, task_heads)
+
+
+def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in `folder`; one without a padding token pads with its end of text.
+
+    That is safe here because masks are made by position, never by comparing ids.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {error}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def choose_dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
+    """Returns the compute dtype and the reason for it."""
+    if asked != "auto":
+        return getattr(torch, asked), "asked for"
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU multiplies bfloat16 natively"
+        return torch.float16, "this GPU has no native bfloat16"
+    if device == "cpu":
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16, "this processor multiplies bfloat16 natively"
+        return torch.float32, "this processor has no bfloat16 instructions, and emulating them is slower"
+    return torch.float32, f"the safe choice on {device}"
+
+
+def keep_weights_in_place(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights in place.
+
+    On processors with AVX512-BF16 the first forward in evaluation mode rewrites each weight for speed, after
+    which dequantization, and so every merge and every later backward pass, reads wrong values (off by 0.18).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def heads(config: PreTrainedConfig, model_class: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the output embeddings and of the task's own heads; neither is ever quantized.
+
+    The first are tied to the input embeddings or as sensitive as they are; the second are trained whole.
+    """
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    embeddings = model.get_output_embeddings()
+    output = tuple(n for n, m in model.named_modules() if embeddings is not None and m is embeddings)
+    if not hasattr(model, model.base_model_prefix):
+        return output, ()
+    body = model.base_model_prefix
+    on_top = (n for n, m in model.named_children() if n != body and any(True for _ in m.parameters()))
+    return output, tuple(n for n in on_top if not any(name.split(".")[0] == n for name in output))
+
+
+def whole_linears(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of linear layers kept in full precision."""
+    return tuple(n for n, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is nn.Linear)
+
+
+def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {error}") from None
+    other = next((name for name in OTHER_MODALITIES if getattr(config, name, None) is not None), None)
+    if other is not None:
+        raise UnsupportedModelError(
+            f"{source.name} is a {config.model_type} model with a {other}: models of images, sound or video are out "
+            "of scope; use a text-only base."
+        )
+    if type(config) not in model_class._model_mapping:
+        raise UnsupportedModelError(
+            f"{source.name} is a {config.model_type} model, which has no {model_class.__name__.removeprefix('Auto')} "
+            "form: choose a task that fits it."
+        )
+    return config
+
+
+def _stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> bool:
+    """Returns whether the weights are already quantized, having checked that `quant` says the same."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = "nf4" if stored.get("load_in_4bit") else "int8" if stored.get("load_in_8bit") else None
+    if method is None:
+        raise UnsupportedModelError(
+            f"{source.name} is stored in {stored.get('quant_method', 'an unknown')} quantization; bitsandbytes 4-bit "
+            "and 8-bit bases are supported. Use the unquantized model."
+        )
+    if method != quant:
+        raise SourceError(f"{source.name} is stored as {method}, but --quant is {quant}: use --quant {method}.")
+    return True
+
+
+def _quantization(quant: Quant, dtype: torch.dtype, skipped: tuple[str, ...]) -> BitsAndBytesConfig | None:
+    if quant == "none":
+        return None
+    if quant == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skipped))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(skipped),
+    )

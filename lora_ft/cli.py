@@ -1,0 +1,328 @@
+"""The commands. Each is a dataclass of options and a function; heavy modules are imported inside the functions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from lora_ft import __version__
+from lora_ft.config import Metric, RunConfig, TaskName, cli
+from lora_ft.errors import Interrupted, LoraFtError, ProofError
+
+Adapter = tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Fine-tune SmolLM2-135M to read meetings, prove it and merge it."""
+
+    out: Path = Path("runs/quickstart")
+    """Folder for the rows, the adapter and the merged model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure an adapter and its base on rows."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    data: str
+    """Rows: a file or a hub data set."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names the rows use for known fields."""
+    metrics: tuple[Metric, ...] = ()
+    """Metrics on generated replies, besides the loss."""
+    batch_size: int = 4
+    """Rows in one forward pass."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    json: bool = False
+    """Print one JSON object: the adapter's metrics by plain name, and the base's under `base`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talk to an adapter."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    prompt: str | None = None
+    """One message to answer; without it, a conversation starts."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    max_new_tokens: int = 512
+    """Longest reply in tokens."""
+    temperature: float = 0.0
+    """Randomness of the reply; 0 takes the likeliest token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Replay an adapter's seal and say whether it still does what it did after training."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    model: Path | None = None
+    """A merged model to check against the adapter's seal, instead of the adapter itself."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    json: bool = False
+    """Print the verdict as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Merge an adapter into its base: plain safetensors that need no adapter."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    out: Path
+    """Folder for the merged model."""
+    onto: Literal["auto", "original", "dequantized"] = "auto"
+    """Weights to merge onto: the 16-bit ones, what training saw, or whichever is closer to the live adapter."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Dtype of the merged weights; unset, that of the base."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckConfig:
+    """Check a file of rows against a task and a model's template; show what would be trained."""
+
+    file: tyro.conf.Positional[str]
+    """Rows: a file or a hub data set."""
+    task: TaskName = "chat"
+    """The task they are for."""
+    base: str = "smollm2-135m"
+    """The model whose tokenizer and template to use."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names the rows use for known fields."""
+    max_length: int = 1024
+    """Longest row in tokens."""
+    show: int = 0
+    """Rows to print with the trained tokens coloured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Say what this machine has and can do."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    from lora_ft.quickstart import quickstart as start
+
+    start(config.out)
+
+
+def train(config: RunConfig) -> None:
+    from lora_ft import runs, seal
+
+    if config.dry_run:
+        print(json.dumps(runs.dry_run(config), indent=2))
+        return
+    finished = runs.run(config)
+    finished.release()
+    _require(seal.verify(finished.folder), finished.folder)
+    print(f"{finished.folder}: adapter of {finished.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
+    print(finished.summary())
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    from lora_ft import adapters, tasks
+    from lora_ft import evaluate as evaluation
+    from lora_ft.data import formats
+
+    examples = formats.read(config.data, config.columns)
+    loaded = adapters.load(config.adapter, config.base)
+    loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)
+    rows = tasks.featurize(loaded.task, examples)
+    found = evaluation.compare(
+        loaded.task, loaded.model, examples, rows, names=config.metrics, batch_size=config.batch_size
+    )
+    if config.json:
+        print(json.dumps({**found["adapter"], "base": found["base"]}))
+        return
+    _table(["", "base", "adapter"], [[key, found["base"].get(key), value] for key, value in found["adapter"].items()])
+
+
+def chat(config: ChatConfig) -> None:
+    from lora_ft import adapters
+    from lora_ft.generate import Sampling, generate
+
+    loaded = adapters.load(config.adapter, config.base)
+    if loaded.task.name != "chat":
+        raise LoraFtError(f"{config.adapter} was trained for the task {loaded.task.name}; only chat adapters converse.")
+    loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)
+    sampling = Sampling(config.max_new_tokens, config.temperature)
+    messages: list[dict[str, Any]] = []
+
+    def answer(text: str) -> str:
+        messages.append({"role": "user", "content": text})
+        prompt = loaded.task.renderer.prompt(messages)  # type: ignore[attr-defined]
+        reply = generate(loaded.model, loaded.base.tokenizer, [prompt], sampling=sampling, stop_ids=loaded.task.end_ids())
+        messages.append({"role": "assistant", "content": reply[0]})
+        return reply[0]
+
+    if config.prompt is not None:
+        print(answer(config.prompt))
+        return
+    print("Type a message; an empty line or Ctrl-D ends the conversation.", file=sys.stderr)
+    while text := _ask():
+        print(answer(text))
+
+
+def verify(config: VerifyConfig) -> None:
+    from lora_ft import seal
+
+    verdict = seal.verify(config.adapter, model_folder=config.model, base_name=config.base)
+    if config.json:
+        print(json.dumps(verdict.as_dict()))
+    else:
+        for check in verdict.checks:
+            print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}; {check.rule}")
+    _require(verdict, config.model or config.adapter)
+
+
+def merge(config: MergeConfig) -> None:
+    from lora_ft.merge import merge as merge_adapter
+
+    done = merge_adapter(
+        config.adapter, config.out, onto=config.onto, dtype=config.dtype, base_name=config.base
+    )
+    for name, candidate in done["candidates"].items():
+        print(f"onto {name}: KL to the adapter {candidate['kl']:.3g} nats")
+    print(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
+
+
+def data_check(config: DataCheckConfig) -> None:
+    from rich.console import Console
+
+    from lora_ft import sources, tasks
+    from lora_ft.base import load_tokenizer
+    from lora_ft.data import formats
+    from lora_ft.data.render import Rendered, coloured
+
+    examples = formats.read(config.file, config.columns)
+    task = tasks.get(config.task)
+    task.learn(examples)
+    tokenizer = load_tokenizer(sources.resolve(config.base).folder)
+    task.prepare(tokenizer, config.max_length)
+    rows = tasks.featurize(task, examples)
+    lengths = [len(row["input_ids"]) for row in rows]
+    console = Console()
+    for example, row in list(zip(examples, rows, strict=True))[: config.show]:
+        console.rule(example.where)
+        if isinstance(row["labels"], int) or len(row["labels"]) != len(row["input_ids"]):
+            console.print(tokenizer.decode(row["input_ids"]), markup=False)
+        else:
+            console.print(coloured(tokenizer, Rendered(example.where, row["input_ids"], row["labels"])))
+    print(f"{Path(config.file).name}: {len(rows)} {config.task} rows, {sum(lengths)} tokens, longest {max(lengths)}; all good")
+
+
+def doctor(config: DoctorConfig) -> None:
+    from lora_ft.doctor import examine
+
+    found = examine()
+    if config.json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        print(f"{key:<20} {json.dumps(value) if isinstance(value, dict | list) else value}")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "quickstart": (QuickstartConfig, quickstart),
+    "train": (RunConfig, train),
+    "evaluate": (EvaluateConfig, evaluate),
+    "chat": (ChatConfig, chat),
+    "verify": (VerifyConfig, verify),
+    "merge": (MergeConfig, merge),
+    "data check": (DataCheckConfig, data_check),
+    "doctor": (DoctorConfig, doctor),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status of the command in `argv`: 0 done and proven, 1 mend it, 2 wrong, 3 disproven, 130 stopped."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = " ".join(words[:2]) if words[:1] == ["data"] else " ".join(words[:1])
+    if name in ("", "-h", "--help", "data", "data --help"):
+        print(_usage())
+        return 0 if words else 2
+    if name == "--version":
+        print(f"lora-ft {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"lora-ft has no command {name!r}.\n\n{_usage()}", file=sys.stderr)
+        return 2
+    options, command = COMMANDS[name]
+    _quiet()
+    try:
+        command(cli(options, words[len(name.split()) :], prog=f"lora-ft {name}"))
+    except Interrupted as stopped:
+        resume = [word for word in words if word != "--resume"]
+        print(f"{stopped}\n  {shlex.join(['lora-ft', *resume, '--resume'])}", file=sys.stderr)
+        return stopped.exit_status
+    except LoraFtError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return Interrupted.exit_status
+    return 0
+
+
+def _require(verdict: Any, what: Path) -> None:
+    if not verdict.passed:
+        failed = "; ".join(f"{check.name} ({check.found})" for check in verdict.checks if not check.passed)
+        raise ProofError(f"{what} does not do what its seal says. Failed: {failed}.")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in COMMANDS.items()]
+    return "\n".join(["usage: lora-ft COMMAND [options]", "", *lines, "", "lora-ft COMMAND --help lists its options."])
+
+
+def _quiet() -> None:
+    """Lets our own messages through, and of the libraries' only errors."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
+    logging.getLogger("lora_ft").setLevel(logging.INFO)
+    warnings.simplefilter("ignore")
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*[f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

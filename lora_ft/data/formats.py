@@ -1,0 +1,289 @@
+"""Rows of a file or hub data set -> examples; every problem names its file, line, field and mend.
+
+The format is read from the first row: it is the first in `FORMATS` whose fields the row has. A plain text file gives
+one row for each paragraph, that is for the lines between blank ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_ft.data.chats import OPENAI, SHAREGPT, conversation, toolbox
+from lora_ft.data.faults import MISSING, Faults, found, listed
+from lora_ft.data.files import rows
+from lora_ft.data.rows import Row
+from lora_ft.data.strictjson import bare
+from lora_ft.errors import DataError
+
+# A report of more problems than this is of no use, and a broken file can have millions.
+MAX_PROBLEMS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation in OpenAI's form: `role`, `content`, and where present `weight`, `tool_calls`, `tool_call_id`."""
+
+    where: str
+    """Place of the row for messages, such as `train.jsonl:17`."""
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and the text that should follow it (prompt/completion, question/answer, Alpaca, source/target)."""
+
+    where: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, all of it to be learned."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, and its class."""
+
+    where: str
+    text: str
+    label: str
+    text_pair: str | None = None
+
+
+Example = Chat | Pair | Text | Labelled
+
+
+def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]:
+    """Returns every row of `source`. Raises DataError with all problems of all rows at once."""
+    examples: list[Example] = []
+    problems: list[str] = []
+    try:
+        for example in _examples(source, columns or {}, streaming=False):
+            if isinstance(example, DataError):
+                problems += example.problems
+            elif not problems:
+                examples.append(example)
+            if len(problems) >= MAX_PROBLEMS:
+                problems.append(f"The rest was not read, after {len(problems):,} problems.")
+                break
+    except DataError as last:
+        problems += last.problems
+    if problems:
+        raise DataError(problems)
+    return examples
+
+
+def stream(source: str, columns: Mapping[str, str] | None = None) -> Iterator[Example]:
+    """Yields rows as they are read, holding one at a time. Raises DataError at the first bad row."""
+    for example in _examples(source, columns or {}, streaming=True):
+        if isinstance(example, DataError):
+            raise example
+        yield example
+
+
+def _examples(source: str, columns: Mapping[str, str], streaming: bool) -> Iterator[Example | DataError]:
+    """Yields an example for each row, or what is wrong with it. Raises DataError where there is no reading on."""
+    formats = _formats_for(columns)
+    form: Format | None = None
+    began = ""
+    for row in rows(source, streaming):
+        if isinstance(row, DataError):
+            yield row
+            continue
+        try:
+            fields = Fields(row.where, _renamed(row, columns), columns, Faults(row.where))
+            if form is None:
+                form, began = _recognised(row, fields, formats), row.where
+            _refuse_mixture(fields, form, began, formats)
+            example = form.parse(fields, *form.needs)
+            fields.faults.raise_if_any()
+        except DataError as error:
+            if form is None:
+                raise
+            yield error
+        else:
+            yield example
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The fields of one row under their known names; messages call them by the user's own."""
+
+    where: str
+    values: Mapping[str, Any]
+    columns: Mapping[str, str]
+    faults: Faults
+
+    def get(self, name: str) -> Any:
+        """Returns the value, or MISSING."""
+        return self.values.get(name, MISSING)
+
+    def place(self, name: str) -> str:
+        """Returns what the user calls the field."""
+        return bare(self.columns.get(name, name))
+
+    def text(self, name: str) -> str:
+        """Returns the text, which must not be empty."""
+        return self.faults.text(self.get(name), self.place(name))
+
+    def optional(self, name: str) -> str:
+        """Returns the text, or "" where the field is absent, null or blank."""
+        value = self.get(name)
+        if value is MISSING or value is None or (isinstance(value, str) and not value.strip()):
+            return ""
+        return self.faults.text(value, self.place(name), "give a string")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to write rows: the fields it is known by, those it may have besides, and how to read them."""
+
+    needs: tuple[str, ...]
+    parse: Callable[..., Example]
+    """Takes the Fields and the names in `needs`; notes what is wrong in the Fields' faults."""
+    takes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " + ".join(self.needs)
+
+
+def _chat(row: Fields, messages: str) -> Chat:
+    said = conversation(row.get(messages), row.place(messages), OPENAI, row.faults)
+    tools = [tool for name in ("tools", "functions") for tool in toolbox(row.get(name), row.place(name), row.faults)]
+    return Chat(row.where, said, tuple(tools))
+
+
+def _sharegpt(row: Fields, conversations: str) -> Chat:
+    said = conversation(row.get(conversations), row.place(conversations), SHAREGPT, row.faults)
+    tools = toolbox(row.get("tools"), row.place("tools"), row.faults)
+    return Chat(row.where, _after(row.optional("system"), said), tools)
+
+
+def _pair(row: Fields, prompt: str, completion: str) -> Pair:
+    return Pair(row.where, row.text(prompt), row.text(completion))
+
+
+def _alpaca(row: Fields, instruction: str, output: str) -> Pair | Chat:
+    """Returns a Pair, or a Chat where the row has a system prompt or earlier turns."""
+    ask = "\n\n".join(filter(None, (row.text(instruction), row.optional("input"))))
+    reply, system, earlier = row.text(output), row.optional("system"), _history(row)
+    if not system and not earlier:
+        return Pair(row.where, ask, reply)
+    turns = (*earlier, {"role": "user", "content": ask}, {"role": "assistant", "content": reply})
+    return Chat(row.where, _after(system, turns))
+
+
+def _history(row: Fields) -> tuple[dict[str, Any], ...]:
+    """Returns the messages of Alpaca's earlier turns, which are pairs of what was asked and answered."""
+    value, place = row.get("history"), row.place("history")
+    if value is MISSING or value is None:
+        return ()
+    rounds = value if isinstance(value, list) else [value]
+    messages: list[dict[str, Any]] = []
+    for index, turn in enumerate(rounds):
+        if not isinstance(turn, list) or len(turn) != 2:
+            row.faults.add(f"{place}[{index}]", found(turn), "give a list of pairs, [asked, answered]")
+            continue
+        for side, role in enumerate(("user", "assistant")):
+            messages.append({"role": role, "content": row.faults.text(turn[side], f"{place}[{index}][{side}]")})
+    return tuple(messages)
+
+
+def _after(system: str, messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    return ({"role": "system", "content": system}, *messages) if system else messages
+
+
+def _labelled(row: Fields, *needs: str) -> Labelled:
+    *texts, label = needs
+    said = [row.text(name) for name in texts]
+    value = row.get(label)
+    # A whole number names a class as well as a word does; true and 1.0 are more likely a slip.
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    name = row.faults.text(value, row.place(label), "give the class as a string or a whole number")
+    return Labelled(row.where, said[0], name, said[1] if len(said) > 1 else None)
+
+
+def _text(row: Fields, text: str) -> Text:
+    return Text(row.where, row.text(text))
+
+
+FORMATS = (
+    Format(("messages",), _chat, takes=("tools", "functions")),
+    Format(("conversations",), _sharegpt, takes=("system", "tools")),
+    Format(("instruction", "output"), _alpaca, takes=("input", "system", "history")),
+    Format(("prompt", "completion"), _pair),
+    Format(("question", "answer"), _pair),
+    Format(("source", "target"), _pair),
+    Format(("text", "text_pair", "label"), _labelled),
+    Format(("sentence1", "sentence2", "label"), _labelled),
+    Format(("text", "label"), _labelled),
+    Format(("sentence", "label"), _labelled),
+    Format(("text",), _text),
+)
+# Read as chat or as pairs, these would teach the rejected answer or none.
+PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+
+
+def _formats_for(columns: Mapping[str, str]) -> tuple[Format, ...]:
+    """Returns the formats that have every field `columns` names. Raises DataError where there is none."""
+    known = dict.fromkeys(name for form in FORMATS for name in (*form.needs, *form.takes))
+    if unknown := [bare(name) for name in columns if name not in known]:
+        raise DataError([f"data.columns: {name} is no known field; use {', '.join(known)}." for name in unknown])
+    fitting = tuple(form for form in FORMATS if columns.keys() <= {*form.needs, *form.takes})
+    if not fitting:
+        raise DataError([f"data.columns: no format has {listed(list(columns))} together; formats are {_offer()}."])
+    return fitting
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the fields under known names, a mapped one under that only. Raises DataError where one is missing."""
+    if not columns:
+        return row.fields
+    here = listed(list(row.fields))
+    absent = [
+        f"{row.where}: {bare(own)}, given for {known} by data.columns, is missing; the row has {here}."
+        for known, own in columns.items()
+        if own not in row.fields
+    ]
+    if absent:
+        raise DataError(absent)
+    kept = {name: value for name, value in row.fields.items() if name not in columns.values() and name not in columns}
+    return kept | {known: row.fields[own] for known, own in columns.items()}
+
+
+def _detected(fields: Fields, formats: tuple[Format, ...]) -> Format | None:
+    return next((form for form in formats if fields.values.keys() >= set(form.needs)), None)
+
+
+def _recognised(row: Row, fields: Fields, formats: tuple[Format, ...]) -> Format:
+    """Returns the format of the first row. Raises DataError where it has none."""
+    for better, worse in PREFERENCES:
+        if {better, worse} <= row.fields.keys():
+            raise DataError([f"{row.where}: is preference data ({better}, {worse}); no task here trains on it."])
+    form = _detected(fields, formats)
+    if form is None:
+        what = f"has the fields {listed(list(row.fields))}, which fit no format" if row.fields else "has no fields"
+        raise DataError(
+            [f"{row.where}: {what}; use {_offer()}, or map yours, as in --data.columns prompt ask completion reply."]
+        )
+    return form
+
+
+def _refuse_mixture(fields: Fields, form: Format, began: str, formats: tuple[Format, ...]) -> None:
+    """Raises DataError where a row is of another format; one that merely lacks a field is left to the parser."""
+    other = _detected(fields, formats)
+    if other not in (None, form) and not set(other.needs) < set(form.needs):
+        raise DataError([f"{fields.where}: is {other}, but {began} is {form}; keep one format in a file."])
+
+
+def _offer() -> str:
+    return f"{', '.join(map(str, FORMATS[:-1]))} or {FORMATS[-1]}"

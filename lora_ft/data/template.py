@@ -1,0 +1,297 @@
+"""One chat template: what it renders, and how its assistant turns begin and end.
+
+A template is a program from the hub, so nothing about it is taken on trust: it is rendered on small made-up
+conversations, and what it does with them decides how rows are read. Named rules say where a template does something
+that a reader of the row would not expect; `Template.rules` lists those in force.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+
+from lora_ft.data.tokens import Span
+
+Message = dict[str, Any]
+REWRITES = (
+    "rewrites earlier turns: thinking is kept for the last turn only; earlier assistant turns are trained as rendered"
+)
+EMPTY_THINKING = (
+    "writes an empty think block into the last turn: it comes after the generation prompt, so it is trained"
+)
+OPENS_THINKING = (
+    "opens thinking: the generation prompt ends in a think tag that plain answers lack; prompts stop before that tag, "
+    "where training starts"
+)
+DROPS_THINKING = "drops thinking: no turn keeps it, so a row whose last assistant turn thinks is refused"
+
+# What a template raises: jinja's own errors, raise_exception, and Python's for a field it did not expect.
+_RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+_GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+_OPENER = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+
+# Words no template holds: letters alone pass every filter (trim, tojson, escape) unchanged.
+_USER, _ANSWER, _THOUGHT, _NAME, _KEY, _VALUE = "zqask", "zqanswer", "zqthought", "zqcall", "zqkey", "zqvalue"
+_ASK: Message = {"role": "user", "content": _USER}
+_REPLY: Message = {"role": "assistant", "content": _ANSWER}
+_THINKING_REPLY: Message = {"role": "assistant", "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_ANSWER}"}
+PROBE: tuple[Message, ...] = (
+    _ASK,
+    _REPLY,
+    {"role": "user", "content": _USER + "again"},
+    {"role": "assistant", "content": _ANSWER + "again"},
+)
+
+
+class RefusedError(Exception):
+    """Why a row or a template cannot be trained on; the caller adds the place."""
+
+
+class Template:
+    """One template source on one tokenizer, examined once. Raises RefusedError for one that cannot be trained on."""
+
+    header: str
+    """What stands right before an assistant turn: the generation prompt, or the end of the user's turn."""
+    opener: str
+    """The think tag that the generation prompt ends in, else empty."""
+    end_of_turn: str
+    """The token, as text, that ends an assistant turn."""
+    end_id: int
+    rewrites: bool
+    """Whether a turn is written differently once more of the conversation follows."""
+    rules: tuple[str, ...]
+    """The named rules in force."""
+
+    def __init__(self, tokenizer: Any, source: str) -> None:
+        self._tokenizer = tokenizer
+        self.source = source
+        self.has_tags = bool(_GENERATION_TAG.search(source))
+        self._examine()
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Message] = (), prompt: bool = False) -> str:
+        """The text of a conversation, with the generation prompt at its end if `prompt`."""
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=self.source,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+        except _RAISED as error:
+            raise RefusedError(_refusal(error)) from error
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> str:
+        """The text that a model trained on this template's turns answers to."""
+        text = self.render(messages, tools, prompt=True)
+        return text.removesuffix(self.opener) if self._opens_thinking else text
+
+    def tagged(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> tuple[str, list[Span]]:
+        """The same text, and the spans between its generation tags."""
+        # apply_chat_template turns these spans into tokens itself, but it gives up at a span that starts with a space
+        # the tokenizer leaves out of its offsets; the spans are the truth. The import is heavy, hence here.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[present],
+                tools=list(tools) or None,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        except _RAISED as error:
+            raise RefusedError(_refusal(error)) from error
+        return texts[0], [(start, end) for start, end in spans[0]]
+
+    def messages(self, messages: Iterable[Mapping[str, Any]]) -> list[Message]:
+        """OpenAI's messages in the form this template reads.
+
+        Content is text. A developer is system where the template does not name that role, since it is OpenAI's newer
+        word for the same thing; a function is a tool. Tool-call arguments are objects or JSON text, as it wants them.
+        """
+        return [self._message(index, message) for index, message in enumerate(messages)]
+
+    def headers(self, messages: Sequence[Message]) -> tuple[str, ...]:
+        """Every text that can stand right before an assistant turn of these messages."""
+        if any(message["role"] == "tool" for message in messages) and self._tool_header:
+            return (self.header, self._tool_header)
+        return (self.header,)
+
+    @cached_property
+    def _tool_header(self) -> str:
+        """What follows a tool's result where there is no generation prompt ([/TOOL_RESULTS]), else empty."""
+        if self._has_generation_prompt:
+            return ""
+        result = {"role": "tool", "name": _NAME, "tool_call_id": "call00000", "content": _USER + "tool"}
+        arguments: Any = {_KEY: _VALUE} if self._takes_objects else json.dumps({_KEY: _VALUE})
+        try:
+            text = self.render([_ASK, _call(arguments), result], prompt=True)
+        except RefusedError:
+            return ""
+        return text[text.rfind(_USER + "tool") + len(_USER + "tool") :]
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether tool-call arguments are given as an object (Hugging Face's way) rather than as JSON text (OpenAI's).
+
+        Templates that pass them through `tojson` quote JSON text a second time; those that concatenate need text.
+        """
+        raised: RefusedError | None = None
+        for as_object in (True, False):
+            try:
+                text = self.render([_ASK, _call({_KEY: _VALUE} if as_object else json.dumps({_KEY: _VALUE}))])
+            except RefusedError as error:
+                raised = error
+                continue
+            quoted_twice, python_text = f'\\"{_KEY}', f"'{_KEY}'"
+            if all(word in text for word in (_NAME, _KEY, _VALUE)) and quoted_twice not in text:
+                if python_text in text:
+                    continue
+                return as_object
+        if raised is not None:
+            raise raised
+        raise RefusedError(
+            "the chat template does not write tool_calls, so such a turn would be trained empty; "
+            "use a base whose template supports tools, or drop these rows."
+        )
+
+    def _message(self, index: int, message: Mapping[str, Any]) -> Message:
+        plain = {key: value for key, value in message.items() if key not in ("weight", "refusal", "function_call")}
+        if message["role"] == "developer" and "developer" not in self.source:
+            plain["role"] = "system"
+        if message["role"] == "function":
+            plain["role"] = "tool"
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            other = next((part.get("type") for part in content if part.get("type") not in ("text", "refusal")), None)
+            if other is not None:
+                raise RefusedError(f"messages[{index}].content has a part of type {other!r}; only text can be trained.")
+            content = "".join(part[part["type"]] for part in content)
+        plain["content"] = message.get("refusal") if content is None else content
+        calls = message.get("tool_calls")
+        if message.get("function_call"):
+            calls = [{"id": f"call{index:05}", "type": "function", "function": message["function_call"]}]
+        if calls:
+            plain["tool_calls"] = [self._call(index, call) for call in calls]
+        return plain
+
+    def _call(self, index: int, call: Mapping[str, Any]) -> Message:
+        function = dict(call["function"])
+        arguments = function.get("arguments")
+        if self._takes_objects and isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except json.JSONDecodeError as error:
+                raise RefusedError(f"messages[{index}]: the arguments of {function['name']} are not JSON.") from error
+        elif not self._takes_objects and not isinstance(arguments, str):
+            arguments = json.dumps(arguments or {}, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    def _examine(self) -> None:
+        asked, prompt = self.render([_ASK]), self.render([_ASK], prompt=True)
+        answered, continued = self.render(PROBE[:2]), self.render(PROBE)
+        if _ANSWER not in answered:
+            raise RefusedError("the chat template trains nothing: it leaves out what the assistant says; mend it.")
+        if _USER not in answered or _USER not in prompt:
+            raise RefusedError("the chat template trains everything: it leaves out what the user says; mend it.")
+        if self.has_tags:
+            self._examine_tags()
+
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        self.end_of_turn = _end_of_turn(answered[answered.rfind(_ANSWER) + len(_ANSWER) :], added)
+        self.end_id = self._tokenizer.convert_tokens_to_ids(self.end_of_turn)
+
+        self.header = prompt[_border(asked, prompt, added) :]
+        self._has_generation_prompt = bool(self.header.strip())
+        if not self._has_generation_prompt:
+            self.header = prompt[prompt.rfind(_USER) + len(_USER) :]
+
+        opener = _OPENER.search(prompt)
+        self.opener = opener.group() if opener else ""
+        self.header = self.header.removesuffix(self.opener)
+        self._opens_thinking = bool(opener) and not answered.startswith(prompt)
+
+        thought = self.render([_ASK, _THINKING_REPLY])
+        thought_before = self.render([_ASK, _THINKING_REPLY, *PROBE[2:]])
+        turn_end = answered.find(self.end_of_turn, answered.rfind(_ANSWER)) + len(self.end_of_turn)
+        self.rewrites = not continued.startswith(answered[:turn_end]) or (
+            _THOUGHT in thought and _THOUGHT not in thought_before
+        )
+        self.rules = tuple(
+            rule
+            for rule, holds in (
+                (REWRITES, self.rewrites),
+                (EMPTY_THINKING, answered.startswith(prompt) and "</think>" in answered[len(prompt) :]),
+                (OPENS_THINKING, self._opens_thinking),
+                (DROPS_THINKING, _THOUGHT not in thought),
+            )
+            if holds
+        )
+
+    def _examine_tags(self) -> None:
+        text, spans = self.tagged(PROBE)
+        if not any(text[start:end].strip() for start, end in spans):
+            raise RefusedError(
+                "the chat template trains nothing: its generation tags hold no text; put them around each assistant "
+                "turn with its end of turn, or remove them."
+            )
+        if any(_USER in text[start:end] for start, end in spans):
+            raise RefusedError(
+                "the chat template trains everything: its generation tags hold the user's turns too; put them around "
+                "each assistant turn with its end of turn, or remove them."
+            )
+
+
+def _refusal(error: Exception) -> str:
+    return f"the chat template refuses the conversation: {error}; change the row, or the template."
+
+
+def common_length(a: str, b: str) -> int:
+    """Number of characters that two texts share at their start."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _border(asked: str, prompt: str, added: Iterable[str]) -> int:
+    """Where the generation prompt starts in `prompt`, never inside a token: `<|user|>` and `<|end|>` share `<|`."""
+    border = common_length(asked, prompt)
+    for token in added:
+        start = prompt.find(token, max(0, border - len(token) + 1))
+        if 0 <= start < border < start + len(token):
+            border = start
+    return border
+
+
+def _end_of_turn(tail: str, added: Iterable[str]) -> str:
+    """The first token of the vocabulary's own that the template writes after an answer."""
+    found = min(((tail.find(token), -len(token), token) for token in added if token in tail), default=None)
+    if found is None:
+        wrote = f"{tail.strip()!r}, which is not one token" if tail.strip() else "nothing"
+        raise RefusedError(
+            f"the chat template ends an assistant turn with {wrote}, so the model would never learn to stop; "
+            "end the turn with eos_token, or add the mark to the tokenizer as a special token."
+        )
+    return found[2]
+
+
+def _call(arguments: Any) -> Message:
+    function = {"name": _NAME, "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "call00000", "type": "function", "function": function}],
+    }

@@ -1,0 +1,82 @@
+"""`environment.json`: what a run was made with and on, and which weights its adapter belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_ft.base import Base
+from lora_ft.errors import AdapterError
+
+FILE = "environment.json"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "tokenizers", "safetensors")
+
+
+def describe(base: Base, **more: Any) -> dict[str, Any]:
+    """Returns versions, device and base of a run, with `more` beside them; nothing names the machine or its user."""
+    return {
+        "versions": versions(),
+        "device": device_name(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quant": base.quant,
+        "base": base.source.record(),
+        "left_whole": list(base.left_whole),
+        "tied_embeddings": embeddings_are_tied(base.model),
+        **more,
+    }
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Writes the record of a run into its adapter folder."""
+    (folder / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Returns the record of the run that made an adapter folder. Raises AdapterError where there is none."""
+    try:
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(
+            f"{folder}: there is no {FILE}, so nothing says which weights this adapter was made on; "
+            "it was not written by lora-ft, or it is incomplete."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{folder / FILE}: cannot be read: {error}.") from None
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of Python, of lora_ft and of each library that a result depends on."""
+    found = {"python": platform.python_version(), "lora_ft": importlib.metadata.version("lora-ft")}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the device in words, such as `NVIDIA GeForce RTX 3060` or `CPU, 2 threads (AVX512)`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def embeddings_are_tied(model: Any) -> bool:
+    """Returns whether the output embeddings are the input embeddings, adapters on either one counted."""
+    output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    if any(hasattr(module, "lora_A") for module in (output, inputs)):
+        return False
+    return output is not None and inputs is not None and output.weight is inputs.weight
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

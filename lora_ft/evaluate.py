@@ -1,0 +1,70 @@
+"""Measure rows: loss, accuracy and metrics on generated replies, of the adapter and of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lora_ft import losses, metrics
+from lora_ft.config import Metric
+from lora_ft.data.formats import Example
+from lora_ft.generate import Sampling, generate
+from lora_ft.losses import Losses
+from lora_ft.tasks import Features, Task
+
+REPLY_TOKENS = 256
+
+
+def compare(
+    task: Task,
+    model: Any,
+    examples: Sequence[Example],
+    rows: Sequence[Features],
+    *,
+    names: Sequence[Metric] = (),
+    batch_size: int = 4,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, dict[str, Any]]:
+    """Returns metrics of the same rows for `base` (the model with its adapter off) and for `adapter`.
+
+    `loss_change_interval` is the 95% interval of the adapter's loss less the base's, by paired bootstrap over rows.
+
+    Args:
+        names: metrics on generated replies; each reply takes up to 256 tokens.
+        note: told what is being measured, for a progress display.
+    """
+    note("measuring the base")
+    with model.disable_adapter():
+        base_losses = losses.of_rows(task, model, rows, batch_size)
+        base = _values(task, base_losses) | replies_match(task, model, examples, names)
+    note("measuring the adapter")
+    adapter_losses = losses.of_rows(task, model, rows, batch_size)
+    adapter = _values(task, adapter_losses) | replies_match(task, model, examples, names)
+    adapter["loss_change_interval"] = list(losses.difference_interval(base_losses, adapter_losses))
+    return {"base": base, "adapter": adapter}
+
+
+def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[Metric]) -> dict[str, float]:
+    """Returns the metrics `names` of replies generated greedily for `examples`."""
+    if not names:
+        return {}
+    asked = [task.question(example) for example in examples]
+    return score_replies(replies(task, model, [prompt for prompt, _ in asked]), [want for _, want in asked], names)
+
+
+def replies(task: Task, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Returns the model's greedy replies to prompts given as token ids."""
+    tokenizer = task.tokenizer
+    return generate(model, tokenizer, prompts, sampling=Sampling(REPLY_TOKENS), stop_ids=task.end_ids())
+
+
+def score_replies(found: Sequence[str], wanted: Sequence[str], names: Sequence[Metric]) -> dict[str, float]:
+    """Returns the metrics `names` of replies against the ones wanted."""
+    values: dict[str, float] = {}
+    for name in names:
+        values.update(metrics.compute(name, found, wanted))
+    return values
+
+
+def _values(task: Task, found: Losses) -> dict[str, Any]:
+    return {"loss": found.mean, task.accuracy_name: found.accuracy, "rows": len(found.nll)}

@@ -1,0 +1,92 @@
+"""Losses of rows, summed over their scored positions and divided once: right however rows are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_ft.tasks import Batch, Features, Task
+
+BOOTSTRAP_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Negative log-likelihood, count of scored positions and of those predicted right, float64 [rows] each."""
+
+    nll: np.ndarray
+    count: np.ndarray
+    right: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Nats per scored position over all rows."""
+        return float(self.nll.sum() / self.count.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of scored positions whose likeliest class is the right one."""
+        return float(self.right.sum() / self.count.sum())
+
+
+def row_losses(task: Task, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns each row's summed negative log-likelihood, positions, and positions right: float32 [B] each."""
+    scores = task.score(model, batch)
+    nll_N = nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="none")
+    right_N = (scores.logits_NV.detach().argmax(dim=-1) == scores.targets_N).float()
+    zeros_B = nll_N.new_zeros(batch["labels"].shape[0])
+    nll_B, count_B, right_B = (
+        zeros_B.index_add(0, scores.row_N, value_N) for value_N in (nll_N, torch.ones_like(nll_N), right_N)
+    )
+    return nll_B, count_B, right_B
+
+
+def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int) -> Losses:
+    """Returns the loss of each of `rows`, in their order; rows of like length share a batch."""
+    sums = np.zeros((3, len(rows)))
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = to(task.collate([rows[i] for i in chosen]), device)
+            sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
+    return Losses(*sums)
+
+
+def difference_interval(before: Losses, after: Losses, seed: int = 0) -> tuple[float, float]:
+    """Returns the 95% interval of `after.mean - before.mean`, drawing rows with replacement (paired bootstrap)."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(before.nll), (BOOTSTRAP_DRAWS, len(before.nll)))
+    change = (after.nll - before.nll)[drawn].sum(axis=1) / before.count[drawn].sum(axis=1)
+    low, high = np.percentile(change, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs the block in evaluation mode, without gradients, in the dtype training computes in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), mixed_precision(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def mixed_precision(model: nn.Module) -> torch.autocast:
+    """Returns the autocast that lets float32 adapters and heads work on a 16-bit base; off for a float32 base."""
+    frozen = next(p for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    half = frozen.dtype if frozen.dtype in (torch.bfloat16, torch.float16) else None
+    return torch.autocast(frozen.device.type, dtype=half, enabled=half is not None)
+
+
+def to(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch on `device`."""
+    return {key: value.to(device) for key, value in batch.items()}

@@ -1,0 +1,45 @@
+"""The live view of a training run: step, loss, tokens per second, time left and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class Bar(TrainerCallback):
+    """A progress bar on a terminal; elsewhere a line every tenth of the run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, state="")
+        if self.console.is_terminal:
+            self.progress.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.bar, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        peak = logs["peak_bytes"] / 2**30
+        text = f"loss {logs['loss']:.4f}  {logs['tokens_per_s']:.0f} tokens/s  peak {peak:.2f} GiB"
+        self.progress.update(self.bar, state=text)
+        if not self.console.is_terminal and state.global_step % max(1, state.max_steps // 10) == 0:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()

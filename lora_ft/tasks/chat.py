@@ -1,0 +1,40 @@
+"""Chat: learn the assistant's turns of conversations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_ft.data.formats import Chat as Conversation
+from lora_ft.data.formats import Example, Pair
+from lora_ft.data.render import ChatRenderer
+from lora_ft.errors import DataError
+from lora_ft.tasks import Features
+from lora_ft.tasks.causal import Causal
+
+
+class Chat(Causal):
+    """Conversations, or prompts with an answer, through the model's chat template."""
+
+    name = "chat"
+
+    def prepare(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = ChatRenderer(tokenizer, max_length)
+
+    def features(self, example: Example) -> Features:
+        if not isinstance(example, Conversation | Pair):
+            raise DataError([f"{example.where}: a {type(example).__name__.lower()} row is not a conversation; "
+                             "chat takes messages or prompt/completion rows, `complete` takes plain text."])  # fmt: skip
+        rendered = self.renderer.render(example)
+        return {"input_ids": rendered.input_ids, "labels": rendered.labels}
+
+    def question(self, example: Example) -> tuple[list[int], str]:
+        if isinstance(example, Pair):
+            return self.renderer.prompt([{"role": "user", "content": example.prompt}]), example.completion
+        if not isinstance(example, Conversation) or not isinstance(example.messages[-1].get("content"), str):
+            raise DataError([f"{example.where}: the row does not end in a reply in words to compare with."])
+        *asked, reply = example.messages
+        return self.renderer.prompt(asked, example.tools), reply["content"]
+
+    def end_ids(self) -> list[int]:
+        return [self.renderer.end_id]

@@ -1,0 +1,35 @@
+"""Complete: learn to continue plain text, without any chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_ft.data.formats import Example, Pair, Text
+from lora_ft.data.render import IGNORE, render_completion
+from lora_ft.errors import DataError
+from lora_ft.tasks import Features
+from lora_ft.tasks.causal import Causal
+
+
+class Complete(Causal):
+    """Texts learned whole, or completions learned after their prompts, both up to the end of text."""
+
+    name = "complete"
+
+    def prepare(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def features(self, example: Example) -> Features:
+        if not isinstance(example, Text | Pair):
+            raise DataError([f"{example.where}: a {type(example).__name__.lower()} row is not plain text; "
+                             "complete takes text or prompt/completion rows, `chat` takes conversations."])  # fmt: skip
+        rendered = render_completion(self.tokenizer, example, self.max_length)
+        return {"input_ids": rendered.input_ids, "labels": rendered.labels}
+
+    def question(self, example: Example) -> tuple[list[int], str]:
+        if not isinstance(example, Pair):
+            return super().question(example)
+        rendered = render_completion(self.tokenizer, example, self.max_length)
+        trained = next(i for i, label in enumerate(rendered.labels) if label != IGNORE)
+        return rendered.input_ids[:trained], example.completion

@@ -1,0 +1,62 @@
+"""Seq2seq: learn a target text from a source text with an encoder and a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM
+
+from lora_ft.data.formats import Example, Pair
+from lora_ft.data.render import IGNORE
+from lora_ft.errors import DataError
+from lora_ft.tasks import Batch, Features, Scores, Task, pad
+
+
+class Seq2Seq(Task):
+    """Every token of the target is learned, its end included."""
+
+    name = "seq2seq"
+    model_class = AutoModelForSeq2SeqLM
+    peft_task = "SEQ_2_SEQ_LM"
+
+    def prepare(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def features(self, example: Example) -> Features:
+        if not isinstance(example, Pair):
+            raise DataError([f"{example.where}: the row has no source and target; seq2seq takes source/target rows."])
+        source = self.tokenizer(example.prompt, truncation=True, max_length=self.max_length)["input_ids"]
+        target = self.tokenizer(text_target=example.completion, truncation=True, max_length=self.max_length)
+        labels = list(target["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and labels[-1:] != [eos]:
+            labels = [*labels[: self.max_length - 1], eos]
+        return {"input_ids": source, "labels": labels}
+
+    def question(self, example: Example) -> tuple[list[int], str]:
+        if not isinstance(example, Pair):
+            return super().question(example)
+        return self.features(example)["input_ids"], example.completion
+
+    def collate(self, rows: Sequence[Features]) -> Batch:
+        return {
+            "input_ids": pad([row["input_ids"] for row in rows], self.tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": pad([row["labels"] for row in rows], IGNORE),
+        }
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        labels_BT = batch["labels"]
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        shifted_BT = inner.prepare_decoder_input_ids_from_labels(labels=labels_BT)
+        logits_BTV = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=shifted_BT,
+            use_cache=False,
+        ).logits
+        row_N, column_N = (labels_BT != IGNORE).nonzero(as_tuple=True)
+        return Scores(logits_BTV[row_N, column_N], labels_BT[row_N, column_N], row_N)

@@ -1,0 +1,327 @@
+"""Train the adapter: `transformers.Trainer` with our loss, optimizer and proofs as mixins."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import peft
+import psutil
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lora_ft import adapters, losses
+from lora_ft.base import Base
+from lora_ft.config import RunConfig, TrainConfig
+from lora_ft.errors import AdapterError, ProofError
+from lora_ft.tasks import Features, Task
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training did."""
+
+    steps: int
+    tokens: int
+    """Tokens read, padding not counted."""
+    seconds: float
+    peak_bytes: int
+    """Largest memory: of the process on a CPU, of the allocator on a GPU."""
+    interrupted: bool
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+class TaskLoss:
+    """Mixin for a Trainer: the loss is the task's, per scored token of the whole global batch.
+
+    Accumulating over small batches so gives the gradient of the big one (transformers#34191).
+    """
+
+    task: Task
+    eval_rows: Sequence[Features]
+    tokens_seen: int = 0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        nll_B, count_B, _ = losses.row_losses(self.task, model, inputs)
+        loss = nll_B.sum() / (count_B.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        trainer: Any = self
+        rows = self.eval_rows if eval_dataset is None else eval_dataset
+        found = losses.of_rows(self.task, trainer.model, rows, trainer.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_loss": found.mean}
+        trainer.log(metrics)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+
+class LoraPlus:
+    """Mixin for a Trainer: B learns `plus_ratio` times as fast as A where the ratio is set."""
+
+    plus_ratio: float | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        trainer: Any = self
+        if self.plus_ratio is None or trainer.optimizer is not None:
+            return super().create_optimizer()  # type: ignore[misc]
+        trainer.optimizer = create_loraplus_optimizer(
+            trainer.model,
+            torch.optim.AdamW,
+            lr=trainer.args.learning_rate,
+            loraplus_lr_ratio=self.plus_ratio,
+            weight_decay=trainer.args.weight_decay,
+            loraplus_weight_decay=trainer.args.weight_decay,
+        )
+        return trainer.optimizer
+
+
+class AdapterTrainer(TaskLoss, LoraPlus, Trainer):
+    """The Trainer that `fit` runs."""
+
+    def __init__(self, task: Task, eval_rows: Sequence[Features], plus_ratio: float | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.task, self.eval_rows, self.plus_ratio = task, eval_rows, plus_ratio
+        # Our loss divides by the global count itself; the Trainer must not divide by the accumulation again.
+        self.model_accepts_loss_kwargs = True
+
+
+class GradientProof(TrainerCallback):
+    """Before the first step, every trained tensor has a gradient, and some adapter a non-zero one.
+
+    Gradient checkpointing in particular can cut the adapters off without a word (peft#1142).
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0 or getattr(self, "done", False):
+            return
+        self.done = True
+        learned = adapters.trained(kwargs["model"])
+        without = [name for name, p in learned.items() if p.grad is None]
+        if without:
+            raise ProofError(f"No gradient reaches {without[0]} and {len(without) - 1} more trained tensors.")
+        if not any(bool(p.grad.any()) for p in learned.values()):
+            raise ProofError("The gradient of every trained tensor is zero: nothing can be learned from these rows.")
+
+
+class Interrupt(TrainerCallback):
+    """On SIGINT or SIGTERM, finish the step, save a checkpoint and stop; a second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.previous[number] = signal.signal(number, self._ask)
+            except ValueError:  # only the main thread may; elsewhere its owner decides
+                return
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each logged line to `metrics.jsonl`, with tokens per second and peak memory in bytes."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self.path, self.clock = path, clock
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed run goes on after the step it resumes from; a new one starts the file anew.
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step] if state.global_step else []
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "train_runtime" in logs:
+            return
+        logs.update(self.clock.read())  # for the callbacks after this one too
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Clock:
+    """Tokens and seconds since training began, and the peak memory so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.trainer: Any = None
+        self.began = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Returns `tokens`, `tokens_per_s` and `peak_bytes`."""
+        tokens = self.trainer.tokens_seen
+        return {
+            "tokens": tokens,
+            "tokens_per_s": round(tokens / (time.perf_counter() - self.began), 1),
+            "peak_bytes": peak_bytes(self.device),
+        }
+
+
+class Rows(Dataset):
+    """Rendered rows in memory."""
+
+    def __init__(self, rows: Sequence[Features]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Features:
+        return self.rows[index]
+
+
+class Streamed(IterableDataset):
+    """Rows rendered as they are read; `make` opens the source anew for each pass."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __iter__(self) -> Any:
+        yield from self.make()
+
+
+def fit(
+    task: Task,
+    base: Base,
+    model: peft.PeftModel,
+    rows: Sequence[Features] | Streamed,
+    eval_rows: Sequence[Features],
+    config: RunConfig,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> Fit:
+    """Returns what training the adapter did; `model` holds the result, the best one where it was evaluated.
+
+    Raises:
+        ProofError: no gradient reached the adapter, or a frozen weight changed.
+        AdapterError: there is no checkpoint to resume from.
+    """
+    out, train = config.out, config.train
+    out.mkdir(parents=True, exist_ok=True)
+    interrupt, clock = Interrupt(), Clock(base.device)
+    chosen = [GradientProof(), interrupt, MetricsFile(out / METRICS, clock), *callbacks]
+    if train.patience is not None:
+        chosen.append(EarlyStoppingCallback(train.patience))
+    trainer = AdapterTrainer(
+        task,
+        eval_rows,
+        config.lora.plus_ratio,
+        model=model,
+        args=arguments(train, out, base, evaluated=bool(eval_rows)),
+        train_dataset=rows if isinstance(rows, Streamed) else Rows(rows),
+        eval_dataset=Rows(eval_rows) if eval_rows else None,
+        data_collator=task.collate,
+        callbacks=chosen,
+    )
+    trainer.remove_callback(PrinterCallback)
+    clock.trainer = trainer
+    frozen = adapters.frozen_digest(model)
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    resumed = newest_checkpoint(out) if config.resume else None
+    with losses.mixed_precision(model):
+        clock.began = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        seconds = time.perf_counter() - clock.began
+    if adapters.frozen_digest(model) != frozen:
+        raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
+    return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.asked)
+
+
+def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> TrainingArguments:
+    """Returns the Trainer's arguments for ours; nothing is reported anywhere unless it was named."""
+    evaluates = evaluated and train.eval_steps is not None
+    save_steps = train.save_steps or (train.eval_steps if evaluates else None)
+    return TrainingArguments(
+        output_dir=str(out / CHECKPOINTS),
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulate,
+        num_train_epochs=train.epochs,
+        max_steps=train.steps or -1,
+        learning_rate=train.lr,
+        lr_scheduler_type=SCHEDULES[train.schedule],
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.clip,
+        optim="adamw_torch",
+        seed=train.seed,
+        data_seed=train.seed,
+        bf16=base.dtype == torch.bfloat16,
+        fp16=base.dtype == torch.float16,
+        use_cpu=base.device.type == "cpu",
+        dataloader_pin_memory=base.device.type == "cuda",
+        gradient_checkpointing=train.checkpoint_activations,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if train.checkpoint_activations else None,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_steps if evaluates else None,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        save_total_limit=3,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
+        logging_steps=train.log_steps,
+        # The default writes the running mean over a loss that is not a number.
+        logging_nan_inf_filter=False,
+        report_to=list(train.report_to) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def newest_checkpoint(out: Path) -> Path:
+    """Returns the newest complete checkpoint of a run. Raises AdapterError where there is none."""
+    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if not found:
+        raise AdapterError(f"{out}: there is no checkpoint to resume from; run without --resume.")
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the largest memory so far: of this process on a CPU, of the allocator on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

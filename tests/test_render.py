@@ -1,0 +1,498 @@
+"""Rows to ids and labels: what is trained with each family of templates, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stock_templates import (
+    CHATML,
+    CHATML_TAGGED,
+    LLAMA3,
+    MISTRAL_LATE_SYSTEM,
+    STOCK,
+    tokenizer_of,
+)
+
+from lora_ft.data import template as template_module
+from lora_ft.data.formats import Chat, Pair, Text
+from lora_ft.data.render import (
+    IGNORE,
+    ChatRenderer,
+    Rendered,
+    coloured,
+    marked,
+    render_all,
+    render_completion,
+)
+from lora_ft.errors import MaskError
+
+CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def system(content: str) -> dict:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str | None, **more: object) -> dict:
+    return {"role": "assistant", "content": content, **more}
+
+
+def tool(content: str) -> dict:
+    return {"role": "tool", "content": content, "tool_call_id": "call00001", "name": "weather"}
+
+
+def chat(*messages: dict, tools: tuple[dict, ...] = ()) -> Chat:
+    return Chat("train.jsonl:17", messages, tools)
+
+
+def trained(tokenizer, rendered: Rendered) -> list[str]:
+    return re.findall("«(.*?)»", marked(tokenizer, rendered), re.DOTALL)
+
+
+def problem(renderer: ChatRenderer, row: Chat) -> str:
+    with pytest.raises(MaskError) as caught:
+        renderer.render(row)
+    assert str(caught.value).startswith("train.jsonl:17: ")
+    return str(caught.value)
+
+
+# Every stock template, on any conversation
+
+# Marks and control tokens apart, anything goes.
+characters = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Cn"], exclude_characters="«»<>[]|\ufeff")
+inner = st.text(st.one_of(characters, st.sampled_from(" \n\t.aeinos")), min_size=1, max_size=40)
+said = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["", " ", "\n", "\n\n "]),
+    inner.map(str.strip).filter(bool),
+    st.sampled_from(["", " ", "\n", " \n"]),
+)
+exchanges = st.lists(st.tuples(said, said, st.sampled_from([1, 1, 0])), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("name", list(STOCK))
+def test_trained_is_each_answer_with_its_end_of_turn_and_nothing_else(name: str) -> None:
+    stock, tokenizer = STOCK[name], tokenizer_of(name)
+    renderer = ChatRenderer(tokenizer, 100_000)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(st.one_of(st.none(), said), exchanges)
+    def holds(instruction: str | None, talk: list[tuple[str, str, int]]) -> None:
+        messages = [system(instruction)] if instruction and stock.system else []
+        expected = []
+        for place, (ask, answer, weight) in enumerate(talk):
+            messages += [user(ask), assistant(answer, weight=weight)]
+            last = place == len(talk) - 1
+            shown = answer.strip() if stock.trims else answer
+            if last and name == "qwen3":
+                shown = shown.lstrip("\n")
+            if weight:
+                expected.append((stock.last_lead if last else stock.lead) + shown + stock.tail + stock.end)
+        if not expected:
+            assert "no message to train on" in problem(renderer, chat(*messages))
+            return
+        rendered = renderer.render(chat(*messages))
+        assert trained(tokenizer, rendered) == expected
+        assert rendered.labels[0] == IGNORE
+        assert all(label in (IGNORE, token) for token, label in zip(rendered.input_ids, rendered.labels, strict=True))
+        # What generation is given is what training showed, up to where training starts.
+        only = renderer.render(chat(*({**message, "weight": 0} for message in messages[:-1]), assistant(talk[-1][1])))
+        prompt = renderer.prompt(messages[:-1])
+        assert only.input_ids[: len(prompt)] == prompt
+        assert only.labels[: len(prompt)] == [IGNORE] * len(prompt)
+        assert IGNORE not in only.labels[len(prompt) : len(prompt) + 1]
+
+    holds()
+
+
+@pytest.mark.parametrize("name", list(STOCK))
+def test_ways_in_use(name: str) -> None:
+    expected = ("generation tags", "prefixes") if "tagged" in name else ("sentinels", "prefixes")
+    assert ChatRenderer(tokenizer_of(name), 512).ways == expected
+
+
+def test_ids_are_those_of_transformers() -> None:
+    for name in STOCK:
+        tokenizer = tokenizer_of(name)
+        # No word of the answer's start was learned together with a line break.
+        messages = [user("What is 2+3?"), assistant("5 is the sum.")]
+        rendered = ChatRenderer(tokenizer, 512).render(chat(*messages))
+        assert tokenizer.decode(rendered.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        if name != "llama3":  # here the prompt's "\n\n" is one token, as when a model answers
+            assert rendered.input_ids == tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
+def test_bos_is_the_templates_word() -> None:
+    row = chat(user("hi"), assistant("yes"))
+    for name, count in (("llama3", 1), ("gemma", 1), ("zephyr", 0), ("chatml", 0)):
+        tokenizer = tokenizer_of(name)
+        renderer = ChatRenderer(tokenizer, 512)
+        for ids in (renderer.render(row).input_ids, renderer.prompt(row.messages[:1])):
+            assert (ids.count(tokenizer.bos_token_id) if tokenizer.bos_token else 0) == count
+    tokenizer = tokenizer_of("llama2")
+    two = chat(user("a"), assistant("b"), user("c"), assistant("d"))
+    assert ChatRenderer(tokenizer, 512).render(two).input_ids.count(tokenizer.bos_token_id) == 2
+
+
+def test_one_token_may_be_both_eos_and_the_bos_of_the_next_exchange() -> None:
+    tokenizer = tokenizer_of("llama2")
+    tokenizer.bos_token = tokenizer.eos_token
+    renderer = ChatRenderer(tokenizer, 512)
+    rendered = renderer.render(chat(user("a"), assistant("b"), user("c"), assistant("d")))
+    assert trained(tokenizer, rendered) == [" b </s>", " d </s>"]
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    with pytest.raises(MaskError, match="stands twice, at tokens 0 and 1"):
+        ChatRenderer(tokenizer, 512).render(chat(user("a"), assistant("b")))
+
+
+def test_a_pair_is_one_exchange() -> None:
+    renderer = ChatRenderer(tokenizer_of("chatml"), 512)
+    assert renderer.render(Pair("a:1", "hi", "yes")) == renderer.render(Chat("a:1", (user("hi"), assistant("yes"))))
+
+
+def test_a_default_system_message_is_not_trained_and_an_opening_answer_is() -> None:
+    tokenizer = tokenizer_of("smollm2")
+    rendered = ChatRenderer(tokenizer, 512).render(chat(assistant("Welcome!"), user("hi"), assistant("yes")))
+    assert trained(tokenizer, rendered) == ["Welcome!<|im_end|>", "yes<|im_end|>"]
+
+
+def test_a_conversation_may_end_with_the_user_or_hold_answers_in_a_row() -> None:
+    tokenizer = tokenizer_of("chatml")
+    renderer = ChatRenderer(tokenizer, 512)
+    rendered = renderer.render(chat(user("hi"), assistant("one"), assistant("two"), user("bye")))
+    assert trained(tokenizer, rendered) == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_weight_zero_turns_get_no_label() -> None:
+    for name in ("chatml", "chatml-tagged", "llama2", "qwen3"):
+        tokenizer = tokenizer_of(name)
+        row = chat(user("a"), assistant("secret", weight=0), user("b"), assistant("public", weight=1))
+        (only,) = trained(tokenizer, ChatRenderer(tokenizer, 512).render(row))
+        assert "public" in only
+        assert "secret" not in only
+    nothing = chat(user("a"), assistant("b", weight=0))
+    assert "no message to train on" in problem(ChatRenderer(tokenizer_of("chatml"), 512), nothing)
+    assert "no message to train on" in problem(ChatRenderer(tokenizer_of("chatml"), 512), chat(user("a")))
+
+
+def test_openais_other_forms_of_content() -> None:
+    tokenizer = tokenizer_of("chatml")
+    renderer = ChatRenderer(tokenizer, 512)
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    rendered = renderer.render(chat(user("a"), assistant(parts), user("b"), assistant(None, refusal="I cannot.")))
+    assert trained(tokenizer, rendered) == ["one two<|im_end|>", "I cannot.<|im_end|>"]
+    picture = chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, assistant("a cat"))
+    assert "messages[0].content has a part of type 'image_url'; only text" in problem(renderer, picture)
+
+
+def test_developer_becomes_system_unless_the_template_names_it() -> None:
+    row = chat({"role": "developer", "content": "Be brief."}, user("hi"), assistant("yes"))
+    tokenizer = tokenizer_of("chatml")
+    assert "<|im_start|>system\nBe brief." in marked(tokenizer, ChatRenderer(tokenizer, 512).render(row))
+    knowing = tokenizer_of("chatml", "{# developer #}" + CHATML)
+    assert "<|im_start|>developer\nBe brief." in marked(knowing, ChatRenderer(knowing, 512).render(row))
+
+
+# What templates do unasked
+
+
+def test_thinking_is_kept_for_the_last_turn_only_by_name() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    renderer = ChatRenderer(tokenizer, 512)
+    assert renderer.rules == (template_module.REWRITES, template_module.EMPTY_THINKING)
+    thinking = "<think>\nHm, {}.\n</think>\n\n{}"
+    row = chat(user("a"), assistant(thinking.format("b", "B")), user("c"), assistant(thinking.format("d", "D")))
+    assert trained(tokenizer, renderer.render(row)) == ["B<|im_end|>", "<think>\nHm, d.\n</think>\n\nD<|im_end|>"]
+    as_field = chat(user("c"), assistant("D", reasoning_content="Hm, d."))
+    assert trained(tokenizer, renderer.render(as_field)) == ["<think>\nHm, d.\n</think>\n\nD<|im_end|>"]
+
+
+def test_an_empty_think_block_is_trained_where_generation_starts_before_it() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    renderer = ChatRenderer(tokenizer, 512)
+    assert trained(tokenizer, renderer.render(chat(user("a"), assistant("B")))) == [
+        "<think>\n\n</think>\n\nB<|im_end|>"
+    ]
+    # The same template asked to put the block into the prompt: generation starts after it, and so does training.
+    in_prompt = STOCK["qwen3"].template.replace(
+        "{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}"
+    )
+    tokenizer = tokenizer_of("qwen3", in_prompt)
+    renderer = ChatRenderer(tokenizer, 512)
+    assert trained(tokenizer, renderer.render(chat(user("a"), assistant("B")))) == ["B<|im_end|>"]
+    assert tokenizer.decode(renderer.prompt([user("a")])).endswith("</think>\n\n")
+
+
+def test_a_think_tag_that_only_the_prompt_opens_is_left_out_of_it() -> None:
+    tokenizer = tokenizer_of("deepseek")
+    renderer = ChatRenderer(tokenizer, 512)
+    assert renderer.rules == (template_module.OPENS_THINKING, template_module.DROPS_THINKING)
+    row = chat(user("a"), assistant("<think>\nb\n</think>\n\nB"), user("c"), assistant("D"))
+    assert trained(tokenizer, renderer.render(row)) == [
+        "\n\nB<｜end▁of▁sentence｜>",
+        "D<｜end▁of▁sentence｜>",
+    ]
+    assert tokenizer.decode(renderer.prompt([user("a")])).endswith("<｜User｜>a<｜Assistant｜>")
+
+
+def test_thinking_that_the_template_drops_from_the_last_turn_is_refused() -> None:
+    row = chat(user("a"), assistant("<think>\nbecause\n</think>\n\nB"))
+    assert "messages[1] thinks, but the chat template drops thinking" in problem(
+        ChatRenderer(tokenizer_of("deepseek"), 512), row
+    )
+    field = chat(user("a"), assistant("B", reasoning_content="because"))
+    assert "messages[1] thinks" in problem(ChatRenderer(tokenizer_of("chatml"), 512), field)
+
+
+def test_the_third_way_steps_in_when_a_row_defeats_one() -> None:
+    # The prompt is written differently for a last user message, which only prefixes notice.
+    marking = CHATML_TAGGED.replace(
+        "{{ '<|im_start|>' + message['role'] + '\n' }}",
+        "{{ '<|im_start|>' + message['role'] + '\n' }}{% if loop.last and message['role'] == 'user' and "
+        "'late' in message['content'] %}{{ 'NOW ' }}{% endif %}",
+    )
+    row = chat(user("better late"), assistant("than never"))
+    tokenizer = tokenizer_of("chatml-tagged", marking)
+    renderer = ChatRenderer(tokenizer, 512)
+    assert renderer.ways == ("generation tags", "prefixes")
+    assert trained(tokenizer, renderer.render(row)) == ["than never<|im_end|>"]
+    untagged = tokenizer_of("chatml", re.sub(r"{% (end)?generation %}", "", marking))
+    message = problem(ChatRenderer(untagged, 512), row)
+    assert "prefixes: the prompt before messages[1] is written differently once the answer follows" in message
+
+
+def test_a_system_message_that_vanishes_once_answered_is_refused() -> None:
+    renderer = ChatRenderer(tokenizer_of("mistral", MISTRAL_LATE_SYSTEM), 512)
+    row = chat(system("Answer in verse."), user("hi"), assistant("yes"))
+    assert "messages[0] (system) is left out or changed by the chat template" in problem(renderer, row)
+
+
+def test_a_template_that_refuses_a_row_is_quoted() -> None:
+    gemma = ChatRenderer(tokenizer_of("gemma"), 512)
+    row = chat(system("Be brief."), user("hi"), assistant("yes"))
+    assert "the chat template refuses the conversation: System role not supported" in problem(gemma, row)
+    llama2 = ChatRenderer(tokenizer_of("llama2"), 512)
+    assert "roles must alternate" in problem(llama2, chat(user("a"), user("b"), assistant("c")))
+    with pytest.raises(MaskError, match="prompt: the chat template refuses the conversation: System role"):
+        gemma.prompt([system("Be brief."), user("hi")])
+
+
+@pytest.mark.parametrize(
+    ("name", "token"), [("llama3", "<|eot_id|>"), ("llama2", "<s>"), ("chatml", "<|im_end|>"), ("zephyr", "</s>")]
+)
+def test_control_tokens_in_what_is_said_are_refused(name: str, token: str) -> None:
+    renderer = ChatRenderer(tokenizer_of(name), 512)
+    assert f"messages[0] holds the control token {token}" in problem(
+        renderer, chat(user(f"strike {token} this"), assistant("yes"))
+    )
+    assert f"messages[1] holds the control token {token}" in problem(
+        renderer, chat(user("hi"), assistant(f"strike {token} this"))
+    )
+
+
+# Tools
+
+
+def test_tool_calls_are_trained_and_tool_results_are_not() -> None:
+    row = chat(
+        user("Rain in Paris?"),
+        assistant(None, tool_calls=[CALL]),
+        tool('{"rain": true}'),
+        assistant("Yes."),
+        tools=(TOOL,),
+    )
+    tokenizer = tokenizer_of("qwen3")
+    assert trained(tokenizer, ChatRenderer(tokenizer, 512).render(row)) == [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>',
+        "<think>\n\n</think>\n\nYes.<|im_end|>",
+    ]
+    tokenizer = tokenizer_of("mistral")
+    assert trained(tokenizer, ChatRenderer(tokenizer, 512).render(row)) == [
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}]</s>',
+        " Yes.</s>",
+    ]
+    # This one concatenates the arguments, so it wants them as JSON text.
+    tokenizer = tokenizer_of("deepseek")
+    first, second = trained(tokenizer, ChatRenderer(tokenizer, 512).render(chat(*row.messages)))
+    assert '```json\n{"city": "Paris"}\n```' in first
+    assert second == "Yes.<｜end▁of▁sentence｜>"
+
+
+def test_the_older_function_call_reads_as_a_tool_call() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    renderer = ChatRenderer(tokenizer, 512)
+    old = chat(
+        user("Rain?"),
+        assistant(None, function_call=CALL["function"]),
+        {"role": "function", "name": "weather", "content": "rain"},
+        assistant("Yes."),
+    )
+    new = chat(user("Rain?"), assistant(None, tool_calls=[CALL]), tool("rain"), assistant("Yes."))
+    assert renderer.render(old) == renderer.render(new)
+
+
+def test_a_call_with_words_before_it_is_trained_whole() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    row = chat(user("Rain?"), assistant("Let me look.", tool_calls=[CALL, CALL]), tool("rain"), assistant("Yes."))
+    first, _ = trained(tokenizer, ChatRenderer(tokenizer, 512).render(row))
+    assert first.startswith("Let me look.\n<tool_call>")
+    assert first.count('"arguments": {"city": "Paris"}') == 2
+
+
+def test_a_template_that_leaves_out_tools_or_calls_is_refused() -> None:
+    lenient = LLAMA3.replace("message['content'] |", "(message['content'] or '') |")
+    renderer = ChatRenderer(tokenizer_of("llama3", lenient), 512)
+    unseen = chat(user("Rain?"), assistant("Yes."), tools=(TOOL,))
+    assert "the row has tools, but the chat template does not write them" in problem(renderer, unseen)
+    unheard = chat(user("Rain?"), assistant(None, tool_calls=[CALL]), tool("rain"), assistant("Yes."))
+    assert "the chat template does not write tool_calls, so such a turn would be trained empty" in problem(
+        renderer, unheard
+    )
+
+
+def test_a_template_that_insists_on_tools_is_taken_at_its_word() -> None:
+    strict = "{% if messages[-1]['content'] == 'Rain?' and not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer = tokenizer_of("qwen3", strict + STOCK["qwen3"].template)
+    row = chat(user("Rain?"), assistant("Yes."), user("And"), assistant("Rain?"), tools=(TOOL,))
+    assert trained(tokenizer, ChatRenderer(tokenizer, 512).render(row))[0] == "Yes.<|im_end|>"
+
+
+def test_a_tool_result_that_is_left_out_is_refused() -> None:
+    source = STOCK["qwen3"].template.replace("<tool_response>\\n' + message.content + '", "<tool_response>\\n' + '")
+    assert source != STOCK["qwen3"].template
+    row = chat(user("Rain?"), assistant(None, tool_calls=[CALL]), tool("only drizzle"), assistant("Yes."))
+    assert "messages[2] (tool) is left out" in problem(ChatRenderer(tokenizer_of("qwen3", source), 512), row)
+
+
+def test_arguments_that_are_not_json_are_refused() -> None:
+    bad = {**CALL, "function": {"name": "weather", "arguments": "{city"}}
+    row = chat(user("Rain?"), assistant(None, tool_calls=[bad]))
+    assert "messages[1]: the arguments of weather are not JSON" in problem(
+        ChatRenderer(tokenizer_of("qwen3"), 512), row
+    )
+
+
+def test_a_second_template_for_tools_is_examined_too() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": STOCK["qwen3"].template}
+    renderer = ChatRenderer(tokenizer, 512)
+    assert trained(tokenizer, renderer.render(chat(user("a"), assistant("b")))) == ["b<|im_end|>"]
+    (with_tools,) = trained(tokenizer, renderer.render(chat(user("a"), assistant("b"), tools=(TOOL,))))
+    assert with_tools == "<think>\n\n</think>\n\nb<|im_end|>"
+    tokenizer.chat_template = {"tool_use": STOCK["qwen3"].template}
+    with pytest.raises(MaskError, match="no default"):
+        ChatRenderer(tokenizer, 512)
+
+
+# Without a template
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "llama2"])
+def test_a_completion_is_trained_with_eos_and_its_prompt_is_not(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    rendered = render_completion(tokenizer, Pair("a:1", "What is 2+3? The sum is", " 5."), 512)
+    assert trained(tokenizer, rendered) == [" 5." + tokenizer.eos_token]
+    assert rendered.input_ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
+    ended = render_completion(tokenizer, Pair("a:1", "What is 2+3? The sum is", " 5." + tokenizer.eos_token), 512)
+    assert ended == rendered
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.sampled_from(["chatml", "llama3", "llama2"]), inner, inner)
+def test_a_prompt_is_tokenized_as_at_generation(name: str, prompt: str, completion: str) -> None:
+    tokenizer = tokenizer_of(name)
+    rendered = render_completion(tokenizer, Pair("a:1", prompt, completion), 512)
+    alone = tokenizer(prompt)["input_ids"]
+    assert rendered.input_ids[: len(alone)] == alone
+    assert rendered.labels == [*([IGNORE] * len(alone)), *rendered.input_ids[len(alone) :]]
+    assert rendered.labels[-1] == tokenizer.eos_token_id
+    start = tokenizer.bos_token or ""
+    assert (
+        tokenizer.decode(rendered.input_ids).removeprefix(start).lstrip()
+        == (prompt + completion + tokenizer.eos_token).lstrip()
+    )
+
+
+def test_plain_text_is_trained_whole() -> None:
+    tokenizer = tokenizer_of("llama3")
+    rendered = render_completion(tokenizer, Text("a:1", "The sea."), 512)
+    assert rendered.labels == [IGNORE, *rendered.input_ids[1:]]
+    assert trained(tokenizer, rendered) == ["The sea.<|eot_id|>"]
+    tokenizer = tokenizer_of("chatml")
+    rendered = render_completion(tokenizer, Text("a:1", "The sea."), 3)
+    assert rendered.labels == [IGNORE, *rendered.input_ids[1:]]
+    assert len(rendered.labels) == 3
+
+
+def test_completions_that_cannot_be_trained_are_refused() -> None:
+    tokenizer = tokenizer_of("llama3")
+    row = Pair("a.jsonl:3", "What is the capital of France?", " Paris.")
+    whole = render_completion(tokenizer, row, 512)
+    start = next(place for place, label in enumerate(whole.labels) if label != IGNORE)
+    assert render_completion(tokenizer, row, start + 1).labels[-1] == whole.labels[start]
+    with pytest.raises(MaskError, match=rf"^a.jsonl:3: has {len(whole.labels)} tokens.*--data.max-length {start}"):
+        render_completion(tokenizer, row, start)
+    with pytest.raises(MaskError, match=r"a.jsonl:3: the BOS token <\|begin_of_text\|> stands twice"):
+        render_completion(tokenizer, Text("a.jsonl:3", "<|begin_of_text|>The sea."), 512)
+    tokenizer.eos_token = None
+    with pytest.raises(MaskError, match=r"a.jsonl:3: the tokenizer has no EOS token"):
+        render_completion(tokenizer, row, 512)
+
+
+# Many rows, and the view
+
+
+def test_all_problems_of_all_rows_are_raised_once() -> None:
+    renderer = ChatRenderer(tokenizer_of("gemma"), 512)
+    good = Chat("a:1", (user("hi"), assistant("yes")))
+    bad = [Chat(f"a:{line}", (system("x"), user("hi"), assistant("yes"))) for line in (2, 4)]
+    with pytest.raises(MaskError) as caught:
+        render_all(renderer.render, [good, bad[0], good, bad[1]])
+    assert [place.split(": ")[0] for place in caught.value.problems] == ["a:2", "a:4"]
+    assert [row.where for row in render_all(renderer.render, [good, good])] == ["a:1", "a:1"]
+
+
+def test_the_coloured_view_is_the_marked_one() -> None:
+    tokenizer = tokenizer_of("llama2")
+    rendered = ChatRenderer(tokenizer, 512).render(chat(user("a b"), assistant("c d"), user("e"), assistant("f")))
+    view = coloured(tokenizer, rendered)
+    green = [view.plain[span.start : span.end] for span in view.spans if "green" in str(span.style)]
+    assert green == trained(tokenizer, rendered) == [" c d </s>", " f </s>"]
+    assert view.plain == re.sub("[«»]", "", marked(tokenizer, rendered))
+
+
+def test_a_row_takes_a_few_milliseconds() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    renderer = ChatRenderer(tokenizer, 4096)
+    row = chat(user("What is the capital of France? " * 5), assistant("The capital of France is Paris. " * 5))
+    took = []
+    for _ in range(15):
+        start = time.perf_counter()
+        renderer.render(row)
+        took.append(time.perf_counter() - start)
+    # Ordinary is under 1 ms; the bound only catches work that belongs to the template being done for each row.
+    assert min(took) < 0.01
+
+
+def test_the_row_itself_is_left_alone() -> None:
+    messages = (user("Rain?"), assistant(None, tool_calls=[CALL], weight=1), tool("rain"), assistant("Yes."))
+    before = json.dumps(messages)
+    ChatRenderer(tokenizer_of("qwen3"), 512).render(chat(*messages))
+    assert json.dumps(messages) == before
