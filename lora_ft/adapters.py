@@ -67,6 +67,7 @@ def attach(
         use_rslora=config.uses_rslora,
         use_dora=config.dora,
         init_lora_weights=True if config.init in ("default", "loftq") else config.init,
+        eva_config=peft.EvaConfig() if config.init == "eva" else None,
         modules_to_save=[*base.task_heads, *config.save_modules] or None,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
@@ -75,8 +76,6 @@ def attach(
         base_model_name_or_path=base.source.repo or base.source.name,
         revision=base.source.revision,
     )
-    if config.init == "eva":
-        settings.eva_config = peft.EvaConfig()
     # PEFT would write the folder that the weights were read from.
     base.model.name_or_path = settings.base_model_name_or_path
     set_seed(seed)
@@ -146,6 +145,8 @@ def save(model: peft.PeftModel, folder: Path) -> None:
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     path = folder / CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
+    # A and B are in the file, so whoever loads it must not start them anew.
+    settings.update(init_lora_weights=True, eva_config=None)
     if hasattr(model, "start"):
         _save_difference(model.start, folder, settings)
     # PEFT turns sets into lists in hash order.
@@ -213,8 +214,9 @@ def find_base(record: dict[str, Any], base_name: str | None = None) -> sources.S
     digest = sources.weights_digest(source.folder)
     if digest != record["weights_sha256"]:
         raise AdapterError(
-            f"This adapter belongs to {record['name']} ({record['origin']}) with weights {record['weights_sha256'][:16]}, "
-            f"but {source.name} ({source.origin}) has weights {digest[:16]}: an adapter works on its own base only."
+            f"This adapter belongs to {record['name']} ({record['origin']}) with weights "
+            f"{record['weights_sha256'][:16]}, but {source.name} ({source.origin}) has weights {digest[:16]}: "
+            "an adapter works on its own base only."
         )
     return source
 
@@ -299,7 +301,7 @@ def _save_difference(start: dict[str, torch.Tensor], folder: Path, settings: dic
             tensors[name] = torch.cat([tensors[name], -begun], dim=1)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     growth = 2**0.5 if settings["use_rslora"] else 2
-    settings.update(r=2 * settings["r"], lora_alpha=growth * settings["lora_alpha"], init_lora_weights=True)
+    settings.update(r=2 * settings["r"], lora_alpha=growth * settings["lora_alpha"])
     settings["rank_pattern"] = {name: 2 * rank for name, rank in settings["rank_pattern"].items()}
     settings["alpha_pattern"] = {name: growth * alpha for name, alpha in settings["alpha_pattern"].items()}
 
@@ -348,7 +350,7 @@ def _token_rows(
 
 
 def _correct_quantization_error(model: peft.PeftModel, base: Base) -> None:
-    """Starts A and B so that s B A is the best rank-r correction of the NF4 error (Li et al. 2023, arXiv 2310.08659)."""
+    """Starts A and B so that s B A is the best correction of the NF4 error (Li et al. 2023, arXiv 2310.08659)."""
     inner = model.get_base_model()
     config = copy.deepcopy(inner.config)
     if hasattr(config, "quantization_config"):

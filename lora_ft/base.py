@@ -164,7 +164,7 @@ def keep_weights_in_place(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
 def heads(config: PreTrainedConfig, model_class: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -5,6 +5,7 @@ Shapes: M outputs, K inputs, R rank, V tokens of the vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,12 @@ def read(folder: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
         UnsupportedModelError: the adapter is of a kind that cannot be merged file by file.
     """
     tensors = load_file(folder / adapters.WEIGHTS)
-    inner = peft.get_peft_model(skeleton, adapters.lora_settings(folder)).get_base_model()
+    settings = adapters.lora_settings(folder)
+    # Else PEFT warns that it renames the base.
+    skeleton.name_or_path = settings.base_model_name_or_path
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        inner = peft.get_peft_model(skeleton, settings).get_base_model()
     taken = _Taken(tensors)
     found: dict[str, Change] = {}
     tied: list[tuple[str, Any]] = []

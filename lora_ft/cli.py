@@ -17,7 +17,7 @@ import tyro
 
 from lora_ft import __version__
 from lora_ft.config import Metric, RunConfig, TaskName, cli
-from lora_ft.errors import Interrupted, LoraFtError, ProofError
+from lora_ft.errors import Interrupted, LoraFtError
 
 Adapter = tyro.conf.Positional[Path]
 
@@ -129,15 +129,14 @@ def quickstart(config: QuickstartConfig) -> None:
 
 
 def train(config: RunConfig) -> None:
-    from lora_ft import runs, seal
+    from lora_ft import runs
 
     if config.dry_run:
         print(json.dumps(runs.dry_run(config), indent=2))
         return
     finished = runs.run(config)
-    finished.release()
-    _require(seal.verify(finished.folder), finished.folder)
-    print(f"{finished.folder}: adapter of {finished.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
+    finished.prove()
+    print(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
     print(finished.summary())
 
 
@@ -173,7 +172,9 @@ def chat(config: ChatConfig) -> None:
     def answer(text: str) -> str:
         messages.append({"role": "user", "content": text})
         prompt = loaded.task.renderer.prompt(messages)  # type: ignore[attr-defined]
-        reply = generate(loaded.model, loaded.base.tokenizer, [prompt], sampling=sampling, stop_ids=loaded.task.end_ids())
+        reply = generate(
+            loaded.model, loaded.base.tokenizer, [prompt], sampling=sampling, stop_ids=loaded.task.end_ids()
+        )
         messages.append({"role": "assistant", "content": reply[0]})
         return reply[0]
 
@@ -194,15 +195,13 @@ def verify(config: VerifyConfig) -> None:
     else:
         for check in verdict.checks:
             print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}; {check.rule}")
-    _require(verdict, config.model or config.adapter)
+    verdict.require(config.model or config.adapter)
 
 
 def merge(config: MergeConfig) -> None:
     from lora_ft.merge import merge as merge_adapter
 
-    done = merge_adapter(
-        config.adapter, config.out, onto=config.onto, dtype=config.dtype, base_name=config.base
-    )
+    done = merge_adapter(config.adapter, config.out, onto=config.onto, dtype=config.dtype, base_name=config.base)
     for name, candidate in done["candidates"].items():
         print(f"onto {name}: KL to the adapter {candidate['kl']:.3g} nats")
     print(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
@@ -230,7 +229,8 @@ def data_check(config: DataCheckConfig) -> None:
             console.print(tokenizer.decode(row["input_ids"]), markup=False)
         else:
             console.print(coloured(tokenizer, Rendered(example.where, row["input_ids"], row["labels"])))
-    print(f"{Path(config.file).name}: {len(rows)} {config.task} rows, {sum(lengths)} tokens, longest {max(lengths)}; all good")
+    name = Path(config.file).name
+    print(f"{name}: {len(rows)} {config.task} rows, {sum(lengths)} tokens, longest {max(lengths)}; all good")
 
 
 def doctor(config: DoctorConfig) -> None:
@@ -257,7 +257,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status of the command in `argv`: 0 done and proven, 1 mend it, 2 wrong, 3 disproven, 130 stopped."""
+    """Returns the exit status: 0 done and proven, 1 for the user to mend, 2 wrong usage, 3 disproven, 130 stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(words[:2]) if words[:1] == ["data"] else " ".join(words[:1])
     if name in ("", "-h", "--help", "data", "data --help"):
@@ -270,12 +270,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-ft has no command {name!r}.\n\n{_usage()}", file=sys.stderr)
         return 2
     options, command = COMMANDS[name]
+    return _finish(
+        lambda: command(cli(options, words[len(name.split()) :], prog=f"lora-ft {name}")), ["lora-ft", *words]
+    )
+
+
+def run_recipe(recipe: type[RunConfig], argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status of a recipe: `lora-ft train` with the recipe's own defaults."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return _finish(lambda: train(cli(recipe, words)), ["python", sys.argv[0], *words])
+
+
+def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
+    """Returns the exit status of `action`, having printed what the user should know of its failure."""
     _quiet()
     try:
-        command(cli(options, words[len(name.split()) :], prog=f"lora-ft {name}"))
+        action()
     except Interrupted as stopped:
-        resume = [word for word in words if word != "--resume"]
-        print(f"{stopped}\n  {shlex.join(['lora-ft', *resume, '--resume'])}", file=sys.stderr)
+        again = [word for word in command if word != "--resume"]
+        print(f"{stopped}\n  {shlex.join([*again, '--resume'])}", file=sys.stderr)
         return stopped.exit_status
     except LoraFtError as error:
         print(error, file=sys.stderr)
@@ -284,12 +297,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Stopped.", file=sys.stderr)
         return Interrupted.exit_status
     return 0
-
-
-def _require(verdict: Any, what: Path) -> None:
-    if not verdict.passed:
-        failed = "; ".join(f"{check.name} ({check.found})" for check in verdict.checks if not check.passed)
-        raise ProofError(f"{what} does not do what its seal says. Failed: {failed}.")
 
 
 def _usage() -> str:
@@ -320,7 +327,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
     table = Table(*head)
     for row in rows:
-        table.add_row(*[f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row])
+        table.add_row(
+            *[f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
+        )
     Console().print(table)
 
 

@@ -216,7 +216,7 @@ def cli(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None
     typed = list(sys.argv[1:] if argv is None else argv)
     saved: list[str] = []
     while (at := _config_flag(typed)) is not None:
-        flag, _, joined = typed[at].partition("=")
+        _, _, joined = typed[at].partition("=")
         if not joined and at + 1 == len(typed):
             raise ConfigError("--config needs a file, such as --config runs/mine/config.yaml.")
         path = Path(joined or typed[at + 1])
@@ -287,7 +287,9 @@ def _read_yaml(path: Path) -> Any:
 def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
     """Yields the flags that the mapping `tree` stands for; positional fields come bare."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines{f' under {prefix[:-1]}' if prefix else ''}, got {tree!r}.")
+        raise ConfigError(
+            f"{path}: expected `key: value` lines{f' under {prefix[:-1]}' if prefix else ''}, got {tree!r}."
+        )
     hints = typing.get_type_hints(cls, include_extras=True)
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -71,9 +71,11 @@ def device_name(device: torch.device) -> str:
 def embeddings_are_tied(model: Any) -> bool:
     """Returns whether the output embeddings are the input embeddings, adapters on either one counted."""
     output, inputs = model.get_output_embeddings(), model.get_input_embeddings()
-    if any(hasattr(module, "lora_A") for module in (output, inputs)):
+    if output is None or inputs is None or any(hasattr(module, "lora_A") for module in (output, inputs)):
         return False
-    return output is not None and inputs is not None and output.weight is inputs.weight
+    # PEFT's wrapper for trained tokens makes a new matrix on each access; what it wraps is what is tied.
+    first, second = (getattr(module, "token_adapter", module) for module in (output, inputs))
+    return getattr(first, "base_layer", first).weight is getattr(second, "base_layer", second).weight
 
 
 def file_sha256(path: Path) -> str:

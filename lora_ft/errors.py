@@ -61,7 +61,7 @@ class ProofError(LoraFtError, RuntimeError):
     exit_status = 3
 
 
-class Interrupted(LoraFtError):
+class Interrupted(LoraFtError):  # noqa: N818 - it is no error, only an end
     """The run was asked to stop, and has saved a checkpoint that it can go on from."""
 
     exit_status = 130

@@ -12,7 +12,8 @@ from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
 from lora_ft.tasks import Features, Task
 
-REPLY_TOKENS = 256
+# Longest reply generated, over the longest one wanted: what runs on further is wrong already.
+ROOM = 1.5
 
 
 def compare(
@@ -30,7 +31,7 @@ def compare(
     `loss_change_interval` is the 95% interval of the adapter's loss less the base's, by paired bootstrap over rows.
 
     Args:
-        names: metrics on generated replies; each reply takes up to 256 tokens.
+        names: metrics on generated replies.
         note: told what is being measured, for a progress display.
     """
     note("measuring the base")
@@ -48,14 +49,17 @@ def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Se
     """Returns the metrics `names` of replies generated greedily for `examples`."""
     if not names:
         return {}
+    found = replies(task, model, examples)
+    return score_replies(found, [task.question(example)[1] for example in examples], names)
+
+
+def replies(task: Task, model: Any, examples: Sequence[Example]) -> list[str]:
+    """Returns the model's greedy replies to the prompts of `examples`, cut at 1.5 times the longest one wanted."""
     asked = [task.question(example) for example in examples]
-    return score_replies(replies(task, model, [prompt for prompt, _ in asked]), [want for _, want in asked], names)
-
-
-def replies(task: Task, model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Returns the model's greedy replies to prompts given as token ids."""
-    tokenizer = task.tokenizer
-    return generate(model, tokenizer, prompts, sampling=Sampling(REPLY_TOKENS), stop_ids=task.end_ids())
+    longest = max(len(ids) for ids in task.tokenizer([want for _, want in asked])["input_ids"])
+    sampling = Sampling(max_new_tokens=int(ROOM * longest) + 1)
+    prompts = [prompt for prompt, _ in asked]
+    return generate(model, task.tokenizer, prompts, sampling=sampling, stop_ids=task.end_ids())
 
 
 def score_replies(found: Sequence[str], wanted: Sequence[str], names: Sequence[Metric]) -> dict[str, float]:

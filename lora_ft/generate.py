@@ -7,7 +7,6 @@ beginning is computed for one row and repeated for the others.
 from __future__ import annotations
 
 import copy
-import os.path
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +67,9 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
     Every prompt keeps at least one token of its own, since the model must be run on something.
     """
-    common = len(os.path.commonprefix([list(prompt) for prompt in prompts]))
-    common = min(common, min(map(len, prompts)) - 1)
+    columns = enumerate(zip(*prompts, strict=False))
+    shortest = min(map(len, prompts))
+    common = min(next((i for i, column in columns if len(set(column)) > 1), shortest), shortest - 1)
     return common if common >= SHORTEST_SHARED else 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import shutil
 import statistics
 import tempfile
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 
 REPORT = "merge_report.json"
 Onto = Literal["original", "dequantized"]
-# A block of rows in float32 is 64 MiB, so that no layer is ever whole in float32.
-BLOCK = 1 << 24
+# A block of rows in float32 is 16 MiB, so that no layer is ever whole in float32.
+BLOCK = 1 << 22
 # Below it, rounding to the saved dtype visibly weakens the adapter.
 ENOUGH_SURVIVES = 0.9
 
@@ -77,9 +78,11 @@ def merge(
             made.mkdir()
             survivals[kind] = _write(parts, made, kind, saved_dtype)
             distance = seal.drift(parts.sealed, parts.task, seal.load_merged(parts.task, made, "cpu")[0])
-            candidates[kind] = {"kl": distance, "passes": distance <= seal.SHARE * parts.sealed.effect}
+            # JSON has no word for what is not a number.
+            measured = distance if math.isfinite(distance) else None
+            candidates[kind] = {"kl": measured, "passes": distance <= seal.SHARE * parts.sealed.effect}
             log.info("merged onto %s weights: KL to the adapter is %.3g nats", kind, distance)
-        chosen = min(kinds, key=lambda kind: candidates[kind]["kl"])
+        chosen = min(kinds, key=lambda kind: math.inf if candidates[kind]["kl"] is None else candidates[kind]["kl"])
         report = _report(parts, chosen, saved_dtype, candidates, survivals[chosen])
         made = Path(scratch) / chosen
         (made / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -87,9 +90,11 @@ def merge(
             out.rmdir()
         made.rename(out)
     if not candidates[chosen]["passes"]:
+        found = candidates[chosen]["kl"]
         raise ProofError(
-            f"{out} was written, but is not proven: KL to the adapter is {candidates[chosen]['kl']:.3g} nats, and must "
-            f"be at most {report['threshold']:.3g}, a tenth of what the adapter changes. {' '.join(report['hints'])}"
+            f"{out} was written, but is not proven: KL to the adapter is "
+            f"{'not a number' if found is None else f'{found:.3g} nats'}, and must be at most "
+            f"{report['threshold']:.3g}, a tenth of what the adapter changes. {' '.join(report['hints'])}"
         )
     return report
 

@@ -41,7 +41,7 @@ class JsonMatch(evaluate.Metric):
         }
 
 
-METRICS = {"exact_match": ExactMatch, "json_match": JsonMatch}
+METRICS: dict[str, type[Any]] = {"exact_match": ExactMatch, "json_match": JsonMatch}
 
 
 def compute(name: str, predictions: Sequence[str], references: Sequence[str]) -> Mapping[str, float]:

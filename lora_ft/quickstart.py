@@ -12,12 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_ft import evaluate, runs, seal, tasks
 from lora_ft import base as bases
-from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lora_ft import evaluate, runs, seal, tasks
+from lora_ft.config import DataConfig, LoraConfig, Metric, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
-from lora_ft.errors import ProofError
 from lora_ft.merge import merge
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 TRAIN_ROWS = 420
 HELD_OUT_ROWS = 100
 SHOTS = 3
-METRIC = "json_match"
+METRIC: Metric = "json_match"
 
 
 def quickstart(folder: Path) -> None:
@@ -45,19 +44,17 @@ def quickstart(folder: Path) -> None:
     shots = meetings.rows(SHOTS, "train", seed=1)
     with console.status("measuring the base with three examples in the prompt"), model.disable_adapter():
         few_shot = _score(task, model, held_out, shots)
+    del model
+    with console.status("loading the adapter anew and replaying its seal"):
+        finished.prove()
     with console.status("merging"):
         merged_folder = folder / "merged"
         report = merge(finished.folder, merged_folder)
-    del model
-    finished.release()
     merged = bases.load(str(merged_folder), quant="none")
     with console.status("measuring the merged model"):
         merged_score = _score(task, merged.model, held_out)
     del merged
-    verdicts = {
-        finished.folder: seal.verify(finished.folder),
-        merged_folder: seal.verify(finished.folder, model_folder=merged_folder),
-    }
+    seal.verify(finished.folder, model_folder=merged_folder).require(merged_folder)
 
     metrics = finished.metrics
     columns = {
@@ -66,22 +63,18 @@ def quickstart(folder: Path) -> None:
         "adapter": metrics["adapter"],
         "merged": merged_score,
     }
-    _show_samples(console, finished.samples)
+    _show_samples(console, finished.page.samples)
     console.print(_table(columns))
     console.print(
         f"trained on {finished.fit.tokens:,} tokens in {finished.fit.seconds:.0f} s: {finished.summary()}\n"
-        f"adapter {finished.adapter_bytes / 2**20:.1f} MiB in {finished.folder}; merged onto {report['onto']} weights "
-        f"in {merged_folder}\nall of it in {time.perf_counter() - began:.0f} s\n\nNext:\n"
+        f"adapter {finished.page.adapter_bytes / 2**20:.1f} MiB in {finished.folder}; "
+        f"merged onto {report['onto']} weights in {merged_folder}\nall of it in {time.perf_counter() - began:.0f} s\n\nNext:\n"
         f"  lora-ft chat {finished.folder}\n"
         f"  lora-ft evaluate {finished.folder} --data {folder / 'held_out.jsonl'} --metrics {METRIC}\n"
         f"  lora-ft train chat --base smollm2-135m --data.train YOUR.jsonl --data.eval 0.1 --out runs/mine",
         highlight=False,
         soft_wrap=True,
     )
-    for what, verdict in verdicts.items():
-        if not verdict.passed:
-            failed = ", ".join(check.name for check in verdict.checks if not check.passed)
-            raise ProofError(f"{what} does not do what its seal says; failed: {failed}.")
 
 
 def config(folder: Path) -> RunConfig:
@@ -113,7 +106,8 @@ def _write_rows(path: Path, rows: Sequence[Chat]) -> None:
 
 
 def _table(columns: dict[str, dict[str, float]]) -> Table:
-    table = Table("held-out rows right", *columns, title=f"{HELD_OUT_ROWS} sentences with names and phrasings never trained on")
+    title = f"{HELD_OUT_ROWS} held-out sentences: new names, titles and phrasings"
+    table = Table("right", *columns, title=title)
     for key in (METRIC, *(f"{METRIC}.{field}" for field in meetings.FIELDS)):
         name = "whole JSON" if key == METRIC else key.removeprefix(f"{METRIC}.")
         table.add_row(name, *[f"{values[key]:.0%}" for values in columns.values()])

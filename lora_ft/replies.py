@@ -100,8 +100,8 @@ def kl(ids_NK: torch.Tensor, logp_NK: torch.Tensor, logits_NV: torch.Tensor) -> 
         kept_rest_N, live_rest_N = (1 - p_NK.exp().sum(dim=1) for p_NK in (kept_NK, live_NK))
         ratio_N = kept_rest_N.clamp_min(NO_REST).log() - live_rest_N.clamp_min(NO_REST).log()
         kl_N = kl_N + torch.where(kept_rest_N > NO_REST, kept_rest_N * ratio_N, 0.0)
-    # Log-probabilities kept in float32 can put it a hair below zero.
-    return max(0.0, float(kl_N.mean()))
+    # Log-probabilities kept in float32 can put it a hair below zero; what is not a number stays so.
+    return float(kl_N.mean().clamp_min(0))
 
 
 def _log_softmax(logits_NV: torch.Tensor) -> torch.Tensor:

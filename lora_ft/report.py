@@ -149,10 +149,11 @@ def snippet(summary: Summary) -> str:
     if quant != "none":
         arguments.append("quantization_config=quantization")
     imported = [auto_class, "AutoTokenizer"] + (["BitsAndBytesConfig"] if quant != "none" else [])
-    out = ["import torch"] + (["from lora_ft import sources"] if resolved else []) + ["from peft import PeftModel"]
+    ours = ["from lora_ft import environment, sources"] if resolved else []
+    out = (["from pathlib import Path", ""] if resolved else []) + ["import torch", *ours, "from peft import PeftModel"]
     out += [f"from transformers import {', '.join(imported)}", ""]
-    out.append(_base_line(base, resolved))
-    out += ['adapter = "."  # this folder; elsewhere its path, or the repository it was published to', ""]
+    out += ['adapter = "."  # this folder; elsewhere its path, or the repository it was published to']
+    out += [_base_line(base, resolved), ""]
     if quant != "none":
         heads = [name for name in summary.environment.get("left_whole", ()) if not re.search(r"\.\d+\.", name)]
         skipped = [f"llm_int8_skip_modules={_literal(heads)}"] if heads else []
@@ -299,7 +300,7 @@ def _portable(name: str) -> str:
 def _base_line(base: Mapping[str, Any], resolved: bool) -> str:
     name = _portable(str(base["name"]))
     if resolved:
-        return f"base = sources.resolve({_literal(name)}).folder  # plain safetensors, converted once"
+        return 'base = sources.recall(environment.read(Path(adapter))["base"]).folder  # the very weights trained on'
     if base.get("repo"):
         note = "" if base["source"] == "hub" else "  # not the weights trained on: see Base below"
         return f"base = {_literal(base['repo'])}{note}"

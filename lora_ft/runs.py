@@ -9,7 +9,7 @@ import logging
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lora_ft.data.formats import Example
 from lora_ft.errors import ConfigError, DataError, Interrupted, LoraFtError
 from lora_ft.progress import Bar
 from lora_ft.tasks import Features, Task
+from lora_ft.train import Streamed
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Rows:
     """The rows of a run: examples as read and features as the model takes them."""
 
     train: Sequence[Example]
-    train_features: Sequence[Features] | train.Streamed
+    train_features: Sequence[Features] | Streamed
     held_out: Sequence[Example]
     held_out_features: Sequence[Features]
     facts: dict[str, Any]
@@ -53,15 +54,21 @@ class Run:
     task: Task
     fit: train.Fit
     metrics: dict[str, dict[str, Any]]
-    kl_effect: float
-    """KL divergence of the adapter from its base on the sealed prompts, in nats a position."""
-    adapter_bytes: int
-    samples: list[dict[str, str]] = field(default_factory=list)
+    page: report.Summary
+    """What the card and the report say."""
 
-    def release(self) -> None:
-        """Lets go of the live model, so that a fresh one fits in memory."""
+    def prove(self) -> None:
+        """Lets go of the live model, loads the folder anew, and writes what its seal says into card and report.
+
+        Raises:
+            ProofError: the folder does not do what the run that wrote it did.
+        """
         del self.model, self.base
         gc.collect()
+        verdict = seal.verify(self.folder)
+        proof = {"kl_live": verdict.kl_live, "passed": verdict.passed}
+        report.write(self.folder, dataclasses.replace(self.page, seal=self.page.seal | proof))
+        verdict.require(self.folder)
 
     def summary(self) -> str:
         """Returns the one line that ends every training: speed, memory and the evaluation."""
@@ -80,7 +87,7 @@ def run(
     held_out: Sequence[Example] | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Returns the run that `config` describes; its adapter folder is complete, proven and loads with plain PEFT.
+    """Returns the run that `config` describes; its adapter folder is complete and sealed, and `Run.prove` tests it.
 
     Args:
         examples, held_out: rows already made, instead of those that `config.data` names.
@@ -115,7 +122,9 @@ def run(
     (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [Bar(console)])
     if fit.interrupted:
-        raise Interrupted(f"Stopped at step {fit.steps}; a checkpoint is saved. To go on: the same command with --resume")
+        raise Interrupted(
+            f"Stopped at step {fit.steps}; a checkpoint is saved. To go on: the same command with --resume"
+        )
     metrics: dict[str, dict[str, Any]] = {}
     if rows.held_out:
         with console.status("") as status:
@@ -158,10 +167,10 @@ def read_rows(
     facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": _digest(examples)}
     if held_out:
         facts["eval"] = {"name": _name(data.eval), "rows": len(held_out), "sha256": _digest(held_out)}
-    features: Sequence[Features] | train.Streamed
+    features: Sequence[Features] | Streamed
     if streamed:
         facts["train"] = {"name": _name(data.train), "rows": None, "sha256": None}
-        features = train.Streamed(lambda: _stream(config, task))
+        features = Streamed(lambda: _stream(config, task))
     else:
         features = tasks.featurize(task, examples)
     return Rows(examples, features, held_out, tasks.featurize(task, held_out), facts)
@@ -173,7 +182,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
-    if not isinstance(rows.train_features, train.Streamed):
+    if not isinstance(rows.train_features, Streamed):
         lengths = [len(row["input_ids"]) for row in rows.train_features]
         per_step = config.train.batch_size * config.train.accumulate
         steps = config.train.steps or int(config.train.epochs * -(-len(lengths) // per_step))
@@ -203,41 +212,35 @@ def _finish(
     )
     environment.write(out, record)
     sealed_rows = rows.held_out_features or rows.train_features
-    if isinstance(sealed_rows, train.Streamed):
+    if isinstance(sealed_rows, Streamed):
         sealed_rows = [row for row, _ in zip(sealed_rows, range(32), strict=False)]
     sealed = seal.make(task, base, model, sealed_rows, out)
-    samples = _samples(task, model, rows.held_out[:SAMPLES]) if config.data.metrics else []
-    size = (out / adapters.WEIGHTS).stat().st_size
-    report.write(
-        out,
-        report.Summary(
-            title=out.name,
-            task=config.task,
-            base=record["base"],
-            config=plain(config),
-            environment=record,
-            data=rows.facts,
-            metrics=metrics,
-            fit=dataclasses.asdict(fit) | {"tokens_per_s": fit.tokens_per_s},
-            seal={"kl_effect": sealed.effect, "rows": sum(len(batch["labels"]) for batch in sealed.batches)},
-            samples=samples,
-            adapter_bytes=size,
-            files={name: environment.file_sha256(out / name) for name in (adapters.WEIGHTS, adapters.CONFIG)},
-        ),
+    page = report.Summary(
+        title=out.name,
+        task=config.task,
+        base=record["base"],
+        config=plain(config),
+        environment=record,
+        data=rows.facts,
+        metrics=metrics,
+        fit=dataclasses.asdict(fit) | {"tokens_per_s": fit.tokens_per_s},
+        seal={"kl_effect": sealed.effect, "rows": sum(len(batch["labels"]) for batch in sealed.batches)},
+        samples=_samples(task, model, rows.held_out[:SAMPLES]) if config.data.metrics else [],
+        adapter_bytes=(out / adapters.WEIGHTS).stat().st_size,
+        files={name: environment.file_sha256(out / name) for name in (adapters.WEIGHTS, adapters.CONFIG)},
     )
+    report.write(out, page)
     shutil.rmtree(out / train.CHECKPOINTS, ignore_errors=True)
-    return Run(out, base, model, task, fit, metrics, sealed.effect, size, samples)
+    return Run(out, base, model, task, fit, metrics, page)
 
 
 def _samples(task: Task, model: Any, examples: Sequence[Example]) -> list[dict[str, str]]:
-    asked = [task.question(example) for example in examples]
-    prompts = [prompt for prompt, _ in asked]
     with model.disable_adapter():
-        before = evaluate.replies(task, model, prompts)
-    after = evaluate.replies(task, model, prompts)
+        before = evaluate.replies(task, model, examples)
+    after = evaluate.replies(task, model, examples)
     return [
-        {"prompt": _asked(example), "expected": want, "before": old, "after": new}
-        for example, (_, want), old, new in zip(examples, asked, before, after, strict=True)
+        {"prompt": _asked(example), "expected": task.question(example)[1], "before": old, "after": new}
+        for example, old, new in zip(examples, before, after, strict=True)
     ]
 
 
@@ -253,7 +256,9 @@ def _refuse_to_overwrite(config: RunConfig) -> None:
     if (config.out / adapters.WEIGHTS).exists():
         raise ConfigError(f"{config.out} already holds an adapter: choose another --out, or move that one away.")
     if not config.resume and (config.out / train.CHECKPOINTS).exists():
-        raise ConfigError(f"{config.out} holds checkpoints of an unfinished run: go on with --resume, or choose another --out.")
+        raise ConfigError(
+            f"{config.out} holds checkpoints of an unfinished run: go on with --resume, or choose another --out."
+        )
 
 
 def _split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -271,7 +276,7 @@ def _stream(config: RunConfig, task: Task) -> Iterator[Features]:
 
 
 def _first_batches(task: Task, rows: Rows, config: RunConfig) -> list[dict[str, Any]]:
-    if isinstance(rows.train_features, train.Streamed):
+    if isinstance(rows.train_features, Streamed):
         raise LoraFtError("lora.init=eva reads rows before training starts, which data.streaming does not allow.")
     size = config.train.batch_size
     starts = range(0, min(len(rows.train_features), EVA_BATCHES * size), size)

@@ -20,7 +20,7 @@ import torch
 from lora_ft import adapters, environment, sources, tasks
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, from_yaml
-from lora_ft.errors import AdapterError, ConfigError, ProofError, SourceError
+from lora_ft.errors import AdapterError, ConfigError, ProofError
 from lora_ft.replies import ask, canaries, distance, kl, likeliest, of_classes
 from lora_ft.tasks import Batch, Features, Task
 
@@ -85,6 +85,12 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    def require(self, what: Path) -> None:
+        """Raises ProofError, naming each check that failed, unless all passed."""
+        failed = "; ".join(f"{check.name} ({check.found})" for check in self.checks if not check.passed)
+        if failed:
+            raise ProofError(f"{what} does not do what its seal says. Failed: {failed}.")
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the verdict as JSON; what could not be measured is null."""
@@ -252,7 +258,7 @@ def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
     try:
         found = _shapes(path)
         tensors = safetensors.torch.load_file(path)
-    except (OSError, SourceError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         checks.add("tensors", False, f"{path.name} cannot be read: {error}", rule)
         return
     wanted = sealed.record["adapter_tensors"]

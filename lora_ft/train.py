@@ -107,6 +107,10 @@ class AdapterTrainer(TaskLoss, LoraPlus, Trainer):
         # Our loss divides by the global count itself; the Trainer must not divide by the accumulation again.
         self.model_accepts_loss_kwargs = True
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The adapter alone: PEFT would ask the hub about the vocabulary, the Trainer pickle its arguments.
+        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+
 
 class GradientProof(TrainerCallback):
     """Before the first step, every trained tensor has a gradient, and some adapter a non-zero one.
@@ -122,7 +126,7 @@ class GradientProof(TrainerCallback):
         without = [name for name, p in learned.items() if p.grad is None]
         if without:
             raise ProofError(f"No gradient reaches {without[0]} and {len(without) - 1} more trained tensors.")
-        if not any(bool(p.grad.any()) for p in learned.values()):
+        if not any(bool(p.grad.any()) for p in learned.values() if p.grad is not None):
             raise ProofError("The gradient of every trained tensor is zero: nothing can be learned from these rows.")
 
 

@@ -205,7 +205,7 @@ def test_the_snippet_is_a_program_that_loads_the_base_as_trained(task: str, quan
     given = {k.arg: ast.unparse(k.value) for k in load.keywords}
     assert given["dtype"] == "torch.bfloat16"
     assert ("revision" in given) == (base["source"] == "hub")
-    assert ("sources.resolve" in calls) == (base["source"] in ("wheel", "gguf"))
+    assert ("sources.recall" in calls) == (base["source"] in ("wheel", "gguf"))
     assert ("quantization_config" in given) == (quant != "none")
     if quant != "none":
         settings_given = {k.arg: ast.literal_eval(k.value) for k in calls["BitsAndBytesConfig"].keywords

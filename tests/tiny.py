@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT),
     "openai-gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT),
     "bert": ("BertModel", "BertConfig", _BERT),
+    "gpt-neox": (
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
 }
 """Name -> model class, configuration class and its small sizes."""
@@ -90,8 +96,6 @@ def model_folder(
 
 def split(folder: Path, shards: int) -> None:
     """Rewrites the weights in `folder` as `shards` files with an index, the way large models come."""
-    import json
-
     whole = folder / "model.safetensors"
     tensors = load_file(whole)
     names = sorted(tensors)
@@ -149,6 +153,7 @@ def run(
     steps: int = 20,
     lr: float = 5e-3,
     special_tokens: tuple[str, ...] = (),
+    features: list[tasks.Features] | None = None,
     sealed: bool = True,
     **lora: Any,
 ) -> Run:
@@ -173,7 +178,7 @@ def run(
         config_changes=made.config_changes(),
     )
     made.tokenizer = loaded.tokenizer  # type: ignore[attr-defined]
-    features = rows(task)
+    features = rows(task) if features is None else features
     if special_tokens:
         loaded.tokenizer.add_tokens(list(special_tokens), special_tokens=True)
         added = loaded.tokenizer.convert_tokens_to_ids(special_tokens[0])
@@ -188,11 +193,17 @@ def run(
         batches=[{k: v for k, v in made.collate(features[:6]).items() if k != "labels"}] * 8,
     )
     train.fit(made, loaded, model, features, [], settings)
-    adapters.save(model, out)
-    loaded.tokenizer.save_pretrained(out)
-    environment.write(out, environment.describe(loaded, task=made.facts()))
-    (out / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
+    write(out, loaded, model, made, settings)
     done = Run(out, base_folder, loaded, model, made, features)
     if sealed:
         done.seal = seal.make(made, loaded, model, features, out)
     return done
+
+
+def write(out: Path, loaded: base.Base, model: Any, task: tasks.Task, settings: config.RunConfig) -> None:
+    """Writes an adapter folder, all of it but the seal."""
+    out.mkdir(parents=True, exist_ok=True)
+    adapters.save(model, out)
+    loaded.tokenizer.save_pretrained(out)
+    environment.write(out, environment.describe(loaded, task=task.facts()))
+    (out / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")

@@ -107,3 +107,8 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Returns rows of token ids as int64 [B, T], the shorter ones filled on the right with `value`."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

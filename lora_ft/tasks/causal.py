@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lora_ft.data.render import IGNORE
-from lora_ft.tasks import Batch, Features, Scores, Task, pad
+from lora_ft.tasks import Batch, Features, Scores, Task, pad, unwrapped
 
 
 class Causal(Task):
@@ -43,5 +42,4 @@ class Causal(Task):
 
 
 def _keeps_logits(model: Any) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters

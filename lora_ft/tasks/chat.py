@@ -24,7 +24,7 @@ class Chat(Causal):
     def features(self, example: Example) -> Features:
         if not isinstance(example, Conversation | Pair):
             raise DataError([f"{example.where}: a {type(example).__name__.lower()} row is not a conversation; "
-                             "chat takes messages or prompt/completion rows, `complete` takes plain text."])  # fmt: skip
+                             "chat takes messages or prompt/completion rows, `complete` plain text."])  # fmt: skip
         rendered = self.renderer.render(example)
         return {"input_ids": rendered.input_ids, "labels": rendered.labels}
 

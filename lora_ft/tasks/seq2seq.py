@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 from lora_ft.data.formats import Example, Pair
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError
-from lora_ft.tasks import Batch, Features, Scores, Task, pad
+from lora_ft.tasks import Batch, Features, Scores, Task, pad, unwrapped
 
 
 class Seq2Seq(Task):
@@ -50,7 +50,7 @@ class Seq2Seq(Task):
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         labels_BT = batch["labels"]
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = unwrapped(model)
         shifted_BT = inner.prepare_decoder_input_ids_from_labels(labels=labels_BT)
         logits_BTV = model(
             input_ids=batch["input_ids"],

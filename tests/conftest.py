@@ -1,0 +1,9 @@
+"""Tests share two cores with whatever else runs, so thread pools must not spin."""
+
+import os
+
+# Set before torch starts its pool: spinning threads on a busy machine turn seconds into minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,274 @@
+"""The commands, from rows on disk to a merged model, on a tiny random Llama; exit statuses and messages."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_ft import runs
+from lora_ft.cli import main
+from tests import tiny
+
+FOLDER = {
+    "adapter_config.json", "adapter_model.safetensors", "config.yaml", "seal.safetensors", "seal.json", "metrics.jsonl",
+    "environment.json", "report.html", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md",
+}  # fmt: skip
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    """Conversations whose answer follows from the first word."""
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as stream:
+        for _ in range(count):
+            words = [rng.randrange(40, 200) for _ in range(rng.randrange(3, 8))]
+            kind = words[0] % 3
+            messages = [
+                {"role": "user", "content": " ".join(f"w{w}" for w in words)},
+                {"role": "assistant", "content": f"w{10 + kind} w{20 + kind}"},
+            ]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, rows and an adapter trained on them by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.model_folder(folder / "base")
+    write_rows(folder / "train.jsonl", 30)
+    write_rows(folder / "held_out.jsonl", 12, seed=1)
+    assert main(train_words(folder, folder / "adapter", "--data.metrics", "exact_match")) == 0
+    return folder
+
+
+def train_words(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("train", "chat", "--base", str(folder / "base"), "--out", str(out)),
+        *("--data.train", str(folder / "train.jsonl"), "--data.eval", str(folder / "held_out.jsonl")),
+        *("--train.epochs", "4", "--train.lr", "1e-2", "--lora.rank", "4", *more),
+    ]
+
+
+def test_training_writes_the_whole_folder_and_nothing_else(place):
+    assert {p.name for p in (place / "adapter").iterdir()} == FOLDER
+
+
+def test_nothing_in_the_folder_names_the_machine(place):
+    for file in (place / "adapter").iterdir():
+        if file.suffix != ".safetensors":
+            assert str(place) not in file.read_text(encoding="utf-8"), file.name
+
+
+def test_training_ends_with_speed_memory_and_evaluation(place, tmp_path, capsys):
+    assert main(train_words(place, tmp_path / "again")) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "tokens/s" in last
+    assert "peak" in last
+    assert "GiB" in last
+    assert "loss" in last
+
+
+def test_the_same_command_gives_the_same_adapter(place, tmp_path):
+    assert main(train_words(place, tmp_path / "again")) == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
+
+
+def test_the_saved_configuration_runs_again(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    weights = "adapter_model.safetensors"
+    assert main(["train", "--config", "adapter/config.yaml", "--base", "base", "--data.train", "train.jsonl",
+                 "--data.eval", "held_out.jsonl", "--out", str(tmp_path / "again")]) == 0  # fmt: skip
+    assert (tmp_path / "again" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
+
+
+def test_evaluate_gives_one_object_with_plain_names(place, capsys):
+    words = ["evaluate", str(place / "adapter"), "--data", str(place / "held_out.jsonl"), "--json"]
+    assert main([*words, "--metrics", "exact_match"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] < found["base"]["loss"]
+    assert found["loss_change_interval"][1] < 0
+    assert found["exact_match"] >= found["base"]["exact_match"] == 0
+    environment = json.loads((place / "adapter" / "environment.json").read_text())
+    assert environment["data"]["train"]["rows"] == 30
+
+
+def test_verify_passes_and_says_each_check(place, capsys):
+    assert main(["verify", str(place / "adapter")]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+    assert main(["verify", str(place / "adapter"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+
+
+def test_merge_then_verify_the_merged_model(place, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", str(place / "adapter"), "--out", str(out)]) == 0
+    assert "merged onto" in capsys.readouterr().out
+    report = json.loads((out / "merge_report.json").read_text())
+    assert set(report["candidates"]) == {"original", "dequantized"}
+    assert report["candidates"][report["onto"]]["kl"] == min(c["kl"] for c in report["candidates"].values())
+    assert main(["verify", str(place / "adapter"), "--model", str(out)]) == 0
+
+
+def test_verify_fails_with_3_on_another_model(place, tmp_path, capsys):
+    other = tiny.model_folder(tmp_path / "other", seed=5)
+    assert main(["verify", str(place / "adapter"), "--model", str(other)]) == 3
+    assert "does not do what its seal says" in capsys.readouterr().err
+
+
+def test_chat_answers_one_prompt(place, capsys):
+    assert main(["chat", str(place / "adapter"), "--prompt", "w42 w50 w60", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_dry_run_checks_rows_and_loads_no_weights(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs.bases, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert main(train_words(place, tmp_path / "never", "--dry-run")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["data"]["train"]["rows"] == 30
+    assert plan["steps"] == 4 * 8
+    assert plan["tokens"] > 30 * 5
+    assert not (tmp_path / "never").exists()
+
+
+def test_data_check_counts_and_shows(place, capsys):
+    words = ["data", "check", str(place / "train.jsonl"), "--base", str(place / "base"), "--show", "2"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "30 chat rows" in out
+    assert "train.jsonl:1" in out
+
+
+def test_bad_rows_are_all_named_and_the_status_is_1(place, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(
+        '{"messages": [{"role": "bot", "content": "w1"}]}\n{"messages": []}\n{"messages"\n', encoding="utf-8"
+    )
+    words = ["train", "chat", "--base", str(place / "base"), "--out", str(tmp_path / "x"), "--data.train", str(bad)]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert all(f"bad.jsonl:{line}:" in error for line in (1, 2, 3))
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["nonsense"], 2, "no command 'nonsense'"),
+        (["verify", "nowhere"], 3, "nowhere"),
+        (["evaluate", "nowhere", "--data", "rows.jsonl"], 1, "rows.jsonl"),
+        (["train", "--config", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
+        (["train", "chat", "--base", "./nowhere", "--out", "x", "--data.train", "y"], 1, "no such folder"),
+        (["merge", "nowhere", "--out", "x"], 1, "nowhere"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message(words, status, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_wrong_flags_exit_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "chat", "--base", "b", "--out", "o", "--lora.rnak", "3"])
+    assert caught.value.code == 2
+
+
+def test_an_adapter_is_never_overwritten(place, capsys):
+    assert main(train_words(place, place / "adapter")) == 2
+    assert "already holds an adapter" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_130_with_the_command_that_resumes(place, tmp_path, capsys, monkeypatch):
+    from lora_ft import train
+    from tests.test_train import StopAt
+
+    real = train.fit
+    monkeypatch.setattr(
+        train, "fit", lambda *args: real(*args[:-1], [*args[-1], StopAt(2, 2)]) if stop else real(*args)
+    )
+    stop = True
+    words = train_words(place, tmp_path / "run")
+    assert main(words) == 130
+    error = capsys.readouterr().err
+    assert error.strip().endswith("--resume")
+    assert str(tmp_path / "run") in error
+    assert main(words) == 2  # not silently from the start
+    stop = False
+    assert main([*words, "--resume"]) == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
+
+
+def test_the_base_is_found_again_or_asked_for(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_FT_HOME", str(tmp_path / "another machine"))
+    adapter = str(place / "adapter")
+    assert main(["chat", adapter, "--prompt", "w42"]) == 1
+    assert "name it with --base" in capsys.readouterr().err
+    assert main(["chat", adapter, "--prompt", "w42", "--max-new-tokens", "2", "--base", str(place / "base")]) == 0
+    other = tiny.model_folder(tmp_path / "other", seed=5)
+    assert main(["chat", adapter, "--prompt", "w42", "--base", str(other)]) == 1
+    assert "belongs to base" in capsys.readouterr().err
+
+
+def test_streaming_trains_on_rows_as_they_come(place, tmp_path):
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "6")
+    assert main(words) == 0
+    record = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert record["data"]["train"]["rows"] is None
+    assert record["fit"]["steps"] == 6
+
+
+def test_a_fraction_of_the_rows_is_held_out(place, tmp_path):
+    words = [word for word in train_words(place, tmp_path / "run") if "held_out" not in word]
+    words.insert(words.index("--data.eval") + 1, "0.2")
+    assert main(words) == 0
+    data = json.loads((tmp_path / "run" / "environment.json").read_text())["data"]
+    assert (data["train"]["rows"], data["eval"]["rows"]) == (24, 6)
+
+
+def test_complete_trains_on_plain_text(place, tmp_path):
+    text = tmp_path / "poem.txt"
+    text.write_text("\n\n".join(f"w{i} w{i + 1} w{i + 2}" for i in range(20)), encoding="utf-8")
+    words = ["train", "complete", "--base", str(place / "base"), "--out", str(tmp_path / "run")]
+    assert main([*words, "--data.train", str(text), "--train.steps", "8", "--train.lr", "1e-2"]) == 0
+
+
+def test_classify_keeps_its_labels_and_measures_accuracy(tmp_path, capsys):
+    base = tiny.model_folder(tmp_path / "base", "bert")
+    rows = tmp_path / "rows.jsonl"
+    rng = random.Random(0)
+    with rows.open("w", encoding="utf-8") as stream:
+        for _ in range(40):
+            word = rng.randrange(40, 200)
+            text = f"w{word} w{rng.randrange(40, 200)}"
+            stream.write(json.dumps({"text": text, "label": "low" if word < 120 else "high"}) + "\n")
+    words = ["train", "classify", "--base", str(base), "--out", str(tmp_path / "run"), "--data.train", str(rows)]
+    assert main([*words, "--data.eval", "0.2", "--train.steps", "30", "--train.lr", "5e-3"]) == 0
+    assert "accuracy" in capsys.readouterr().out.strip().splitlines()[-1]
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(rows), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] > found["base"]["accuracy"]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"] == "classify"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["task"] == {"labels": ["high", "low"]}
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "high", "1": "low"}
+
+
+def test_added_tokens_train_their_rows_only(place, tmp_path):
+    words = train_words(place, tmp_path / "run", "--data.special-tokens", "<|tool|>")
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["messages"][1]["content"] = "<|tool|> " + row["messages"][1]["content"]
+    marked = tmp_path / "marked.jsonl"
+    marked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words[words.index("--data.train") + 1] = str(marked)
+    assert main(words) == 0
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    vocabulary = json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"]
+    assert vocabulary == tiny.VOCAB + 1

@@ -1,0 +1,200 @@
+"""The one parser: flags, files, round trips, messages, and the frozen list of options."""
+
+import dataclasses
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig, cli, from_yaml, to_yaml
+from lora_ft.errors import ConfigError
+
+REQUIRED = ["chat", "--base", "smollm2-135m", "--out", "runs/x"]
+
+# Every option is a burden: adding one means adding it here, and at most 60 fit.
+OPTIONS = [
+    "task",
+    "base",
+    "out",
+    "quant",
+    "revision",
+    "resume",
+    "dry_run",
+    "lora.rank",
+    "lora.alpha",
+    "lora.dropout",
+    "lora.targets",
+    "lora.rslora",
+    "lora.dora",
+    "lora.plus_ratio",
+    "lora.init",
+    "lora.save_modules",
+    "lora.rank_pattern",
+    "lora.alpha_pattern",
+    "lora.train_tokens",
+    "data.train",
+    "data.eval",
+    "data.columns",
+    "data.max_length",
+    "data.special_tokens",
+    "data.metrics",
+    "data.streaming",
+    "train.batch_size",
+    "train.accumulate",
+    "train.epochs",
+    "train.steps",
+    "train.lr",
+    "train.schedule",
+    "train.warmup",
+    "train.weight_decay",
+    "train.clip",
+    "train.seed",
+    "train.dtype",
+    "train.checkpoint_activations",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.patience",
+    "train.log_steps",
+    "train.report_to",
+]
+
+
+def test_the_list_of_options_is_frozen() -> None:
+    found = []
+    for name, hint in get_type_hints(RunConfig).items():
+        nested = dataclasses.is_dataclass(hint)
+        found += [f"{name}.{f.name}" for f in dataclasses.fields(hint)] if nested else [name]
+    assert sorted(found) == sorted(OPTIONS)
+    assert len(found) < 60
+
+
+def test_every_option_is_read_by_the_library() -> None:
+    library = Path(__file__).parents[1] / "lora_ft"
+    code = "\n".join(p.read_text(encoding="utf-8") for p in library.rglob("*.py") if p.name != "config.py")
+    config = (library / "config.py").read_text(encoding="utf-8")
+    for option in OPTIONS:
+        field = option.rsplit(".", 1)[-1]
+        # rslora is read through the property that gives its default a meaning; eval's fraction likewise.
+        assert f".{field}" in code or f"self.{field}" in config, f"nothing reads {option}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--lora.rank-pattern", "q_proj", "4", "v_proj", "8", "--lora.alpha-pattern", "q_proj", "2.5"],
+        ["--lora.rslora", "False", "--lora.dora", "--lora.targets", "q_proj", "v_proj", "--lora.plus-ratio", "16"],
+        ["--train.lr", "1e-4", "--train.steps", "7", "--train.report-to", "wandb", "--train.checkpoint-activations"],
+        [
+            "--data.columns",
+            "prompt",
+            "a question",
+            "completion",
+            "b",
+            "--data.train",
+            "rows.jsonl",
+            "--data.eval",
+            "0.1",
+        ],
+        ["--data.streaming", "--train.steps", "3", "--data.special-tokens", "<a>", "<b>", "--quant", "none"],
+    ],
+)
+def test_a_saved_run_reads_back_equal(words: list[str], tmp_path: Path) -> None:
+    config = cli(RunConfig, [*REQUIRED, *words])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(RunConfig, saved) == config
+
+
+def test_resume_and_dry_run_belong_to_one_call_and_are_not_saved(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(cli(RunConfig, [*REQUIRED, "--resume", "--dry-run"])), encoding="utf-8")
+    again = cli(RunConfig, ["--config", str(saved), "--resume"])
+    assert again.resume
+    assert not again.dry_run
+
+
+def test_a_bare_flag_in_a_file_counts(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(
+        yaml.safe_dump({"task": "chat", "base": "b", "out": "o", "resume": True, "lora": {"dora": True}}),
+        encoding="utf-8",
+    )
+    config = from_yaml(RunConfig, saved)
+    assert config.resume
+    assert config.lora.dora
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(cli(RunConfig, [*REQUIRED, "--lora.rank", "4"])), encoding="utf-8")
+    assert cli(RunConfig, [f"--config={saved}", "--lora.rank", "6"]).lora.rank == 6
+
+
+def test_no_path_of_the_machine_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--data.train", str(tmp_path / "in" / "rows.jsonl"), "--data.eval", "/elsewhere/held_out.jsonl"]
+    text = to_yaml(cli(RunConfig, ["chat", "--base", "/models/tiny", "--out", str(tmp_path / "out"), *words]))
+    tree = yaml.safe_load(text)
+    assert (tree["base"], tree["out"]) == ("tiny", "out")
+    assert (tree["data"]["train"], tree["data"]["eval"]) == ("in/rows.jsonl", "held_out.jsonl")
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora:\n  rnak: 4\n", "unknown key `lora.rnak`; did you mean `lora.rank`?"),
+        ("zzz: 4\n", "unknown key `zzz`; known: task"),
+        ("- a\n", "expected `key: value` lines"),
+        ("lora: 4\n", "expected `key: value` lines under lora"),
+        ("a: [\n", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_remedy(text: str, message: str, tmp_path: Path) -> None:
+    saved = tmp_path / "run.yaml"
+    saved.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(RunConfig, saved)
+    assert message in str(caught.value)
+    assert "run.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--config: there is no file nowhere\.yaml"):
+        cli(RunConfig, ["--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraConfig(rank=0), "lora.rank must be at least 1, got 0."),
+        (lambda: LoraConfig(dropout=1.0), "lora.dropout must be in"),
+        (lambda: LoraConfig(rank_pattern={"q_proj": 0}), "lora.rank-pattern q_proj must be at least 1"),
+        (lambda: LoraConfig(targets=()), "lora.targets is empty"),
+        (lambda: DataConfig(eval="1.5"), "data.eval is a fraction"),
+        (lambda: DataConfig(eval="0.1", streaming=True), "data.eval must be a file"),
+        (lambda: TrainConfig(lr=0), "train.lr must be above 0"),
+        (lambda: TrainConfig(patience=2), "train.patience needs train.eval-steps"),
+        (lambda: TrainConfig(eval_steps=4, save_steps=6), "train.save-steps must be a multiple"),
+        (lambda: cli_run(lora=LoraConfig(init="pissa")), "lora.init=pissa rewrites the base weights"),
+        (lambda: cli_run(lora=LoraConfig(init="loftq"), quant="none"), "lora.init=loftq corrects the error of nf4"),
+        (lambda: cli_run(data=DataConfig(streaming=True)), "data.streaming needs train.steps"),
+    ],
+)
+def test_a_value_out_of_range_says_the_rule(make, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        make()
+    assert message in str(caught.value)
+
+
+def cli_run(**changes) -> RunConfig:
+    return RunConfig(task="chat", base="b", out=Path("o"), **changes)
+
+
+def test_rank_32_and_up_scales_by_the_root_of_the_rank() -> None:
+    assert not LoraConfig(rank=31).uses_rslora
+    assert LoraConfig(rank=32).uses_rslora
+    assert not LoraConfig(rank=64, rslora=False).uses_rslora
+    assert LoraConfig(rank=4, rslora=True).uses_rslora

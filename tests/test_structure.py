@@ -1,0 +1,130 @@
+"""The shape of the project: direction of imports, light start, packaging, house rules that a machine can hold."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "lora_ft"
+
+# A module may import those of its own layer and of the layers before it.
+LAYERS = [
+    {"errors", "__init__"},
+    {"config"},
+    {"sources", "base", "data"},
+    {"environment", "tasks"},
+    {"losses", "metrics", "weights"},
+    {"adapters"},
+    {"train", "generate", "progress"},
+    {"evaluate", "replies"},
+    {"changes"},
+    {"seal"},
+    {"merge"},
+    {"report"},
+    {"runs", "doctor"},
+    {"quickstart", "cli"},
+]
+
+
+def layer(module: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if module in names)
+
+
+def imported(file: Path) -> set[str]:
+    """Returns the top rooms of `lora_ft` that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "lora_ft":
+            names = {alias.name for alias in node.names}
+            found |= {name for name in names if (LIBRARY / f"{name}.py").exists() or (LIBRARY / name).is_dir()}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_ft."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for file in LIBRARY.rglob("*.py"):
+        room = file.relative_to(LIBRARY).parts[0].removesuffix(".py")
+        wrong += [f"{file.name} imports {name}" for name in imported(file) if layer(name) > layer(room)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_help_is_quick_and_imports_nothing_heavy(words):
+    command = [sys.executable, "-X", "importtime", "-m", "lora_ft.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "peft", "numpy", "bitsandbytes", "datasets"}
+    spent = []
+    for _ in range(5):  # processor time, and the best of five: other programs may hold the cores
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "lora_ft.cli", *words], capture_output=True)
+        after = os.times()
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(spent) < 0.5
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, lora_ft, lora_ft.config; print(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_nothing_shadows_the_package_kernels() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert not [p for p in tracked if p.endswith("kernels/__init__.py") or p.startswith("tests/kernels/")]
+
+
+def test_a_wheel_holds_the_library_and_its_templates_only(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lora_ft"}
+    assert {"lora_ft/py.typed", "lora_ft/templates/card.md.jinja", "lora_ft/templates/report.html.jinja"} <= set(names)
+
+
+def test_requirements_are_floors_and_every_one_has_a_tested_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    }
+    for requirement in project["dependencies"]:
+        name, _, floor = requirement.partition(">=")
+        assert floor, f"{requirement} has no floor"
+        assert "==" not in requirement
+        assert name.lower().replace("_", "-") in pinned
+
+
+@pytest.mark.parametrize(
+    "banned",
+    [
+        "torch.load(",
+        "import pickle",
+        "pickle.load",
+        "yaml.load(",
+        "shell=True",
+        "trust_remote_code=True",
+        "eval(",
+        "exec(",
+    ],
+)
+def test_code_that_runs_what_it_reads_is_absent(banned: str) -> None:
+    for file in LIBRARY.rglob("*.py"):
+        text = file.read_text(encoding="utf-8").replace(".eval()", "").replace("model.eval(", "")
+        assert banned not in text, f"{file.name} has {banned}"
+
+
+def test_no_telemetry() -> None:
+    for file in LIBRARY.rglob("*.py"):
+        assert "telemetry" not in file.read_text(encoding="utf-8").lower().replace("no telemetry", "")

@@ -1,0 +1,245 @@
+"""Training: the gradient of the global batch, seeds, proofs, checkpoints, signals; on a tiny random Llama."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from lora_ft import adapters, base, losses, tasks, train
+from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lora_ft.errors import AdapterError, ProofError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model_folder(tmp_path_factory.mktemp("base"))
+
+
+def prepared(
+    folder: Path, *, seed: int = 42, quant: str = "none", dtype="float32", **lora
+) -> tuple[tasks.Task, base.Base, peft.PeftModel]:
+    task = tasks.get("complete")
+    loaded = base.load(str(folder), quant=quant, dtype=dtype, device="cpu")
+    task.prepare(loaded.tokenizer, 64)
+    settings = LoraConfig(**{"rank": 4, "alpha": 16.0, **lora})
+    return task, loaded, adapters.attach(loaded, settings, peft_task=task.peft_task, seed=seed)
+
+
+def fit(
+    out: Path, folder: Path, rows, eval_rows=(), *, lora=None, quant="none", callbacks=(), resume=False, **settings
+):
+    """Returns what training did, and the weights of the adapter after it."""
+    settings = {"lr": 1e-2, "warmup": 0.0, "dtype": "float32", **settings}
+    task, loaded, model = prepared(
+        folder, seed=settings.get("seed", 42), quant=quant, dtype=settings["dtype"], **(lora or {})
+    )
+    config = RunConfig(
+        task="complete",
+        base=str(folder),
+        out=out,
+        quant=quant,
+        lora=LoraConfig(**{"rank": 4, "alpha": 16.0, **(lora or {})}),
+        data=DataConfig(),
+        train=TrainConfig(**settings),
+        resume=resume,
+    )
+    done = train.fit(task, loaded, model, rows, list(eval_rows), config, callbacks)
+    return done, {name: p.detach().clone() for name, p in adapters.trained(model).items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def uneven_rows(count: int = 8) -> list[tasks.Features]:
+    """Rows with very different numbers of labels, which a mean of means would weight wrongly."""
+    rows = tiny.rows("complete", count, seed=3)
+    for i, row in enumerate(rows):
+        if i % 2:
+            row["labels"] = [-100] * (len(row["labels"]) - 1) + row["labels"][-1:]
+    return rows
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 8), (2, 4), (4, 2)])
+def test_accumulating_gives_the_step_of_the_big_batch(tmp_path, folder, batch, accumulate):
+    rows = uneven_rows()
+    _, big = fit(tmp_path / "big", folder, rows, batch_size=8, steps=2, lr=1e-3)
+    _, small = fit(tmp_path / "small", folder, rows, batch_size=batch, accumulate=accumulate, steps=2, lr=1e-3)
+    for name, value in big.items():
+        torch.testing.assert_close(small[name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_mean_of_means_would_be_another_step(tmp_path, folder, monkeypatch):
+    rows = uneven_rows()
+    _, big = fit(tmp_path / "big", folder, rows, batch_size=8, steps=2, lr=1e-3)
+    right = train.TaskLoss.compute_loss
+    monkeypatch.setattr(
+        train.TaskLoss, "compute_loss", lambda self, model, inputs, *_, **__: right(self, model, inputs) / 8
+    )
+    _, wrong = fit(tmp_path / "wrong", folder, rows, batch_size=1, accumulate=8, steps=2, lr=1e-3)
+    assert any(not torch.allclose(wrong[name], big[name], rtol=1e-2, atol=1e-5) for name in big)
+
+
+def test_the_loss_of_rows_does_not_depend_on_how_they_are_batched(folder):
+    task, _, model = prepared(folder)
+    rows = uneven_rows(7)
+    one, seven = losses.of_rows(task, model, rows, 1), losses.of_rows(task, model, rows, 7)
+    assert one.count.sum() == sum(label != -100 for row in rows for label in row["labels"][1:])
+    assert one.mean == pytest.approx(seven.mean, abs=1e-5)
+    assert list(one.nll) == pytest.approx(list(seven.nll), abs=1e-4)
+
+
+def test_the_loss_is_that_of_the_plain_model(folder):
+    task, loaded, model = prepared(folder)
+    (row,) = uneven_rows(1)
+    ids = torch.tensor([row["input_ids"]])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits.double()
+    labels = torch.tensor(row["labels"])
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], ignore_index=-100, reduction="sum")
+    assert losses.of_rows(task, model, [row], 1).nll[0] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_one_seed_is_one_run_and_another_is_another(tmp_path, folder):
+    rows = tiny.rows("complete")
+    _, first = fit(tmp_path / "a", folder, rows, steps=4, batch_size=4, lora={"dropout": 0.2})
+    _, again = fit(tmp_path / "b", folder, rows, steps=4, batch_size=4, lora={"dropout": 0.2})
+    _, other = fit(tmp_path / "c", folder, rows, steps=4, batch_size=4, lora={"dropout": 0.2}, seed=7)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_the_seed_covers_the_start_of_the_adapter(folder):
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in adapters.trained(prepared(folder, seed=seed)[2]).items()}
+
+    torch.manual_seed(1)
+    first = start(5)
+    torch.manual_seed(2)
+    assert same(first, start(5))
+    assert not same(first, start(6))
+
+
+def test_a_quantized_base_is_frozen_and_checked(tmp_path, folder, monkeypatch):
+    fit(tmp_path / "good", folder, tiny.rows("complete"), steps=2, quant="nf4")
+
+    class Leak(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            norm = next(m for n, m in kwargs["model"].named_modules() if n.endswith("input_layernorm"))
+            norm.weight.data += 1e-3
+
+    with pytest.raises(ProofError, match="frozen weight of the base changed"):
+        fit(tmp_path / "bad", folder, tiny.rows("complete"), steps=2, quant="nf4", callbacks=[Leak()])
+
+
+def test_checkpointed_activations_give_the_same_gradients(tmp_path, folder):
+    rows = tiny.rows("complete")
+    _, kept = fit(tmp_path / "kept", folder, rows, steps=3, batch_size=4)
+    _, again = fit(tmp_path / "again", folder, rows, steps=3, batch_size=4, checkpoint_activations=True)
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_an_adapter_that_gets_no_gradient_stops_the_run(tmp_path, folder, monkeypatch):
+    class Cut(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            layer = next(m for n, m in kwargs["model"].named_modules() if n.endswith("0.self_attn.q_proj"))
+            layer.register_forward_hook(lambda module, inputs, output: output.detach())
+
+    with pytest.raises(ProofError, match=r"No gradient reaches .*q_proj"):
+        fit(tmp_path / "run", folder, tiny.rows("complete"), steps=2, callbacks=[Cut()])
+
+
+def test_lora_plus_trains_b_faster(tmp_path, folder):
+    rows = tiny.rows("complete")
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            names = {id(p): n for n, p in kwargs["model"].named_parameters()}
+            for group in kwargs["optimizer"].param_groups:
+                for p in group["params"]:
+                    seen["B" if "lora_B" in names[id(p)] else "A"] = group["lr"]
+
+    fit(tmp_path / "run", folder, rows, steps=1, lora={"plus_ratio": 16.0}, callbacks=[Look()])
+    assert seen["B"] == pytest.approx(16 * seen["A"])
+
+
+def test_metrics_hold_every_step_with_speed_and_memory(tmp_path, folder):
+    done, _ = fit(
+        tmp_path / "run", folder, tiny.rows("complete"), tiny.rows("complete", 4, seed=9), steps=4, eval_steps=2
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    assert all(line["tokens_per_s"] > 0 and line["peak_bytes"] > 1e6 for line in lines)
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines if "loss" in line)
+    assert done.tokens == lines[-1]["tokens"]
+    assert done.steps == 4
+
+
+def test_the_best_evaluated_adapter_is_the_one_kept(tmp_path, folder):
+    rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
+    # Rows whose answers contradict the held-out ones, at a high rate: the loss falls, then rises.
+    task, _, model = prepared(folder)
+    settings = {"steps": 40, "eval_steps": 4, "patience": 2, "batch_size": 4, "lr": 3e-2}
+    done, weights = fit(tmp_path / "run", folder, rows, held_out, **settings)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    model.load_state_dict(weights, strict=False)
+    assert losses.of_rows(task, model, held_out, 4).mean == pytest.approx(min(evaluated), rel=1e-4)
+    if done.steps < 40:  # stopped early: the last two evaluations were no better than the best before them
+        assert min(evaluated[-2:]) >= min(evaluated[:-2])
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resuming_ends_where_the_whole_run_does(tmp_path, folder, number):
+    rows = tiny.rows("complete", 12)
+    _, whole = fit(tmp_path / "whole", folder, rows, steps=6, batch_size=4)
+    stopped, _ = fit(tmp_path / "run", folder, rows, steps=6, batch_size=4, callbacks=[StopAt(2, number)])
+    assert stopped.interrupted
+    assert stopped.steps == 3
+    resumed, weights = fit(tmp_path / "run", folder, rows, steps=6, batch_size=4, resume=True)
+    assert resumed.steps == 6
+    assert same(weights, whole)
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path, folder):
+    with pytest.raises(AdapterError, match="no checkpoint to resume from"):
+        fit(tmp_path / "run", folder, tiny.rows("complete"), steps=2, resume=True)
+
+
+def test_a_constant_schedule_still_warms_up_and_steps_bound_the_run(tmp_path, folder):
+    done, _ = fit(
+        tmp_path / "run", folder, tiny.rows("complete"), steps=4, batch_size=4, schedule="constant", warmup=0.5, lr=1e-3
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+    assert done.steps == 4
+
+
+def test_a_16_bit_base_trains_a_float32_adapter(tmp_path, folder):
+    task, loaded, model = prepared(folder)
+    before = losses.of_rows(task, model, tiny.rows("complete"), 4).mean
+    _, weights = fit(tmp_path / "run", folder, tiny.rows("complete"), steps=12, batch_size=4, dtype="bfloat16")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    model.load_state_dict(weights, strict=False)
+    assert losses.of_rows(task, model, tiny.rows("complete"), 4).mean < before - 0.5
