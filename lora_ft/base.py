@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -44,7 +48,7 @@ class _Once(logging.Filter):
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
 
 # Sub-configurations that mark a model as one of images, sound or video.
-OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config")
+OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config", "num_mel_bins")
 
 
 @dataclass
@@ -120,6 +124,8 @@ def load(
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if stored:
+        _recast(model, compute_dtype)
     keep_weights_in_place(model)
     left_whole = whole_linears(model) if quant != "none" else ()
     if left_whole:
@@ -136,6 +142,9 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {error}") from None
+    # From a folder without one, transformers makes a tokenizer that knows nothing but its own special tokens.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise SourceError(f"{folder.name}: the base has no tokenizer: add its files, such as tokenizer.json.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -188,11 +197,27 @@ def whole_linears(model: nn.Module) -> tuple[str, ...]:
     return tuple(n for n, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is nn.Linear)
 
 
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Returns the model's configuration, without any name in it that makes transformers fetch code.
+
+    `attn_implementation` and `experts_implementation` can name a kernel on the hub, which loading the model downloads
+    and imports; which one to use is for this machine to say, not for the base.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if config._attn_implementation not in ("eager", "sdpa"):
+        config._attn_implementation = None
+    config._experts_implementation = None
+    return config
+
+
 def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        config = read_config(source.folder)
     except (ValueError, OSError) as error:
-        raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {error}") from None
+        reason = str(error).strip().splitlines()[0]
+        if "custom code" in reason:
+            reason = "it needs code of its own, and no code from a base is ever run"
+        raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {reason}") from None
     other = next((name for name in OTHER_MODALITIES if getattr(config, name, None) is not None), None)
     if other is not None:
         raise UnsupportedModelError(
@@ -204,6 +229,12 @@ def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
             f"{source.name} is a {config.model_type} model, which has no {model_class.__name__.removeprefix('Auto')} "
             "form: choose a task that fits it."
         )
+    reads_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if model_class is AutoModelForCausalLM and reads_ahead:
+        raise UnsupportedModelError(
+            f"{source.name} is a {config.model_type} model, which sees the words it would have to predict: choose "
+            "a task that fits it, such as classify, or a base that generates."
+        )
     return config
 
 
@@ -213,15 +244,32 @@ def _stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> boo
     if stored is None:
         return False
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method = "nf4" if stored.get("load_in_4bit") else "int8" if stored.get("load_in_8bit") else None
-    if method is None:
+    method = stored.get("quant_method", "bitsandbytes")
+    if method == "bitsandbytes":
+        four_bits = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "unknown"
+        method = "int8" if stored.get("load_in_8bit") else four_bits
+    if method not in ("nf4", "int8"):
         raise UnsupportedModelError(
-            f"{source.name} is stored in {stored.get('quant_method', 'an unknown')} quantization; bitsandbytes 4-bit "
-            "and 8-bit bases are supported. Use the unquantized model."
+            f"{source.name} is stored in {method} quantization; the nf4 and int8 of bitsandbytes are supported. Use "
+            "the unquantized model."
         )
     if method != quant:
         raise SourceError(f"{source.name} is stored as {method}, but --quant is {quant}: use --quant {method}.")
     return True
+
+
+def _recast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Computes in `dtype` what a stored quantization left whole, and with what it quantized, as in any other base.
+
+    transformers leaves a base that is already quantized in the dtype of the machine that stored it.
+    """
+    in_float32 = [re.compile(name.replace("*", ".*")) for name in model._get_dtype_plan(dtype)]
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(kept.search(name) for kept in in_float32):
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = dtype
 
 
 def _quantization(quant: Quant, dtype: torch.dtype, skipped: tuple[str, ...]) -> BitsAndBytesConfig | None:

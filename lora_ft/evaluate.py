@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_ft import losses, metrics
+from lora_ft import adapters, losses, metrics
 from lora_ft.config import Metric
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
@@ -35,7 +35,7 @@ def compare(
         note: told what is being measured, for a progress display.
     """
     note("measuring the base")
-    with model.disable_adapter():
+    with adapters.without(model):
         base_losses = losses.of_rows(task, model, rows, batch_size)
         base = _values(task, base_losses) | replies_match(task, model, examples, names)
     note("measuring the adapter")

@@ -7,7 +7,7 @@ beginning is computed for one row and repeated for the others.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers import DynamicCache
 
 from lora_ft import losses
 
+# Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.75 GB in float32.
+BATCH_TOKENS = 16384
 # Below this many common tokens a pass of its own costs more than it saves.
 SHORTEST_SHARED = 16
 
@@ -36,15 +38,12 @@ def generate(
     *,
     sampling: Sampling = Sampling(),
     stop_ids: Sequence[int] = (),
-    batch_size: int = 50,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Returns the text generated after each prompt, in the order of the prompts, special tokens left out.
 
     Args:
         prompts: token ids of each prompt; encoder-decoder models take them as the source.
         stop_ids: tokens that end a reply besides the model's own end of text.
-        on_batch: called with the number of replies done after each batch.
     """
     encoder_decoder = bool(model.config.is_encoder_decoder)
     shared = 0 if encoder_decoder or len(prompts) < 2 else shared_length(prompts)
@@ -52,13 +51,13 @@ def generate(
     replies = [""] * len(prompts)
     with losses.evaluating(model):
         cache = _prefill(model, prompts[0][:shared]) if shared else None
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            for i, reply in zip(chosen, _batch(model, tokenizer, [prompts[i] for i in chosen], shared, cache, sampling,
-                                               stop_ids), strict=True):  # fmt: skip
+        while order:
+            # The longest first: the memory of the whole run is known after one batch.
+            rows = max(1, BATCH_TOKENS // (len(prompts[order[-1]]) + sampling.max_new_tokens))
+            order, chosen = order[:-rows], order[-rows:]
+            made = _batch(model, tokenizer, [prompts[i] for i in chosen], shared, cache, sampling, stop_ids)
+            for i, reply in zip(chosen, made, strict=True):
                 replies[i] = reply
-            if on_batch is not None:
-                on_batch(start + len(chosen))
     return replies
 
 

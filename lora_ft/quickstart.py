@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_ft import base as bases
-from lora_ft import evaluate, runs, seal, tasks
+from lora_ft import adapters, evaluate, runs, seal, tasks
 from lora_ft.config import DataConfig, LoraConfig, Metric, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
@@ -42,7 +42,7 @@ def quickstart(folder: Path) -> None:
     finished = runs.run(config(folder), console=console)
     task, model = finished.task, finished.model
     shots = meetings.rows(SHOTS, "train", seed=1)
-    with console.status("measuring the base with three examples in the prompt"), model.disable_adapter():
+    with console.status("measuring the base with three examples in the prompt"), adapters.without(model):
         few_shot = _score(task, model, held_out, shots)
     del model
     with console.status("loading the adapter anew and replaying its seal"):

@@ -235,7 +235,7 @@ def _finish(
 
 
 def _samples(task: Task, model: Any, examples: Sequence[Example]) -> list[dict[str, str]]:
-    with model.disable_adapter():
+    with adapters.without(model):
         before = evaluate.replies(task, model, examples)
     after = evaluate.replies(task, model, examples)
     return [

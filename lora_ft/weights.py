@@ -92,6 +92,7 @@ class Weights:
         mapping = get_model_conversion_mapping(skeleton)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        ignored = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
         for stored in self.place:
             if STATISTICS.search(stored):
                 continue
@@ -106,7 +107,8 @@ class Weights:
             elif name in state:
                 written = stored
             else:
-                self.unused.append(stored)
+                if not any(pattern.search(name) for pattern in ignored):
+                    self.unused.append(stored)
                 continue
             self.stored_name[name], self.written_name[name] = stored, written
 

@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT),
     "openai-gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT),
     "bert": ("BertModel", "BertConfig", _BERT),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_LLAMA, "num_local_experts": 4}),
     "gpt-neox": (
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",

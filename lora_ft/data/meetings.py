@@ -151,7 +151,7 @@ def prompt(sentence: str, shots: Sequence[Chat] = ()) -> tuple[dict[str, Any], .
 
 def _meeting(rng: random.Random, words: Vocabulary) -> tuple[str, dict[str, Any]]:
     day = FIRST_DAY + timedelta(days=rng.randrange(DAYS))
-    minutes = 15 * rng.randrange(8 * 4, 19 * 4)
+    minutes = 15 * rng.randrange(9 * 4, 18 * 4)
     duration = rng.choice(list(DURATIONS))
     people = rng.sample(words.names, rng.choice((1, 2, 2, 3)))
     title = rng.choice(words.titles)
