@@ -1,3 +1,23 @@
 """Fine-tune a language model with small adapters, and prove that it worked."""
 
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Libraries below this one must not report its use to anybody.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+_ROOMS = ("adapters", "base", "config", "evaluate", "generate", "merge", "runs", "seal", "sources", "tasks", "train")
+__all__ = ["__version__", *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a module of the library, imported when it is first used: `lora_ft.base.load(...)`."""
+    if name in _ROOMS:
+        return importlib.import_module(f"lora_ft.{name}")
+    raise AttributeError(f"lora_ft has no {name!r}")

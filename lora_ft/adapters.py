@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import safetensors
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, set_seed
 from lora_ft import base as bases
 from lora_ft import environment, sources, tasks
 from lora_ft.base import Base
-from lora_ft.config import LoraConfig, RunConfig, from_yaml
+from lora_ft.config import LoraConfig, Quant, RunConfig, from_yaml
 from lora_ft.errors import AdapterError
 from lora_ft.weights import Weights, require
 
@@ -32,6 +32,28 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+
+# What `load` and `merge` read of the two files, and of which type each must be.
+RECORD: dict[str, Any] = {"base": dict, "dtype": str, "quant": str, "left_whole": list}
+BASE_RECORD: dict[str, Any] = {
+    "name": str, "source": str, "repo": str | None, "revision": str | None, "origin": str, "weights_sha256": str
+}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "peft_type": str,
+    "task_type": str,
+    "base_model_name_or_path": str,
+    "r": int,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "target_modules": str | list,
+    "modules_to_save": list | None,
+    "trainable_token_indices": list | dict | None,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "use_rslora": bool,
+    "use_dora": bool,
+}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def attach(
@@ -85,7 +107,8 @@ def attach(
         raise AdapterError(f"{base.source.name}: PEFT cannot adapt this model: {error}") from None
     if config.init == "eva":
         peft.initialize_lora_eva_weights(model, list(batches))
-    elif config.init == "loftq":
+    _in_float32(model)
+    if config.init == "loftq":
         _correct_quantization_error(model, base)
     elif config.init in ("pissa", "olora"):
         # These moved the base by -s B A, so what is saved must say how far the adapter came from there.
@@ -96,6 +119,16 @@ def attach(
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Returns the parameters that training changes, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _in_float32(model: torch.nn.Module) -> None:
+    """Casts what is trained to float32: 16-bit steps round away, and the gradient scaler of float16 refuses them.
+
+    PEFT casts A, B and rows of tokens, but neither modules trained whole nor an A that came from EVA.
+    """
+    for parameter in trained(model).values():
+        # In place, so that parameters that are tied stay so.
+        parameter.data = parameter.data.float()
 
 
 def frozen_digest(model: torch.nn.Module) -> str:
@@ -178,29 +211,104 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
         AdapterError: the folder is incomplete, the base's weights are others, or tensors do not fit.
         SourceError: the base cannot be found.
     """
-    record = environment.read(folder)
-    read_settings(folder)
-    config = from_yaml(RunConfig, folder / "config.yaml")
+    record = read_record(folder)
+    settings = lora_settings(folder)
+    config, task = read_task(folder, record)
     source = find_base(record["base"], base_name)
-    task = tasks.get(config.task, record.get("task", {}))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     base = bases.load(
         source,
         quant=record["quant"],
         model_class=task.model_class,
-        dtype=record["dtype"] if (device or "cpu") == "cpu" and not torch.cuda.is_available() else "auto",
+        dtype=_dtype(record["dtype"], device),
         device=device,
         seed=config.train.seed,
         config_changes=task.config_changes(),
     )
     base.tokenizer = bases.load_tokenizer(folder)
     enlarge(base.model, len(base.tokenizer))
-    settings = lora_settings(folder)
     base.model.name_or_path = settings.base_model_name_or_path
-    model = peft.get_peft_model(base.model, settings)
+    with _named(folder / CONFIG):
+        model = peft.get_peft_model(base.model, settings)
+    _in_float32(model)
     _fill(model, folder)
     model.eval()
     bases.keep_weights_in_place(model)
     return Loaded(folder, base, model, task, config, record)
+
+
+def _dtype(recorded: str, device: str) -> str:
+    """Returns the dtype that the run computed in, or where the GPU lacks bfloat16 the one that replaces it."""
+    if recorded != "bfloat16" or not device.startswith("cuda"):
+        return recorded
+    possible, why = bases.choose_dtype("auto", device)
+    name = str(possible).removeprefix("torch.")
+    if name != recorded:
+        log.info("the adapter was trained in %s, but is used in %s: %s", recorded, name, why)
+    return name
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Returns the contents of `environment.json`. Raises AdapterError naming all that is missing or not as it was."""
+    record = environment.read(folder)
+    if not isinstance(record, dict):
+        raise AdapterError(f"{folder / environment.FILE}: it holds a {type(record).__name__}, not an object.")
+    problems = _unlike(record, RECORD)
+    if isinstance(record.get("base"), dict):
+        problems += _unlike(record["base"], BASE_RECORD, "base.")
+    problems += [
+        f"{key} is {record[key]!r}, not one of {', '.join(allowed)}"
+        for key, allowed in (("dtype", DTYPES), ("quant", get_args(Quant)))
+        if isinstance(record.get(key), str) and record[key] not in allowed
+    ]
+    if problems:
+        raise AdapterError(f"{folder / environment.FILE}: {'; '.join(problems)}: the file was damaged.")
+    return record
+
+
+def read_task(folder: Path, record: dict[str, Any]) -> tuple[RunConfig, tasks.Task]:
+    """Returns the configuration of the run that made the adapter in `folder`, and its task.
+
+    Args:
+        record: of `read_record`; it holds what the task learned of the rows.
+
+    Raises:
+        AdapterError: what the record says of the task does not fit it.
+        ConfigError: `config.yaml` is missing or wrong.
+    """
+    config = from_yaml(RunConfig, folder / "config.yaml")
+    try:
+        return config, tasks.get(config.task, record.get("task", {}))
+    except TypeError as error:
+        raise AdapterError(
+            f"{folder / environment.FILE}: task is {record.get('task')!r}, which does not fit {config.task}: {error}."
+        ) from None
+
+
+def _unlike(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns what is wrong with the keys of `found`: `wanted` holds the type, or a union of types, of each."""
+    problems = [f"{prefix}{key} is missing" for key in wanted if key not in found]
+    return problems + [
+        f"{prefix}{key} is {found[key]!r}, not {_kind(kind)}"
+        for key, kind in wanted.items()
+        if key in found and (not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is not bool))
+    ]
+
+
+def _kind(kind: Any) -> str:
+    """Returns a type, or a union of types, in the words of JSON."""
+    words = {str: "a string", dict: "an object", list: "a list", bool: "true or false", int: "a whole number"}
+    words |= {float: "a number", type(None): "null"}
+    return " or ".join(words[one] for one in get_args(kind) or (kind,))
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Turns what PEFT says of a configuration it cannot use into an error that names the file."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{file}: PEFT cannot use it: {type(error).__name__}: {error}") from None
 
 
 def find_base(record: dict[str, Any], base_name: str | None = None) -> sources.Source:
@@ -229,16 +337,32 @@ def read_settings(folder: Path) -> dict[str, Any]:
         missing = CONFIG if (folder / WEIGHTS).is_file() else WEIGHTS
         raise AdapterError(f"{folder}: there is no {missing}, so this is not an adapter folder.")
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{folder / CONFIG}: cannot be read: {error}.") from None
+    if not isinstance(settings, dict):
+        raise AdapterError(f"{folder / CONFIG}: it holds a {type(settings).__name__}, not an object.")
+    return settings
 
 
 def lora_settings(folder: Path) -> peft.LoraConfig:
-    """Returns PEFT's configuration of the adapter in `folder`, to put it into a model before it is filled."""
-    fields = peft.LoraConfig.__dataclass_fields__
-    known = {k: v for k, v in read_settings(folder).items() if k in fields and k != "runtime_config"}
-    return peft.LoraConfig(**{**known, "init_lora_weights": True})
+    """Returns PEFT's configuration of the adapter in `folder`, to put it into a model before it is filled.
+
+    Raises:
+        AdapterError: the folder is no adapter, or its configuration was damaged or is not of LoRA.
+    """
+    settings = read_settings(folder)
+    problems = _unlike(settings, SETTINGS)
+    if settings.get("peft_type", "LORA") != "LORA":
+        problems.append(f"peft_type is {settings['peft_type']!r}, not LORA")
+    if problems:
+        raise AdapterError(f"{folder / CONFIG}: {'; '.join(problems)}: the file was damaged, or is not of lora-ft.")
+    # `megatron_config` makes PEFT import whatever module `megatron_core` names.
+    left_out = ("runtime_config", "megatron_config", "megatron_core")
+    known = {k: v for k, v in settings.items() if k in peft.LoraConfig.__dataclass_fields__ and k not in left_out}
+    # What is loaded is split into frozen and trained as it was in training; PEFT saves it as all frozen.
+    with _named(folder / CONFIG):
+        return peft.LoraConfig(**{**known, "init_lora_weights": True, "inference_mode": False})
 
 
 def enlarge(model: PreTrainedModel, size: int) -> None:

@@ -26,8 +26,10 @@ Adapter = tyro.conf.Positional[Path]
 class QuickstartConfig:
     """Fine-tune SmolLM2-135M to read meetings, prove it and merge it."""
 
-    out: Path = Path("runs/quickstart")
-    """Folder for the rows, the adapter and the merged model."""
+    out: Path | None = None
+    """Folder for the rows, the adapter and the merged model; unset, runs/quickstart, numbered if that is taken."""
+    resume: bool = False
+    """Go on with the quickstart that was interrupted in the folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,8 @@ class DataCheckConfig:
     """Longest row in tokens."""
     show: int = 0
     """Rows to print with the trained tokens coloured."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,7 @@ class DoctorConfig:
 def quickstart(config: QuickstartConfig) -> None:
     from lora_ft.quickstart import quickstart as start
 
-    start(config.out)
+    start(config.out, resume=config.resume)
 
 
 def train(config: RunConfig) -> None:
@@ -153,9 +157,9 @@ def evaluate(config: EvaluateConfig) -> None:
         loaded.task, loaded.model, examples, rows, names=config.metrics, batch_size=config.batch_size
     )
     if config.json:
-        print(json.dumps({**found["adapter"], "base": found["base"]}))
+        print(json.dumps({**found.adapter, "base": found.base}))
         return
-    _table(["", "base", "adapter"], [[key, found["base"].get(key), value] for key, value in found["adapter"].items()])
+    _table(["", "base", "adapter"], [[key, found.base.get(key), value] for key, value in found.adapter.items()])
 
 
 def chat(config: ChatConfig) -> None:
@@ -203,7 +207,8 @@ def merge(config: MergeConfig) -> None:
 
     done = merge_adapter(config.adapter, config.out, onto=config.onto, dtype=config.dtype, base_name=config.base)
     for name, candidate in done["candidates"].items():
-        print(f"onto {name}: KL to the adapter {candidate['kl']:.3g} nats")
+        distance = "not a number" if candidate["kl"] is None else f"{candidate['kl']:.3g} nats"
+        print(f"onto {name}: KL to the adapter {distance}")
     print(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
 
 
@@ -222,6 +227,18 @@ def data_check(config: DataCheckConfig) -> None:
     task.prepare(tokenizer, config.max_length)
     rows = tasks.featurize(task, examples)
     lengths = [len(row["input_ids"]) for row in rows]
+    found = {
+        "file": Path(config.file).name,
+        "rows": len(rows),
+        "tokens": sum(lengths),
+        "longest_row": max(lengths),
+        "cut_rows": task.cut_rows,
+        "ways": list(task.ways),
+        "rules": list(task.rules),
+    }
+    if config.json:
+        print(json.dumps(found))
+        return
     console = Console()
     for example, row in list(zip(examples, rows, strict=True))[: config.show]:
         console.rule(example.where)
@@ -229,8 +246,12 @@ def data_check(config: DataCheckConfig) -> None:
             console.print(tokenizer.decode(row["input_ids"]), markup=False)
         else:
             console.print(coloured(tokenizer, Rendered(example.where, row["input_ids"], row["labels"])))
-    name = Path(config.file).name
-    print(f"{name}: {len(rows)} {config.task} rows, {sum(lengths)} tokens, longest {max(lengths)}; all good")
+    for rule in task.rules:
+        print(f"the chat template {rule}")
+    cut = f", {task.cut_rows} cut at {config.max_length}" if task.cut_rows else ""
+    masked = f"; mask found by {' and '.join(task.ways)}" if task.ways else ""
+    counted = f"{len(rows)} {config.task} rows, {found['tokens']} tokens, longest {found['longest_row']}"
+    print(f"{found['file']}: {counted}{cut}{masked}; all good")
 
 
 def doctor(config: DoctorConfig) -> None:
@@ -260,9 +281,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done and proven, 1 for the user to mend, 2 wrong usage, 3 disproven, 130 stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(words[:2]) if words[:1] == ["data"] else " ".join(words[:1])
-    if name in ("", "-h", "--help", "data", "data --help"):
+    if {"-h", "--help"} & set(name.split()):
         print(_usage())
-        return 0 if words else 2
+        return 0
+    if name in ("", "data"):
+        print(_usage(), file=sys.stderr)
+        return 2
     if name == "--version":
         print(f"lora-ft {__version__}")
         return 0

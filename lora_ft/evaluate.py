@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lora_ft import adapters, losses, metrics
@@ -16,6 +17,18 @@ from lora_ft.tasks import Features, Task
 ROOM = 1.5
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The same rows answered by the base and by the adapter."""
+
+    base: dict[str, Any]
+    adapter: dict[str, Any]
+    """As `base`, with `loss_change_interval`: the 95% interval of the adapter's loss less the base's."""
+    before: list[str]
+    """The base's replies, where metrics on replies were asked for."""
+    after: list[str]
+
+
 def compare(
     task: Task,
     model: Any,
@@ -25,10 +38,10 @@ def compare(
     names: Sequence[Metric] = (),
     batch_size: int = 4,
     note: Callable[[str], None] = lambda text: None,
-) -> dict[str, dict[str, Any]]:
-    """Returns metrics of the same rows for `base` (the model with its adapter off) and for `adapter`.
+) -> Comparison:
+    """Returns loss, accuracy and the metrics `names` of the same rows for the base and for the adapter.
 
-    `loss_change_interval` is the 95% interval of the adapter's loss less the base's, by paired bootstrap over rows.
+    The interval is a paired bootstrap over rows.
 
     Args:
         names: metrics on generated replies.
@@ -37,18 +50,22 @@ def compare(
     note("measuring the base")
     with adapters.without(model):
         base_losses = losses.of_rows(task, model, rows, batch_size)
-        base = _values(task, base_losses) | replies_match(task, model, examples, names)
+        before = replies(task, model, examples) if names else []
     note("measuring the adapter")
     adapter_losses = losses.of_rows(task, model, rows, batch_size)
-    adapter = _values(task, adapter_losses) | replies_match(task, model, examples, names)
-    adapter["loss_change_interval"] = list(losses.difference_interval(base_losses, adapter_losses))
-    return {"base": base, "adapter": adapter}
+    after = replies(task, model, examples) if names else []
+    wanted = [task.question(example)[1] for example in examples] if names else []
+    interval = list(losses.difference_interval(base_losses, adapter_losses))
+    return Comparison(
+        _values(task, base_losses) | score_replies(before, wanted, names),
+        _values(task, adapter_losses) | score_replies(after, wanted, names) | {"loss_change_interval": interval},
+        before,
+        after,
+    )
 
 
 def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[Metric]) -> dict[str, float]:
     """Returns the metrics `names` of replies generated greedily for `examples`."""
-    if not names:
-        return {}
     found = replies(task, model, examples)
     return score_replies(found, [task.question(example)[1] for example in examples], names)
 

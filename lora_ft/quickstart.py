@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-import logging
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from lora_ft import adapters, evaluate, runs, seal, tasks, train
 from lora_ft import base as bases
-from lora_ft import adapters, evaluate, runs, seal, tasks
 from lora_ft.config import DataConfig, LoraConfig, Metric, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
 from lora_ft.merge import merge
 
-log = logging.getLogger(__name__)
-
-TRAIN_ROWS = 420
+FOLDER = Path("runs/quickstart")
+BASE = "smollm2-135m"
+TRAIN_ROWS = 440
 HELD_OUT_ROWS = 100
 SHOTS = 3
 METRIC: Metric = "json_match"
 
 
-def quickstart(folder: Path) -> None:
+def quickstart(out: Path | None = None, *, resume: bool = False) -> None:
     """Makes rows, fine-tunes SmolLM2-135M on them, proves the adapter, merges it and prints what came of it.
+
+    Args:
+        out: folder for all of it; unset, `runs/quickstart`, with a number where that is taken.
 
     Raises:
         ProofError: the adapter or the merged model is not what its seal says.
     """
     console = Console()
     began = time.perf_counter()
-    train_rows = meetings.rows(TRAIN_ROWS, "train")
+    folder = out or _free_folder(resume)
     held_out = meetings.rows(HELD_OUT_ROWS, "held_out")
-    _write_rows(folder / "train.jsonl", train_rows)
+    _write_rows(folder / "train.jsonl", meetings.rows(TRAIN_ROWS, "train"))
     _write_rows(folder / "held_out.jsonl", held_out)
-    finished = runs.run(config(folder), console=console)
+    finished = runs.run(dataclasses.replace(config(folder), resume=resume), console=console)
     task, model = finished.task, finished.model
     shots = meetings.rows(SHOTS, "train", seed=1)
     with console.status("measuring the base with three examples in the prompt"), adapters.without(model):
@@ -63,25 +69,36 @@ def quickstart(folder: Path) -> None:
         "adapter": metrics["adapter"],
         "merged": merged_score,
     }
+    peak = train.peak_bytes(torch.device("cpu")) / 2**30
     _show_samples(console, finished.page.samples)
     console.print(_table(columns))
     console.print(
         f"trained on {finished.fit.tokens:,} tokens in {finished.fit.seconds:.0f} s: {finished.summary()}\n"
         f"adapter {finished.page.adapter_bytes / 2**20:.1f} MiB in {finished.folder}; "
-        f"merged onto {report['onto']} weights in {merged_folder}\nall of it in {time.perf_counter() - began:.0f} s\n\nNext:\n"
-        f"  lora-ft chat {finished.folder}\n"
-        f"  lora-ft evaluate {finished.folder} --data {folder / 'held_out.jsonl'} --metrics {METRIC}\n"
-        f"  lora-ft train chat --base smollm2-135m --data.train YOUR.jsonl --data.eval 0.1 --out runs/mine",
+        f"merged onto {report['onto']} weights in {merged_folder}\n"
+        f"all of it in {time.perf_counter() - began:.0f} s, peak {peak:.2f} GiB\n\nNext:\n"
+        f"  {sys.argv[0]} chat {finished.folder}\n"
+        f"  {sys.argv[0]} evaluate {finished.folder} --data {folder / 'held_out.jsonl'} --metrics {METRIC}\n"
+        f"  {sys.argv[0]} train chat --base {BASE} --data.train YOUR.jsonl --data.eval 0.1 --out runs/mine",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _free_folder(resume: bool) -> Path:
+    """Returns the first folder no quickstart has used, or on resuming the last one that was."""
+    names = (FOLDER.with_name(f"{FOLDER.name}-{i}") if i > 1 else FOLDER for i in itertools.count(1))
+    used = list(itertools.takewhile(Path.exists, names))
+    if resume and used:
+        return used[-1]
+    return FOLDER.with_name(f"{FOLDER.name}-{len(used) + 1}") if used else FOLDER
 
 
 def config(folder: Path) -> RunConfig:
     """Returns the run of the quickstart; `lora-ft train --config` on the saved file runs it again."""
     return RunConfig(
         task="chat",
-        base="smollm2-135m",
+        base=BASE,
         out=folder / "adapter",
         lora=LoraConfig(rank=16, alpha=32),
         data=DataConfig(

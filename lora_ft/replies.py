@@ -16,7 +16,7 @@ from lora_ft.errors import ProofError
 from lora_ft.tasks import Batch, Features, Task
 
 KEPT_CLASSES = 20
-ROWS = 32
+ROWS = 16
 POSITIONS_PER_ROW = 16
 ROW_TOKENS = 256
 # Logits of four rows of 256 tokens over 128k words stay under half a GiB.
@@ -26,7 +26,7 @@ NO_REST = 1e-7
 
 
 def canaries(task: Task, rows: Sequence[Features]) -> list[Batch]:
-    """Returns up to 32 rows spread over `rows`, cut and batched by length."""
+    """Returns up to 16 rows spread over `rows`, cut and batched by length."""
     paired = task.peft_task == "SEQ_2_SEQ_LM"
     spread = rows[:: -(-len(rows) // ROWS) or 1]
     cut = [row for row in (_cut(row, paired) for row in spread) if row is not None]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import itertools
+import json
 import logging
+import math
+import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,6 +33,12 @@ from lora_ft.train import Streamed
 log = logging.getLogger(__name__)
 
 SAMPLES = 3
+SEALED = 16
+STARTED = "run.json"
+# What may change when a run is resumed: none of it changes the adapter.
+FREE_ON_RESUME = {"out", "resume", "dry_run", "base", "data.train", "data.eval", "train.log_steps", "train.report_to"}
+# Rows of an evaluation batch for each of a training batch: without gradients activations are let go at once.
+EVALUATION = 4
 EVA_BATCHES = 8
 
 
@@ -96,10 +106,14 @@ def run(
         ProofError: the run cannot prove what it did; Interrupted: it was stopped and can be resumed.
     """
     console = console or Console(stderr=True)
+    _refuse_many_processes()
     _refuse_to_overwrite(config)
+    if config.resume:
+        train.newest_checkpoint(config.out)
     task = tasks.get(config.task)
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source, examples, held_out)
+    _keep_or_compare(config, rows, source)
     base = bases.load(
         source,
         quant=config.quant,
@@ -118,26 +132,23 @@ def run(
     )
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [Bar(console)])
     if fit.interrupted:
-        raise Interrupted(
-            f"Stopped at step {fit.steps}; a checkpoint is saved. To go on: the same command with --resume"
-        )
-    metrics: dict[str, dict[str, Any]] = {}
+        raise Interrupted(f"Stopped at step {fit.steps}; a checkpoint is saved. To go on:")
+    _save(config, task, base, model, rows, fit)
+    measured = None
     if rows.held_out:
         with console.status("") as status:
-            metrics = evaluate.compare(
+            measured = evaluate.compare(
                 task,
                 model,
                 rows.held_out,
                 rows.held_out_features,
                 names=config.data.metrics,
-                batch_size=config.train.batch_size,
+                batch_size=EVALUATION * config.train.batch_size,
                 note=status.update,
             )
-    return _finish(config, task, base, model, rows, fit, metrics)
+    return _finish(config, task, base, model, rows, fit, measured)
 
 
 def read_rows(
@@ -161,8 +172,7 @@ def read_rows(
     held_out = held_out or []
     task.learn([*examples, *held_out])
     tokenizer = bases.load_tokenizer(source.folder)
-    if data.special_tokens:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(data.special_tokens)})
+    tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
     task.prepare(tokenizer, data.max_length)
     facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": _digest(examples)}
     if held_out:
@@ -173,21 +183,45 @@ def read_rows(
         features = Streamed(lambda: _stream(config, task))
     else:
         features = tasks.featurize(task, examples)
-    return Rows(examples, features, held_out, tasks.featurize(task, held_out), facts)
+    held_out_features = tasks.featurize(task, held_out)
+    _check_evaluation(config, task, held_out)
+    for rule in task.rules:
+        log.info("the chat template %s", rule)
+    if task.cut_rows:
+        log.warning("%d rows are longer than --data.max-length %d and were cut", task.cut_rows, data.max_length)
+    return Rows(examples, features, held_out, held_out_features, facts)
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Returns what a run would do, having checked its rows and loss mask; loads no weights."""
+    _refuse_to_overwrite(config)
     task = tasks.get(config.task)
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
     if not isinstance(rows.train_features, Streamed):
         lengths = [len(row["input_ids"]) for row in rows.train_features]
-        per_step = config.train.batch_size * config.train.accumulate
-        steps = config.train.steps or int(config.train.epochs * -(-len(lengths) // per_step))
-        plan |= {"tokens": sum(lengths), "longest_row": max(lengths), "steps": steps}
+        batches = math.ceil(len(lengths) / config.train.batch_size)
+        steps = config.train.steps or math.ceil(config.train.epochs * math.ceil(batches / config.train.accumulate))
+        plan |= {"tokens": sum(lengths), "longest_row": max(lengths), "cut_rows": task.cut_rows, "steps": steps}
     return plan
+
+
+def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit: train.Fit) -> None:
+    """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost."""
+    out = config.out
+    adapters.save(model, out)
+    base.tokenizer.save_pretrained(out)
+    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    record = environment.describe(
+        base,
+        task=task.facts(),
+        data=rows.facts,
+        fit=dataclasses.asdict(fit),
+        adapter_sha256=environment.file_sha256(out / adapters.WEIGHTS),
+    )
+    environment.write(out, record)
+    shutil.rmtree(out / train.CHECKPOINTS, ignore_errors=True)
 
 
 def _finish(
@@ -197,24 +231,15 @@ def _finish(
     model: Any,
     rows: Rows,
     fit: train.Fit,
-    metrics: dict[str, dict[str, Any]],
+    measured: evaluate.Comparison | None,
 ) -> Run:
-    """Writes everything of the adapter folder that training did not, and proves the adapter's effect."""
-    out = config.out
-    adapters.save(model, out)
-    base.tokenizer.save_pretrained(out)
-    record = environment.describe(
-        base,
-        task=task.facts(),
-        data=rows.facts,
-        fit=dataclasses.asdict(fit),
-        adapter_sha256=environment.file_sha256(out / adapters.WEIGHTS),
-    )
-    environment.write(out, record)
+    """Seals the saved adapter and writes its card and report."""
+    out, record = config.out, environment.read(config.out)
     sealed_rows = rows.held_out_features or rows.train_features
     if isinstance(sealed_rows, Streamed):
-        sealed_rows = [row for row, _ in zip(sealed_rows, range(32), strict=False)]
+        sealed_rows = list(itertools.islice(sealed_rows, SEALED))
     sealed = seal.make(task, base, model, sealed_rows, out)
+    metrics = {"base": measured.base, "adapter": measured.adapter} if measured else {}
     page = report.Summary(
         title=out.name,
         task=config.task,
@@ -225,22 +250,18 @@ def _finish(
         metrics=metrics,
         fit=dataclasses.asdict(fit) | {"tokens_per_s": fit.tokens_per_s},
         seal={"kl_effect": sealed.effect, "rows": sum(len(batch["labels"]) for batch in sealed.batches)},
-        samples=_samples(task, model, rows.held_out[:SAMPLES]) if config.data.metrics else [],
+        samples=_samples(task, rows.held_out, measured) if measured and measured.after else [],
         adapter_bytes=(out / adapters.WEIGHTS).stat().st_size,
         files={name: environment.file_sha256(out / name) for name in (adapters.WEIGHTS, adapters.CONFIG)},
     )
     report.write(out, page)
-    shutil.rmtree(out / train.CHECKPOINTS, ignore_errors=True)
     return Run(out, base, model, task, fit, metrics, page)
 
 
-def _samples(task: Task, model: Any, examples: Sequence[Example]) -> list[dict[str, str]]:
-    with adapters.without(model):
-        before = evaluate.replies(task, model, examples)
-    after = evaluate.replies(task, model, examples)
+def _samples(task: Task, examples: Sequence[Example], measured: evaluate.Comparison) -> list[dict[str, str]]:
     return [
-        {"prompt": _asked(example), "expected": task.question(example)[1], "before": old, "after": new}
-        for example, old, new in zip(examples, before, after, strict=True)
+        {"prompt": _asked(example), "expected": task.question(example)[1], "before": before, "after": after}
+        for example, before, after in zip(examples[:SAMPLES], measured.before, measured.after, strict=False)
     ]
 
 
@@ -255,10 +276,56 @@ def _asked(example: Example) -> str:
 def _refuse_to_overwrite(config: RunConfig) -> None:
     if (config.out / adapters.WEIGHTS).exists():
         raise ConfigError(f"{config.out} already holds an adapter: choose another --out, or move that one away.")
-    if not config.resume and (config.out / train.CHECKPOINTS).exists():
+    started = (config.out / train.CHECKPOINTS / STARTED).exists()
+    if train.checkpoints(config.out) and not config.resume:
         raise ConfigError(
             f"{config.out} holds checkpoints of an unfinished run: go on with --resume, or choose another --out."
         )
+    if config.out.exists() and not started and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ConfigError(f"{config.out} is not an empty folder; choose another --out, so that nothing is overwritten.")
+
+
+def _refuse_many_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Training runs in one process on one device; start lora-ft without torchrun or accelerate.")
+
+
+def _keep_or_compare(config: RunConfig, rows: Rows, source: sources.Source) -> None:
+    """Writes down what a run was started with; on resuming, refuses a run that would not be the same one."""
+    path = config.out / train.CHECKPOINTS / STARTED
+    settings = {k: v for k, v in _flat(plain(config)).items() if k not in FREE_ON_RESUME}
+    started = settings | {f"rows.{k}": v for k, v in _flat(rows.facts).items()} | {"base": source.record()}
+    started = json.loads(json.dumps(started))
+    if not config.resume:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [key for key in started.keys() | before.keys() if started.get(key) != before.get(key)]
+    if changed:
+        listed = "\n".join(f"  {key} was {before.get(key)}, is {started.get(key)}" for key in sorted(changed))
+        raise ConfigError(f"{config.out} was started as another run; resume it as it was, or start anew:\n{listed}")
+
+
+def _check_evaluation(config: RunConfig, task: Task, held_out: Sequence[Example]) -> None:
+    """Raises before training where an evaluation that was asked for could not be made after it."""
+    if not held_out:
+        asked = {"data.metrics": config.data.metrics, "train.eval-steps": config.train.eval_steps}
+        for name, value in asked.items():
+            if value:
+                raise ConfigError(f"{name} needs held-out rows: give --data.eval a file or a fraction.")
+        return
+    if config.data.metrics:
+        wanted = [task.question(example)[1] for example in held_out]
+        evaluate.score_replies(wanted, wanted, config.data.metrics)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested mapping as one of dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -292,4 +359,6 @@ def _digest(examples: Sequence[Example]) -> str:
 
 
 def _name(source: str | None) -> str:
-    return Path(source).name if source else "rows made by the program"
+    if source and (Path(source).suffix or Path(source).exists()):
+        return Path(source).name
+    return source if source else "rows made by the program"

@@ -106,7 +106,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
     """Returns the seal of the adapter that was saved in `folder`, having written it there.
 
     Args:
-        rows: features, best held-out ones; up to 32 are kept, cut at 256 tokens, with 16 scored positions each.
+        rows: features, best held-out ones; up to 16 are kept, cut at 256 tokens, with 16 scored positions each.
 
     Raises:
         ProofError: the adapter changes nothing, or no row has a scored position.

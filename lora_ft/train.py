@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterable, Sequence
@@ -23,7 +25,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from lora_ft import adapters, losses
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, TrainConfig
-from lora_ft.errors import AdapterError, ProofError
+from lora_ft.errors import AdapterError, ConfigError, ProofError
 from lora_ft.tasks import Features, Task
 
 log = logging.getLogger(__name__)
@@ -63,9 +65,14 @@ class TaskLoss:
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        trainer: Any = self
         self.tokens_seen += int(inputs["attention_mask"].sum())
         nll_B, count_B, _ = losses.row_losses(self.task, model, inputs)
-        loss = nll_B.sum() / (count_B.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = nll_B.sum() / count_B.sum()
+        else:
+            # The count is that of all processes, and their gradients are averaged.
+            loss = nll_B.sum() / num_items_in_batch * trainer.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -148,7 +155,8 @@ class Interrupt(TrainerCallback):
         if self.asked:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def restore(self) -> None:
+        """Gives the signals back to whom they belonged."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -167,8 +175,11 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run goes on after the step it resumes from; a new one starts the file anew.
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step] if state.global_step else []
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in map(_parsed, lines) if line is not None and line["step"] <= state.global_step]
+        kept = kept if state.global_step else []
+        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        if kept:
+            self.clock.resume(kept[-1]["tokens"], kept[-1]["seconds"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "train_runtime" in logs:
@@ -186,12 +197,22 @@ class Clock:
         self.trainer: Any = None
         self.began = time.perf_counter()
 
+    def resume(self, tokens: int, seconds: float) -> None:
+        """Goes on from what an interrupted run had counted."""
+        self.trainer.tokens_seen += tokens
+        self.began -= seconds
+
+    def seconds(self) -> float:
+        """Returns the seconds of training so far, those before an interrupt included."""
+        return time.perf_counter() - self.began
+
     def read(self) -> dict[str, float]:
-        """Returns `tokens`, `tokens_per_s` and `peak_bytes`."""
-        tokens = self.trainer.tokens_seen
+        """Returns `tokens`, `seconds`, `tokens_per_s` and `peak_bytes`."""
+        tokens, seconds = self.trainer.tokens_seen, self.seconds()
         return {
             "tokens": tokens,
-            "tokens_per_s": round(tokens / (time.perf_counter() - self.began), 1),
+            "seconds": round(seconds, 3),
+            "tokens_per_s": round(tokens / seconds, 1),
             "peak_bytes": peak_bytes(self.device),
         }
 
@@ -257,10 +278,12 @@ def fit(
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     resumed = newest_checkpoint(out) if config.resume else None
-    with losses.mixed_precision(model):
-        clock.began = time.perf_counter()
+    clock.began = time.perf_counter()
+    try:
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        seconds = time.perf_counter() - clock.began
+    finally:
+        interrupt.restore()
+    seconds = clock.seconds()
     if adapters.frozen_digest(model) != frozen:
         raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
     return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.asked)
@@ -270,7 +293,12 @@ def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> 
     """Returns the Trainer's arguments for ours; nothing is reported anywhere unless it was named."""
     evaluates = evaluated and train.eval_steps is not None
     save_steps = train.save_steps or (train.eval_steps if evaluates else None)
-    return TrainingArguments(
+    missing = [name for name in train.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"train.report-to {missing[0]}: the package is not installed; `pip install {missing[0]}`.")
+    # Beside the checkpoints, which are deleted when the run is done.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "tensorboard"))
+    made = TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
         per_device_train_batch_size=train.batch_size,
         per_device_eval_batch_size=train.batch_size,
@@ -307,14 +335,31 @@ def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> 
         disable_tqdm=True,
         log_level="error",
     )
+    # One device a process: the Trainer would copy a quantized model to every GPU it sees.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """Returns a line of `metrics.jsonl`, or None for one cut short by a crash."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def newest_checkpoint(out: Path) -> Path:
     """Returns the newest complete checkpoint of a run. Raises AdapterError where there is none."""
-    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    found = checkpoints(out)
     if not found:
         raise AdapterError(f"{out}: there is no checkpoint to resume from; run without --resume.")
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return found[-1]
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 def peak_bytes(device: torch.device) -> int:

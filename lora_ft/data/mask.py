@@ -8,6 +8,11 @@ what the model must write by itself. Each way finds these characters from other 
 - prefixes: the conversation up to a turn is rendered with a generation prompt, and once more with the turn.
 
 One rule maps characters to tokens for all three; it stands in `lora_ft.data.tokens`.
+
+A row holds exactly one BOS, at its start, where the model knows one. A chat template writes it, and which templates may
+write another number is a named rule (`lora_ft.data.template`): one for each exchange (Llama 2) or turn (SmolLM2, whose
+BOS is its turn mark), or none though the tokenizer puts one before plain text (Zephyr's and ChatML's marks on a Llama
+or Mistral vocabulary). Where the tokenizer itself adds none (Qwen), none is right. Plain text gets the tokenizer's own.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ class Rendered:
     input_ids: list[int]
     labels: list[int]
     """labels[i] is input_ids[i] where trained, else IGNORE; labels[0] is always IGNORE, as nothing predicts it."""
+    cut: int = 0
+    """Tokens of the row that --data.max-length left out, all at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +219,15 @@ def labels_of(tokens: Tokens, spans: Sequence[Span], max_length: int) -> list[in
 
 
 def breach(
-    tokens: Tokens, labels: Sequence[int], turns: dict[int, Span], end_id: int, tokenizer: Any, max_length: int
+    tokens: Tokens, labels: Sequence[int], turns: dict[int, Span], template: Template, tokenizer: Any, max_length: int
 ) -> str | None:
     """How the labels break the contract, or None. `turns`: the span of each trained message, by its index."""
-    ids = tokens.ids[:max_length]
+    ids, end_id = tokens.ids[:max_length], template.end_id
     if len(labels) != len(ids):
         return f"{len(labels)} labels for {len(ids)} tokens."
-    doubled = doubled_bos(tokenizer, ids)
-    if doubled:
-        return doubled
+    wrong = wrong_bos(tokenizer, ids, template.bos_count)
+    if wrong:
+        return wrong
     owners = tokens.owners(list(turns.values()))
     last_of = {owner: place for place, owner in enumerate(owners)}
     end = tokenizer.convert_ids_to_tokens(end_id)
@@ -257,17 +264,22 @@ def cut_off(length: int, first: int, max_length: int) -> str:
     )
 
 
-def doubled_bos(tokenizer: Any, ids: Sequence[int]) -> str | None:
-    """The problem of a BOS that directly follows another, or None. Some templates rightly write one an exchange."""
+def wrong_bos(tokenizer: Any, ids: Sequence[int], count: int | None) -> str | None:
+    """How BOS stands wrong in a row, or None. `count`: how many there must be; None allows any that do not touch."""
     bos = tokenizer.bos_token_id
     if bos is None:
         return None
-    # Where one token is both, an exchange that ends with EOS is rightly followed by the BOS of the next.
-    looked_at = ids[:2] if bos == tokenizer.eos_token_id else ids
-    place = next((place for place in range(1, len(looked_at)) if ids[place] == ids[place - 1] == bos), None)
-    if place is None:
+    # Where one token is both, every EOS looks like a BOS, and rightly precedes the BOS of the next exchange.
+    shared = bos == tokenizer.eos_token_id
+    places = [place for place, token in enumerate(ids[:2] if shared else ids) if token == bos]
+    touching = next((place for place in places if place - 1 in places), None)
+    if touching is not None:
+        return (
+            f"the BOS token {tokenizer.bos_token} stands twice, at tokens {touching - 1} and {touching}; the template "
+            "or the row writes one too many: remove it there."
+        )
+    if shared or count is None or len(places) == count:
         return None
-    return (
-        f"the BOS token {tokenizer.bos_token} stands twice, at tokens {place - 1} and {place}; the template or the "
-        "row writes one too many: remove it there."
-    )
+    found = f"stands at tokens {', '.join(map(str, places[:4]))}" if places else "stands nowhere"
+    rule = "exactly one must, at the start" if count else "none may"
+    return f"the BOS token {tokenizer.bos_token} {found}; {rule}: mend the template, or the row that writes it."

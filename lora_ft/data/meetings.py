@@ -17,7 +17,7 @@ from lora_ft.data.formats import Chat
 
 Split = Literal["train", "held_out"]
 
-INSTRUCTION = "Reply in JSON: title, date (ISO), time (24 h), duration_min, attendees."
+INSTRUCTION = "Answer in JSON: title, date, time (24 h), duration_min, attendees."
 FIELDS = ("title", "date", "time", "duration_min", "attendees")
 FIRST_DAY = date(2026, 1, 1)
 DAYS = 3 * 365
@@ -69,11 +69,22 @@ VOCABULARY: dict[Split, Vocabulary] = {
             "For the {title}, {people} can spare {duration} on {date} at {time}.",
         ),
         titles=_titles(
-            "budget design sales project hiring product security marketing roadmap customer contract research release "
-            "data vendor training travel board grant quality support onboarding inventory website partner strategy "
-            "safety tax media team engineering finance newsletter conference warehouse fleet alumni election",
-            "review planning workshop call lunch kickoff interview demo audit sync meeting session update briefing "
-            "discussion retrospective check-in brainstorm handover offsite",
+            """
+            budget design sales project hiring product security marketing roadmap customer contract research release
+            data vendor training travel board grant quality support onboarding inventory website partner strategy
+            safety tax media team engineering finance newsletter conference warehouse fleet alumni election harvest
+            library orchestra bridge factory pharmacy laboratory theatre insurance festival mortgage
+            surgery vaccine satellite telescope archive bakery catering charity climate coaching energy exhibition
+            forestry furniture gallery genome heritage hotel housing irrigation jewelry landing laundry lighting
+            magazine mentoring mining monitor nursing packaging parking patent pension photography plumbing
+            poetry portfolio privacy procurement railway recycling recruiting robotics sailing scholarship soccer
+            software speech startup storage studio survey swimming tenant textile tourism traffic tutoring
+            vineyard visa volunteer wedding wildlife winter yearbook zoning
+            """,
+            """
+            review planning workshop call lunch kickoff interview demo audit sync meeting session update briefing
+            discussion retrospective check-in brainstorm handover offsite
+            """,
         ),
         names=_words(
             """
@@ -119,11 +130,11 @@ MONTHS = (
 )  # fmt: skip
 
 DURATIONS = {
-    15: ("15 minutes", "a quarter of an hour", "fifteen minutes"),
-    30: ("30 minutes", "half an hour", "thirty minutes"),
-    45: ("45 minutes", "three quarters of an hour"),
-    60: ("60 minutes", "an hour", "one hour"),
-    90: ("90 minutes", "an hour and a half", "1.5 hours"),
+    15: ("15 minutes", "fifteen minutes", "a quarter of an hour"),
+    30: ("30 minutes", "thirty minutes", "half an hour"),
+    45: ("45 minutes", "forty-five minutes", "three quarters of an hour"),
+    60: ("60 minutes", "one hour", "an hour"),
+    90: ("90 minutes", "ninety minutes", "1.5 hours"),
     120: ("120 minutes", "two hours", "2 hours"),
 }
 
@@ -138,7 +149,7 @@ def rows(count: int, split: Split, seed: int = 0) -> list[Chat]:
         if sentence in seen:
             continue
         seen.add(sentence)
-        messages = (*prompt(sentence), {"role": "assistant", "content": json.dumps(meeting)})
+        messages = (*prompt(sentence), {"role": "assistant", "content": json.dumps(meeting, separators=(",", ":"))})
         made.append(Chat(where=f"meetings[{split}]:{len(made) + 1}", messages=messages))
     return made
 

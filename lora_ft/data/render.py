@@ -1,9 +1,9 @@
 """Examples -> token ids and labels, each row held to the mask contract.
 
 The contract, checked for every row: labels on assistant turns only, and not on those of weight 0; the end of turn
-of each trained turn is trained; no BOS follows another; something is trained and not everything; and two independent
-ways of finding the trained text agree token for token (see `lora_ft.data.mask`). A row that breaks it is refused with
-the decoded text, its trained stretches between « and ».
+of each trained turn is trained; BOS stands once, or as a named rule has it; something is trained and not everything;
+and two independent ways of finding the trained text agree token for token (see `lora_ft.data.mask`). A row that breaks
+it is refused with the decoded text, its trained stretches between « and ».
 
 BOS is what the template writes: servers send the rendered text without adding one, so adding one here would train on
 other prompts than the model will meet.
@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from textwrap import indent
 from typing import Any
 
 from lora_ft.data.formats import Chat, Pair, Text
-from lora_ft.data.mask import IGNORE, Rendered, Talk, breach, cut_off, derive, doubled_bos, labels_of
+from lora_ft.data.mask import IGNORE, Rendered, Talk, breach, cut_off, derive, labels_of, wrong_bos
 from lora_ft.data.show import coloured, marked, marked_tokens
 from lora_ft.data.template import PROBE, RefusedError, Template
-from lora_ft.data.tokens import Span, Tokens, continued
+from lora_ft.data.tokens import Span, Tokens, adds_bos, continued
 from lora_ft.errors import MaskError
 
-__all__ = ["IGNORE", "ChatRenderer", "Rendered", "coloured", "marked", "render_all", "render_completion"]
+__all__ = ["IGNORE", "ChatRenderer", "Rendered", "coloured", "marked", "render_completion"]
 
 _SHOWN_CHARS = 1200
 """Longest decoded text in a message: a screenful, so that twenty problems can still be read."""
@@ -85,9 +85,9 @@ class ChatRenderer:
         except RefusedError as error:
             raise MaskError([f"prompt: {error}"]) from error
         ids = Tokens.of(self._tokenizer, text).ids
-        doubled = doubled_bos(self._tokenizer, ids)
-        if doubled:
-            raise MaskError([f"prompt: {doubled}"])
+        wrong = wrong_bos(self._tokenizer, ids, template.bos_count)
+        if wrong:
+            raise MaskError([f"prompt: {wrong}"])
         return ids
 
     def _template(self, tools: Sequence[Any]) -> Template:
@@ -122,8 +122,9 @@ class ChatRenderer:
         self._refuse_disagreement(tokens, {one: one_spans, other: spans})
         labels = labels_of(tokens, spans, self._max_length)
         turns = dict(zip(trained, spans, strict=True))
-        rendered = Rendered(example.where, tokens.ids[: self._max_length], labels)
-        broken = breach(tokens, labels, turns, template.end_id, self._tokenizer, self._max_length)
+        kept = tokens.ids[: self._max_length]
+        rendered = Rendered(example.where, kept, labels, cut=len(tokens.ids) - len(kept))
+        broken = breach(tokens, labels, turns, template, self._tokenizer, self._max_length)
         if broken:
             raise RefusedError(f"{broken}\n{_quoted(marked(self._tokenizer, rendered))}")
         return rendered
@@ -162,15 +163,15 @@ def render_completion(tokenizer: Any, example: Pair | Text, max_length: int) -> 
     """Plain text without a template, as ids and labels: a Pair's completion and EOS are trained, a Text's whole.
 
     The prompt is tokenized as it will be at generation, so no token straddles its end. One BOS comes first if the
-    tokenizer adds one. Raises MaskError when nothing trained is left, or BOS would stand twice.
+    tokenizer adds one. Raises MaskError when nothing trained is left, or BOS would stand anywhere else.
     """
     where, eos, bos = example.where, tokenizer.eos_token_id, tokenizer.bos_token_id
     if eos is None:
         raise MaskError([f"{where}: the tokenizer has no EOS token, so the model cannot learn to stop; set eos_token."])
-    adds_bos = bos is not None and tokenizer("", verbose=False)["input_ids"][:1] == [bos]
+    begins = adds_bos(tokenizer)
     prompt, completion = (example.prompt, example.completion) if isinstance(example, Pair) else ("", example.text)
     asked = _plain(tokenizer, prompt)
-    head = [bos, *asked] if adds_bos else asked
+    head = [bos, *asked] if begins else asked
     follows = asked and tokenizer.is_fast
     tail = continued(tokenizer, completion)[0] if follows else _plain(tokenizer, completion)
     if tail[-1:] != [eos]:
@@ -178,26 +179,13 @@ def render_completion(tokenizer: Any, example: Pair | Text, max_length: int) -> 
     ids = [*head, *tail]
     labels = [*([IGNORE] * len(head)), *tail]
     labels[0] = IGNORE
-    doubled = doubled_bos(tokenizer, ids)
-    if doubled:
-        raise MaskError([f"{where}: {doubled}"])
-    rendered = Rendered(where, ids[:max_length], labels[:max_length])
+    # A tokenizer that adds none may have a turn mark for BOS, which a text can hold.
+    wrong = wrong_bos(tokenizer, ids, 1 if begins else None)
+    if wrong:
+        raise MaskError([f"{where}: {wrong}"])
+    rendered = Rendered(where, ids[:max_length], labels[:max_length], cut=max(0, len(ids) - max_length))
     if all(label == IGNORE for label in rendered.labels):
         raise MaskError([f"{where}: {cut_off(len(ids), max(1, len(head)), max_length)}"])
-    return rendered
-
-
-def render_all(render: Callable[[Any], Rendered], examples: Iterable[Any]) -> list[Rendered]:
-    """Every example rendered, in order. Raises one MaskError with the problems of all rows."""
-    rendered: list[Rendered] = []
-    problems: list[str] = []
-    for example in examples:
-        try:
-            rendered.append(render(example))
-        except MaskError as error:
-            problems += error.problems
-    if problems:
-        raise MaskError(problems)
     return rendered
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lora_ft.data.tokens import Span
+from lora_ft.data.tokens import Span, adds_bos
 
 Message = dict[str, Any]
 REWRITES = (
@@ -28,7 +28,18 @@ OPENS_THINKING = (
     "opens thinking: the generation prompt ends in a think tag that plain answers lack; prompts stop before that tag, "
     "where training starts"
 )
+BOS_REPEATED = "writes a BOS per exchange or turn: the model knows them so, and each is kept"
+NO_BOS = (
+    "writes no BOS though the tokenizer puts one before plain text: transformers and vLLM send chats of this family "
+    "so, and so they are trained"
+)
 DROPS_THINKING = "drops thinking: no turn keeps it, so a row whose last assistant turn thinks is refused"
+
+WITHOUT_BOS = {"Zephyr": ("<|assistant|>", "</s>"), "ChatML": ("<|im_start|>assistant", "<|im_end|>")}
+"""Families whose own templates write no BOS even on a tokenizer that adds one (zephyr-7b-beta, OpenHermes-2.5-Mistral).
+
+By what comes before an assistant turn and what ends it. Any other template without BOS forgot it: Gemma and Llama 3
+answer far worse without."""
 
 # What a template raises: jinja's own errors, raise_exception, and Python's for a field it did not expect.
 _RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -63,6 +74,8 @@ class Template:
     end_of_turn: str
     """The token, as text, that ends an assistant turn."""
     end_id: int
+    bos_count: int | None
+    """How many BOS a conversation has; None where it depends on the conversation."""
     rewrites: bool
     """Whether a turn is written differently once more of the conversation follows."""
     rules: tuple[str, ...]
@@ -214,6 +227,7 @@ class Template:
         if not self._has_generation_prompt:
             self.header = prompt[prompt.rfind(_USER) + len(_USER) :]
 
+        bos_rules = self._examine_bos(answered, continued)
         opener = _OPENER.search(prompt)
         self.opener = opener.group() if opener else ""
         self.header = self.header.removesuffix(self.opener)
@@ -225,16 +239,34 @@ class Template:
         self.rewrites = not continued.startswith(answered[:turn_end]) or (
             _THOUGHT in thought and _THOUGHT not in thought_before
         )
-        self.rules = tuple(
-            rule
-            for rule, holds in (
-                (REWRITES, self.rewrites),
-                (EMPTY_THINKING, answered.startswith(prompt) and "</think>" in answered[len(prompt) :]),
-                (OPENS_THINKING, self._opens_thinking),
-                (DROPS_THINKING, _THOUGHT not in thought),
-            )
-            if holds
+        rules = (
+            (REWRITES, self.rewrites),
+            (EMPTY_THINKING, answered.startswith(prompt) and "</think>" in answered[len(prompt) :]),
+            (OPENS_THINKING, self._opens_thinking),
+            (DROPS_THINKING, _THOUGHT not in thought),
         )
+        self.rules = (*(rule for rule, holds in rules if holds), *bos_rules)
+
+    def _examine_bos(self, answered: str, continued: str) -> tuple[str, ...]:
+        """Sets `bos_count` and returns the rules about BOS, from a conversation before and after it goes on."""
+        bos, self.bos_count = self._tokenizer.bos_token, None
+        if bos is None:
+            return ()
+        if not answered.lstrip().startswith(bos) and adds_bos(self._tokenizer):
+            known = (self.header.strip(), self.end_of_turn) in WITHOUT_BOS.values()
+            if bos in continued or not known:
+                raise RefusedError(
+                    f"the chat template does not start with the BOS token {bos}, though the tokenizer puts it before "
+                    "every text, so the model expects it; start the template with {{ bos_token }}."
+                )
+            self.bos_count = 0
+            return (NO_BOS,)
+        if bos == self._tokenizer.eos_token:
+            return ()
+        if continued.count(bos) > answered.count(bos):
+            return (BOS_REPEATED,)
+        self.bos_count = 1 if bos in answered else 0
+        return ()
 
     def _examine_tags(self) -> None:
         text, spans = self.tagged(PROBE)

@@ -54,6 +54,15 @@ class Tokens:
         return [owner >= 0 for owner in self.owners(spans)]
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts BOS before plain text: the model has then never seen a text without it."""
+    with_special, without = (
+        tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False)
+    )
+    bos = tokenizer.bos_token_id
+    return bos is not None and with_special[:1] == [bos] != without[:1]
+
+
 def continued(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     """Token ids and spans of `text` as it follows other text: some tokenizers put a space before what comes first."""
     for before in _BEFORE:

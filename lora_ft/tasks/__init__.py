@@ -44,8 +44,17 @@ class Task:
     """PEFT's name for it, written into `adapter_config.json`."""
     accuracy_name: str = "token_accuracy"
     """What the share of scored positions predicted right is called."""
-    tokenizer: Any
-    """Set by `prepare`."""
+    tokenizer: Any = None
+    """Set by `prepare`, as what follows is."""
+    max_length: int
+    rules: tuple[str, ...] = ()
+    """What a chat template does unasked, by name; worth saying once a run."""
+    ways: tuple[str, ...] = ()
+    """The two ways of finding a conversation's trained text that must agree."""
+    cut_rows: int = 0
+    """Rows longer than `max_length` among those that `features` has returned."""
+    cut_tokens: int = 0
+    """Tokens left out of those rows in all."""
 
     def learn(self, examples: Sequence[Example]) -> None:
         """Takes what the task must know of all rows before the model is made, such as the set of labels."""
@@ -59,8 +68,14 @@ class Task:
         return {}
 
     def prepare(self, tokenizer: Any, max_length: int) -> None:
-        """Takes the tokenizer and the longest row, in tokens, that `features` may return."""
-        raise NotImplementedError
+        """Takes the tokenizer and the longest row, in tokens, that `features` may return; counts cut rows from 0."""
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.cut_rows = self.cut_tokens = 0
+
+    def count_cut(self, tokens: int) -> None:
+        """Notes that a row lost so many tokens."""
+        self.cut_rows += tokens > 0
+        self.cut_tokens += tokens
 
     def features(self, example: Example) -> Features:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""

@@ -18,14 +18,16 @@ class Chat(Causal):
     name = "chat"
 
     def prepare(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer = tokenizer
+        super().prepare(tokenizer, max_length)
         self.renderer = ChatRenderer(tokenizer, max_length)
+        self.rules, self.ways = self.renderer.rules, self.renderer.ways
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Conversation | Pair):
             raise DataError([f"{example.where}: a {type(example).__name__.lower()} row is not a conversation; "
                              "chat takes messages or prompt/completion rows, `complete` plain text."])  # fmt: skip
         rendered = self.renderer.render(example)
+        self.count_cut(rendered.cut)
         return {"input_ids": rendered.input_ids, "labels": rendered.labels}
 
     def question(self, example: Example) -> tuple[list[int], str]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from lora_ft.data.formats import Example, Labelled
-from lora_ft.errors import DataError
-from lora_ft.tasks import Batch, Features, Scores, Task, pad
+from lora_ft.errors import DataError, UnsupportedModelError
+from lora_ft.tasks import Batch, Features, Scores, Task, pad, unwrapped
 
 
 class Classify(Task):
@@ -26,11 +26,14 @@ class Classify(Task):
         self.labels = tuple(labels)
 
     def learn(self, examples: Sequence[Example]) -> None:
+        if not examples and not self.labels:
+            raise DataError(["classify needs its rows at the start, to know the labels; leave out --data.streaming."])
         if not self.labels:
             self.labels = tuple(sorted({e.label for e in examples if isinstance(e, Labelled)}))
         if len(self.labels) < 2:
+            place = f"{examples[0].where}: " if examples else ""
             found = f"the rows have only the label {self.labels[0]!r}" if self.labels else "no row has a label"
-            raise DataError([f"{examples[0].where}: {found}; classify needs text/label rows with two labels or more."])
+            raise DataError([f"{place}{found}; classify needs text/label rows with two labels or more."])
 
     def facts(self) -> dict[str, Any]:
         return {"labels": list(self.labels)}
@@ -43,17 +46,17 @@ class Classify(Task):
             "problem_type": "single_label_classification",
         }
 
-    def prepare(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-
     def features(self, example: Example) -> Features:
         if not isinstance(example, Labelled):
             raise DataError([f"{example.where}: the row has no label; classify takes text/label rows."])
         if example.label not in self.labels:
             raise DataError([f"{example.where}: label {example.label!r} is not one the adapter knows: "
                              f"{', '.join(self.labels[:8])}{' ...' if len(self.labels) > 8 else ''}."])  # fmt: skip
-        encoded = self.tokenizer(example.text, example.text_pair, truncation=True, max_length=self.max_length)
+        encoded = self.tokenizer(example.text, example.text_pair, verbose=False)
+        whole = len(encoded["input_ids"])
+        if whole > self.max_length:
+            encoded = self.tokenizer(example.text, example.text_pair, truncation=True, max_length=self.max_length)
+        self.count_cut(whole - len(encoded["input_ids"]))
         return {**encoded, "labels": self.labels.index(example.label)}
 
     def collate(self, rows: Sequence[Features]) -> Batch:
@@ -65,6 +68,21 @@ class Classify(Task):
         return batch
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
+        self._refuse_other_padding(unwrapped(model).config)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits_BV = model(**inputs).logits
         return Scores(logits_BV, batch["labels"], torch.arange(len(logits_BV), device=logits_BV.device))
+
+    def _refuse_other_padding(self, config: Any) -> None:
+        """Raises UnsupportedModelError where a decoder would look for the last token by another padding than ours.
+
+        A decoder reads the class at the last token that is not `config.pad_token_id`; with another id that is some
+        padding, and training goes on without a word. Encoders go by the attention mask and the first token.
+        """
+        reads_last = type(config) not in AutoModelForMaskedLM._model_mapping
+        if self.tokenizer is not None and reads_last and config.pad_token_id != self.tokenizer.pad_token_id:
+            raise UnsupportedModelError(
+                f"the tokenizer pads with token {self.tokenizer.pad_token_id}, but pad_token_id in the model's "
+                f"config.json is {config.pad_token_id}, by which a {config.model_type} model finds the last token, "
+                "where the class is read; make them equal."
+            )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lora_ft.data.formats import Example, Pair, Text
 from lora_ft.data.render import IGNORE, render_completion
 from lora_ft.errors import DataError
@@ -16,15 +14,12 @@ class Complete(Causal):
 
     name = "complete"
 
-    def prepare(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-
     def features(self, example: Example) -> Features:
         if not isinstance(example, Text | Pair):
             raise DataError([f"{example.where}: a {type(example).__name__.lower()} row is not plain text; "
                              "complete takes text or prompt/completion rows, `chat` takes conversations."])  # fmt: skip
         rendered = render_completion(self.tokenizer, example, self.max_length)
+        self.count_cut(rendered.cut)
         return {"input_ids": rendered.input_ids, "labels": rendered.labels}
 
     def question(self, example: Example) -> tuple[list[int], str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
@@ -15,31 +14,36 @@ from lora_ft.tasks import Batch, Features, Scores, Task, pad, unwrapped
 
 
 class Seq2Seq(Task):
-    """Every token of the target is learned, its end included."""
+    """Every token of the target is learned, its end included, unless that was cut off: then no stop is taught."""
 
     name = "seq2seq"
     model_class = AutoModelForSeq2SeqLM
     peft_task = "SEQ_2_SEQ_LM"
 
-    def prepare(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-
     def features(self, example: Example) -> Features:
         if not isinstance(example, Pair):
             raise DataError([f"{example.where}: the row has no source and target; seq2seq takes source/target rows."])
-        source = self.tokenizer(example.prompt, truncation=True, max_length=self.max_length)["input_ids"]
-        target = self.tokenizer(text_target=example.completion, truncation=True, max_length=self.max_length)
-        labels = list(target["input_ids"])
+        source, cut = self._source(example)
+        target = list(self.tokenizer(text_target=example.completion, verbose=False)["input_ids"])
         eos = self.tokenizer.eos_token_id
-        if eos is not None and labels[-1:] != [eos]:
-            labels = [*labels[: self.max_length - 1], eos]
+        if eos is not None and target[-1:] != [eos]:
+            target.append(eos)
+        labels = target[: self.max_length]
+        self.count_cut(cut + len(target) - len(labels))
         return {"input_ids": source, "labels": labels}
+
+    def _source(self, example: Pair) -> tuple[list[int], int]:
+        """Returns the source's token ids and how many were cut off; the end that the encoder is used to stays."""
+        whole = self.tokenizer(example.prompt, verbose=False)["input_ids"]
+        if len(whole) <= self.max_length:
+            return whole, 0
+        kept = self.tokenizer(example.prompt, truncation=True, max_length=self.max_length)["input_ids"]
+        return kept, len(whole) - len(kept)
 
     def question(self, example: Example) -> tuple[list[int], str]:
         if not isinstance(example, Pair):
             return super().question(example)
-        return self.features(example)["input_ids"], example.completion
+        return self._source(example)[0], example.completion
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         return {

@@ -1,0 +1,120 @@
+"""The recipes run as their first lines say, in processes of their own, and leave adapters that load."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.test_cli import write_rows
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DATA = Path(__file__).parents[2] / "shared" / "data"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+WEIGHTS = "adapter_model.safetensors"
+
+
+def run(folder: Path, *words: str | Path, **environ: str) -> str:
+    """Returns what a recipe printed, having checked that it succeeded."""
+    command = [sys.executable, str(RECIPES / words[0]), *map(str, words[1:])]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | ONE_THREAD | environ, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_adapter(folder: Path, base: Path | None = None) -> None:
+    """Checks that training moved every B off zero, and that plain PEFT says something else with it than without."""
+    tensors = load_file(folder / WEIGHTS)
+    moved = [bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name]
+    assert moved
+    assert all(moved)
+    if base is not None:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+        model = peft.PeftModel.from_pretrained(plain, folder).eval()
+        ids = torch.tensor([[1, 60, 61, 62]])
+        with torch.no_grad():
+            changed = model(ids).logits
+            with model.disable_adapter():
+                assert not torch.allclose(model(ids).logits, changed)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model_folder(tmp_path_factory.mktemp("recipes") / "base")
+
+
+@pytest.mark.parametrize("name", ["chat", "complete"])
+def test_a_recipe_trains(base: Path, tmp_path: Path, name: str) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 20)
+    if name == "complete":
+        said = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+        rows.write_text("".join(json.dumps({"prompt": ask["content"], "completion": reply["content"]}) + "\n"
+                                for ask, reply in said))  # fmt: skip
+    words = ["--train.steps", "2", "--data.max-length", "64"]
+    run(tmp_path, f"{name}.py", "--base", base, "--data.train", rows, "--out", "out", *words,
+        LORA_FT_HOME=str(tmp_path / "home"))  # fmt: skip
+    assert_adapter(tmp_path / "out", base)
+
+
+def test_the_flat_loop_trains_and_names_the_rows_it_leaves_out(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    ask, reply = {"role": "user", "content": "w40 w41"}, {"role": "assistant", "content": "w42"}
+    long = "w50 " * 600
+    with rows.open("a", encoding="utf-8") as stream:
+        for messages in (
+            [ask, reply, ask],  # line 13 ends with a question
+            [{**ask, "content": long}, reply],  # line 14 is cut before its answer
+            [ask, {**reply, "content": long}],  # line 15 is cut in its answer: user w40 w41 end assistant, w50 ...
+        ):
+            stream.write(json.dumps({"messages": messages}) + "\n")
+    shown = run(tmp_path, "flat_loop.py", rows, "out", base)
+    assert "rows.jsonl:13: left out: it does not end in an answer in words to train on" in shown
+    assert "rows.jsonl:14: left out: of its 606 tokens, the first 512 hold nothing to train on" in shown
+    assert "13 rows, of which 1 were cut at 512 tokens and lost 95 in all" in shown
+    assert "step 2/2  loss " in shown
+    assert_adapter(tmp_path / "out", base)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": f"w{n} w{n + 1} w{n + 2}"} for n in range(40, 56)],
+        [{"question": f"w{n}", "answer": f"w{n + 1}"} for n in range(40, 56)],
+        [
+            {"conversations": [{"from": "human", "value": f"w{n}"}, {"from": "gpt", "value": f"w{n + 1}"}]}
+            for n in range(40, 56)
+        ],
+    ],
+    ids=["text", "question", "sharegpt"],
+)
+def test_the_flat_loop_reads_every_format(base: Path, tmp_path: Path, rows: list[dict]) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    shown = run(tmp_path, "flat_loop.py", "rows.json", "out", base)
+    assert "16 rows, of which 0 were cut" in shown
+    assert_adapter(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA.name}")
+@pytest.mark.parametrize("name", ["chat", "complete", "flat_loop"])
+def test_a_recipe_trains_the_real_base_on_real_rows(tmp_path: Path, name: str) -> None:
+    # The flat loop has no option for steps: two of its steps are 16 rows.
+    rows = json.loads((DATA / "alpaca_en_demo.json").read_text(encoding="utf-8"))[: 16 if name == "flat_loop" else 40]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    if name == "flat_loop":
+        assert "step 2/2" in run(tmp_path, "flat_loop.py", "rows.json", "out")
+    else:
+        words = ["--train.steps", "2", "--data.max-length", "128"]
+        run(tmp_path, f"{name}.py", "--data.train", "rows.json", "--out", "out", *words)
+    assert_adapter(tmp_path / "out")
