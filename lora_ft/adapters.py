@@ -253,9 +253,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = environment.read(folder)
     if not isinstance(record, dict):
         raise AdapterError(f"{folder / environment.FILE}: it holds a {type(record).__name__}, not an object.")
-    problems = _unlike(record, RECORD)
+    problems = unlike(record, RECORD)
     if isinstance(record.get("base"), dict):
-        problems += _unlike(record["base"], BASE_RECORD, "base.")
+        problems += unlike(record["base"], BASE_RECORD, "base.")
     problems += [
         f"{key} is {record[key]!r}, not one of {', '.join(allowed)}"
         for key, allowed in (("dtype", DTYPES), ("quant", get_args(Quant)))
@@ -285,7 +285,7 @@ def read_task(folder: Path, record: dict[str, Any]) -> tuple[RunConfig, tasks.Ta
         ) from None
 
 
-def _unlike(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+def unlike(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Returns what is wrong with the keys of `found`: `wanted` holds the type, or a union of types, of each."""
     problems = [f"{prefix}{key} is missing" for key in wanted if key not in found]
     return problems + [
@@ -352,7 +352,7 @@ def lora_settings(folder: Path) -> peft.LoraConfig:
         AdapterError: the folder is no adapter, or its configuration was damaged or is not of LoRA.
     """
     settings = read_settings(folder)
-    problems = _unlike(settings, SETTINGS)
+    problems = unlike(settings, SETTINGS)
     if settings.get("peft_type", "LORA") != "LORA":
         problems.append(f"peft_type is {settings['peft_type']!r}, not LORA")
     if problems:

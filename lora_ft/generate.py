@@ -7,28 +7,33 @@ beginning is computed for one row and repeated for the others.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from lora_ft import losses
+from lora_ft.tasks import unwrapped
 
 # Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.75 GB in float32.
 BATCH_TOKENS = 16384
 # Below this many common tokens a pass of its own costs more than it saves.
 SHORTEST_SHARED = 16
+# What a base says of its own beginning and end; everything else in its generation_config.json is a taste.
+KEPT_RULES = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest."""
+    """How the next token is chosen; temperature 0 takes the likeliest, any other draws."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    top_p: float = 1.0
 
 
 def generate(
@@ -45,11 +50,10 @@ def generate(
         prompts: token ids of each prompt; encoder-decoder models take them as the source.
         stop_ids: tokens that end a reply besides the model's own end of text.
     """
-    encoder_decoder = bool(model.config.is_encoder_decoder)
-    shared = 0 if encoder_decoder or len(prompts) < 2 else shared_length(prompts)
+    shared = shared_length(prompts) if len(prompts) > 1 and _can_share(model) else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies = [""] * len(prompts)
-    with losses.evaluating(model):
+    with losses.evaluating(model), _without_rules(model):
         cache = _prefill(model, prompts[0][:shared]) if shared else None
         while order:
             # The longest first: the memory of the whole run is known after one batch.
@@ -70,6 +74,40 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     shortest = min(map(len, prompts))
     common = min(next((i for i, column in columns if len(set(column)) > 1), shortest), shortest - 1)
     return common if common >= SHORTEST_SHARED else 0
+
+
+def _can_share(model: Any) -> bool:
+    """Returns whether padding may stand between the shared beginning and the rest.
+
+    It may where attention reads every slot that the mask does not hide, and a token's place is told apart from its
+    slot. Windows count slots, recurrent layers run through the padding, and OpenAI-GPT keeps no cache at all.
+    """
+    inner = unwrapped(model)
+    if inner.config.is_encoder_decoder or not {"past_key_values", "position_ids"} <= _parameters(inner):
+        return False
+    # A cache that knows no layers yet makes plain ones.
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=inner.config).layers)
+
+
+def _parameters(model: Any) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+@contextmanager
+def _without_rules(model: Any) -> Iterator[None]:
+    """Runs the block without what a base's generation_config.json adds, such as a penalty on repetition.
+
+    PEFT keeps a reference of its own, and gives it to the model inside.
+    """
+    holders = {id(m): m for m in (model, unwrapped(model)) if "generation_config" in vars(m)}.values()
+    before = [holder.generation_config for holder in holders]
+    try:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = GenerationConfig(**{key: getattr(own, key) for key in KEPT_RULES})
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
 
 
 def _prefill(model: Any, ids: Sequence[int]) -> DynamicCache:
@@ -102,13 +140,12 @@ def _batch(
         rows = copy.deepcopy(cache)
         rows.batch_repeat_interleave(len(prompts))
         inputs["past_key_values"] = rows
-    sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     out = model.generate(
         **inputs,
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted({*_end_ids(model, tokenizer), *stop_ids}),
-        **(sampled if sampling.temperature > 0 else {"do_sample": False, "temperature": None, "top_p": None}),
+        **({"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {}),
     )
     new = out if model.config.is_encoder_decoder else out[:, longest:]
     return tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -19,13 +19,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_ft import adapters, changes, environment, seal, tasks
+from lora_ft import adapters, changes, environment, seal
 from lora_ft import base as bases
 from lora_ft.changes import Change, Whole
-from lora_ft.config import RunConfig, from_yaml
-from lora_ft.errors import AdapterError, ProofError
+from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from lora_ft.seal import Seal
 from lora_ft.sources import Source
 from lora_ft.tasks import Task
@@ -121,14 +120,16 @@ class _Parts:
     @classmethod
     def of(cls, folder: Path, base_name: str | None) -> _Parts:
         """Returns the parts, read from an adapter folder; the weights stay on disk."""
-        record = environment.read(folder)
-        adapters.read_settings(folder)
+        record = adapters.read_record(folder)
+        adapters.lora_settings(folder)
         sealed = seal.read(folder)
         source = adapters.find_base(record["base"], base_name)
-        run = from_yaml(RunConfig, folder / "config.yaml")
-        task = tasks.get(run.task, record.get("task", {}))
+        _, task = adapters.read_task(folder, record)
         tokenizer = bases.load_tokenizer(folder)
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        try:
+            config = bases.read_config(source.folder)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {error}") from None
         for key, value in task.config_changes().items():
             setattr(config, key, value)
         if getattr(config, "pad_token_id", None) is None:

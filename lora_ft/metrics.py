@@ -9,6 +9,10 @@ from typing import Any
 import datasets
 import evaluate
 
+from lora_ft.errors import DataError
+
+# Not None, which is what `null` is read as.
+NOT_JSON = object()
 TEXTS = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
 
 
@@ -29,13 +33,21 @@ class JsonMatch(evaluate.Metric):
         return _info(self, TEXTS)
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        found = [parsed(text) for text in predictions]
-        wanted = [json.loads(text) for text in references]
+        found, wanted = [parsed(text) for text in predictions], [parsed(text) for text in references]
+        problems = [
+            f"json_match: reference {i} of {len(wanted)} is not JSON: {text[:60]!r}; mend it, or leave the metric out."
+            for i, (text, value) in enumerate(zip(references, wanted, strict=True), start=1)
+            if value is NOT_JSON
+        ]
+        if problems:
+            raise DataError(problems)
         pairs = list(zip(found, wanted, strict=True))
         fields = sorted({key for want in wanted if isinstance(want, dict) for key in want})
         return {"json_match": _share(f == w for f, w in pairs)} | {
             f"json_match.{field}": _share(
-                isinstance(f, dict) and field in f and f[field] == w[field] for f, w in pairs if field in w
+                isinstance(f, dict) and field in f and f[field] == w[field]
+                for f, w in pairs
+                if isinstance(w, dict) and field in w
             )
             for field in fields
         }
@@ -50,11 +62,12 @@ def compute(name: str, predictions: Sequence[str], references: Sequence[str]) ->
 
 
 def parsed(text: str) -> Any:
-    """Returns the JSON value in `text`, or None where it is not JSON."""
+    """Returns the JSON value in `text`, or NOT_JSON."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
-        return None
+    # Not JSONDecodeError alone: a model may also write a thousand brackets, or as many digits.
+    except (ValueError, RecursionError):
+        return NOT_JSON
 
 
 def _info(metric: evaluate.Metric, features: datasets.Features) -> evaluate.MetricInfo:

@@ -94,9 +94,17 @@ def kl(ids_NK: torch.Tensor, logp_NK: torch.Tensor, logits_NV: torch.Tensor) -> 
         logp_NK: their log-probabilities, float32.
         logits_NV: what is compared with them, any float dtype; computed in float64.
     """
-    kept_NK, live_NK = logp_NK.double(), _log_softmax(logits_NV).gather(1, ids_NK)
+    return kl_kept(logp_NK, _log_softmax(logits_NV).gather(1, ids_NK), logits_NV.shape[1])
+
+
+def kl_kept(logp_NK: torch.Tensor, other_NK: torch.Tensor, classes: int) -> float:
+    """Returns KL(kept, other) in nats, mean over positions, of log-probabilities of the same K of `classes` classes.
+
+    The rest of the classes is one bucket; computed in float64.
+    """
+    kept_NK, live_NK = logp_NK.double(), other_NK.double()
     kl_N = (kept_NK.exp() * (kept_NK - live_NK)).sum(dim=1)
-    if ids_NK.shape[1] < logits_NV.shape[1]:
+    if kept_NK.shape[1] < classes:
         kept_rest_N, live_rest_N = (1 - p_NK.exp().sum(dim=1) for p_NK in (kept_NK, live_NK))
         ratio_N = kept_rest_N.clamp_min(NO_REST).log() - live_rest_N.clamp_min(NO_REST).log()
         kl_N = kl_N + torch.where(kept_rest_N > NO_REST, kept_rest_N * ratio_N, 0.0)

@@ -5,16 +5,11 @@ Both are pure functions of a `Summary` and `metrics.jsonl`: the same run gives t
 
 from __future__ import annotations
 
-import decimal
 import difflib
 import functools
-import io
-import itertools
 import json
-import math
 import re
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -22,6 +17,8 @@ from typing import Any
 import jinja2
 import yaml
 from markupsafe import Markup, escape
+
+from lora_ft.curves import curves, number
 
 METRICS = "metrics.jsonl"
 CARD = "README.md"
@@ -45,12 +42,6 @@ PAGE_CHARS = 2400
 CARD_CHARS = 700
 # Share of words in common from which marking the others helps to read; below it the whole text would be tinted.
 ALIKE = 0.35
-# More points than this are finer than a pixel of the widest chart.
-POINTS = 400
-
-# Stand-ins that the drawing carries and the page's style sheet replaces, so that one SVG fits light and dark.
-INK, RULE, ADAPTER, HELD_OUT, BASE = "#010101", "#020202", "#030303", "#040404", "#050505"
-STYLES = {INK: "--soft", RULE: "--rule", ADAPTER: "--adapter", HELD_OUT: "--held-out", BASE: "--base"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ def page(summary: Summary, lines: Sequence[Mapping[str, Any]] = ()) -> str:
         sample["same"] = sample["expected"] != "" and sample["after"].strip() == sample["expected"].strip()
         sample["before"], sample["after"] = marked(sample["before"], sample["after"])
     return _templates(escaped=True).get_template("report.html.jinja").render(
-        **_view(summary), curves=list(_curves(lines, summary)), samples=samples
+        **_view(summary), curves=list(curves(lines, summary.metrics, summary.fit.get("steps", 0))), samples=samples
     )  # fmt: skip
 
 
@@ -228,15 +219,15 @@ def _evaluation(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, 
         key for name in names for key in flat[name] if not key.endswith("_interval") and key != "rows"
     )
     for key in order:
-        cells = [_number(flat[name][key]) if key in flat[name] else "" for name in names]
+        cells = [number(flat[name][key]) if key in flat[name] else "" for name in names]
         row = {"name": key, "cells": cells, "change": "", "interval": "", "verdict": ""}
         before, after = (flat.get(name, {}).get(key) for name in ("base", "adapter"))
         if isinstance(before, int | float) and isinstance(after, int | float):
-            row["change"] = _number(after - before, signed=True)
+            row["change"] = number(after - before, signed=True)
         interval = flat.get("adapter", {}).get(f"{key}_change_interval")
         if interval:
             low, high = interval
-            row["interval"] = f"{_number(low, signed=True)} to {_number(high, signed=True)}"
+            row["interval"] = f"{number(low, signed=True)} to {number(high, signed=True)}"
             if low > 0 or high < 0:
                 falling = any(word in FALLING for word in re.split(r"[_.\s]", key))
                 row["verdict"] = "better" if (high < 0) == falling else "worse"
@@ -343,165 +334,6 @@ def _use(summary: Summary) -> list[str]:
 # The curves
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A chart for wide and one for narrow screens, as SVG, with its caption."""
-
-    title: str
-    caption: str
-    legend: tuple[tuple[str, str], ...]
-    """Style and name of each line, where there are several."""
-    drawings: tuple[tuple[str, Markup], ...]
-    """CSS class and SVG."""
-
-
-def _curves(lines: Sequence[Mapping[str, Any]], summary: Summary) -> Iterator[Curve]:
-    """Yields a chart for each quantity that was logged, the loss first."""
-    train, evaluated = _series(lines, "loss"), _series(lines, "eval_loss")
-    losses = {name: summary.metrics.get(name, {}).get("loss") for name in ("base", "adapter")}
-    if losses["adapter"] is not None and summary.fit.get("steps") and not evaluated[0]:
-        evaluated = [summary.fit["steps"]], [losses["adapter"]]
-    if train[0]:
-        legend = [("adapter", "training")]
-        legend += [("held-out", "held out")] if evaluated[0] else []
-        legend += [("base", "base, held out")] if losses["base"] is not None else []
-        parts = [f"{_number(train[1][-1])} at the end"]
-        parts += [f"held out {_number(evaluated[1][-1])}"] if evaluated[0] else []
-        drawings = tuple(
-            (style, _draw(f"loss-{style}", size, [(ADAPTER, *train)], points=evaluated, level=losses["base"]))
-            for style, size in (("wide", (820, 300)), ("narrow", (400, 260)))
-        )
-        yield Curve("Loss", ", ".join(parts), tuple(legend) if len(legend) > 1 else (), drawings)
-    for key, title, scale, smooth in (
-        ("learning_rate", "Learning rate", 1, False),
-        ("grad_norm", "Gradient norm", 1, True),
-        ("tokens_per_s", "Tokens per second", 1, False),
-        ("peak_bytes", "Peak memory, GiB", 2**30, False),
-    ):
-        steps, values = _series(lines, key)
-        values = [value / scale for value in values]
-        if steps:
-            svg = _draw(key, (400, 210), [(ADAPTER, steps, values)], smooth=smooth, from_zero=True)
-            last = f"highest {_number(max(values))}" if key == "learning_rate" else f"{_number(values[-1])} at the end"
-            yield Curve(title, last, (), (("", svg),))
-
-
-def _series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps at which `key` was logged and its values; those that are not finite are left out."""
-    last = {line["step"]: float(line[key]) for line in lines if key in line and math.isfinite(line[key])}
-    return list(last), list(last.values())
-
-
-def _draw(
-    name: str,
-    size: tuple[int, int],
-    curves: Sequence[tuple[str, list[int], list[float]]],
-    *,
-    points: tuple[list[int], list[float]] = ([], []),
-    level: float | None = None,
-    smooth: bool = True,
-    from_zero: bool = False,
-) -> Markup:
-    """Returns a chart as SVG for inlining: sizes in CSS pixels, colours by the page's style sheet, no two ids alike.
-
-    Args:
-        points: values drawn as dots on a thin line.
-        level: height of a dashed line.
-        smooth: draw the moving mean over a pale line of the values.
-    """
-    # Imported here because loading it takes half a second, which the card alone should not cost.
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with matplotlib.rc_context():
-        # A matplotlibrc of the user's must not show.
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.hashsalt": "lora-ft", "svg.fonttype": "none", "font.size": 11})
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
-        figure.patch.set_visible(False)
-        axes = figure.add_subplot(facecolor="none")
-        for colour, steps, values in curves:
-            x, y = _thin(steps, values)
-            mean = _moving_mean(y) if smooth else y
-            if mean is not y:
-                axes.plot(x, y, color=colour, alpha=0.3, linewidth=1)
-            axes.plot(x, mean, color=colour, linewidth=1.8, marker="o" if len(x) < 3 else None, markersize=4)
-        if points[0]:
-            axes.plot(*points, color=HELD_OUT, linewidth=1.2, marker="o", markersize=4.5)
-        if level is not None and math.isfinite(level):
-            axes.axhline(level, color=BASE, linewidth=1.2, dashes=(4, 3))
-        if from_zero:
-            axes.set_ylim(0, 1.08 * max(max(values) for _, _, values in curves) or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{decimal.Decimal(f'{value:.6g}'):,f}")
-        axes.set_xlabel("step", loc="right", color=INK, fontsize=11)
-        axes.tick_params(length=0, colors=INK, labelsize=11, pad=6)
-        axes.grid(axis="y", color=RULE, linewidth=1)
-        axes.set_axisbelow(True)
-        for side, spine in axes.spines.items():
-            spine.set(visible=side == "bottom", color=RULE)
-        stream = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
-    return _inlined(stream.getvalue(), name)
-
-
-def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Returns at most `POINTS` points, each the mean of its neighbours where there were more."""
-    if len(steps) <= POINTS:
-        return list(steps), list(values)
-    cuts = [len(steps) * i // POINTS for i in range(POINTS + 1)]
-    bins = [(i, j) for i, j in itertools.pairwise(cuts)]
-    return [statistics.fmean(steps[i:j]) for i, j in bins], [statistics.fmean(values[i:j]) for i, j in bins]
-
-
-def _moving_mean(values: list[float]) -> list[float]:
-    """Returns the mean around each value, over a tenth of them; few values are returned as they are."""
-    reach = len(values) // 20
-    if reach == 0:
-        return values
-    return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
-
-
-def _inlined(svg: str, name: str) -> Markup:
-    """Returns matplotlib's SVG without what only a file needs, its colours and ids those of the page."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = svg.replace("xlink:href=", "href=")
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
-    used = set(re.findall(r'href="#([^"]*)"|url\(#([^)]*)\)', svg))
-    kept = {one or other for one, other in used}
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in kept else "", svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for colour, style in STYLES.items():
-        svg = svg.replace(colour, f"var({style})")
-    return Markup(re.sub(r"\n\s*", "\n", svg).strip())
-
-
-# Words, numbers and escapes
-
-
-def _number(value: Any, signed: bool = False) -> str:
-    """Returns a number to about four digits, with a true minus sign; anything else as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    sign = "+" if signed else ""
-    if isinstance(value, int) or not math.isfinite(value):
-        text = f"{value:{sign},}"
-    elif value == 0:
-        text = "0"
-    elif abs(value) < 0.001:
-        text = f"{value:{sign}.3g}"
-    else:
-        text = (
-            f"{value:{sign},.{0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 3 if abs(value) >= 1 else 4}f}"
-        )
-    return text.replace("-", "−", 1) if text.startswith("-") else text
-
-
 def _size(count: float) -> str:
     """Returns a number of bytes in words."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -564,6 +396,6 @@ def _templates(*, escaped: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, size=_size, duration=_duration, variant=_variant)
+    environment.filters.update(number=number, size=_size, duration=_duration, variant=_variant)
     environment.filters.update(text=_md_text, code=_md_code, block=_md_block)
     return environment

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,11 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lora_ft import adapters, environment, sources, tasks
+from lora_ft import adapters, environment, sources
+from lora_ft import base as bases
 from lora_ft.base import Base
-from lora_ft.config import RunConfig, from_yaml
 from lora_ft.errors import AdapterError, ConfigError, ProofError
-from lora_ft.replies import ask, canaries, distance, kl, likeliest, of_classes
+from lora_ft.replies import ask, canaries, distance, kl, kl_kept, likeliest, of_classes
 from lora_ft.tasks import Batch, Features, Task
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,23 @@ FORMAT = 1
 LEAST_EFFECT = 1e-7
 # Share of the effect that may be lost or added; quantization noise of another device stays below it.
 SHARE = 0.1
+# The effect is computed anew from what is kept; how an exponential rounds may differ between processors.
+SAME_EFFECT = 1e-3
+
+# What `seal.json` must hold.
+RECORD: dict[str, Any] = {
+    "kl_effect": float,
+    "classes": int,
+    "vocabulary": int,
+    "architecture": str,
+    "tied_embeddings": bool,
+    "heads": list,
+    "base_sha256": str,
+    "adapter_sha256": str,
+    "adapter_tensors": dict,
+    "seal_sha256": str,
+}
+TENSORS = ("adapter_ids", "adapter_logp", "base_logp", "base_ids", "base_own_logp")
 
 
 @dataclass(frozen=True)
@@ -58,8 +76,8 @@ class Seal:
 
     @property
     def effect(self) -> float:
-        """KL(adapter, base) in nats per position, as sealed."""
-        return self.record["kl_effect"]
+        """KL(adapter, base) in nats per position, as sealed: of the tensors kept, whose digest was compared."""
+        return kl_kept(self.adapter_logp, self.base_logp, self.record["classes"])
 
 
 @dataclass(frozen=True)
@@ -117,7 +135,8 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
         base_replies = ask(task, model, batches)
     adapter_ids, adapter_logp = likeliest(adapter_replies)
     base_ids, base_own_logp = likeliest(base_replies)
-    effect = distance(adapter_ids, adapter_logp, base_replies)
+    base_logp, classes = of_classes(adapter_ids, base_replies), adapter_replies[0].shape[1]
+    effect = kl_kept(adapter_logp, base_logp, classes)
     if not effect > LEAST_EFFECT:
         raise ProofError(
             f"The adapter has no effect: at {len(adapter_ids)} positions of held-out rows KL(adapter, base) is "
@@ -127,7 +146,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
     tensors = {
         "adapter_ids": adapter_ids,
         "adapter_logp": adapter_logp,
-        "base_logp": of_classes(adapter_ids, base_replies),
+        "base_logp": base_logp,
         "base_ids": base_ids,
         "base_own_logp": base_own_logp,
     }
@@ -137,9 +156,8 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
         "format": FORMAT,
         "lora_ft": environment.versions()["lora_ft"],
         "kl_effect": effect,
-        "share": SHARE,
         "positions": len(adapter_ids),
-        "classes": adapter_replies[0].shape[1],
+        "classes": classes,
         "vocabulary": base.model.get_input_embeddings().weight.shape[0],
         "architecture": type(model.get_base_model()).__name__,
         "tied_embeddings": environment.embeddings_are_tied(base.model),
@@ -165,6 +183,9 @@ def read(folder: Path) -> Seal:
         raise AdapterError(f"{folder / FILES[1]}: cannot be read: {error!r}.") from None
     if not known:
         raise AdapterError(f"{folder / FILES[1]}: format {record['format']!r}; this version reads format {FORMAT}.")
+    problems = adapters.unlike(record, RECORD)
+    if problems:
+        raise AdapterError(f"{folder / FILES[1]}: {'; '.join(problems)}: the file was damaged.")
     digest = environment.file_sha256(folder / FILES[0])
     if digest != record["seal_sha256"]:
         raise AdapterError(
@@ -176,7 +197,15 @@ def read(folder: Path) -> Seal:
     for name in [name for name in stored if name.startswith("batch")]:
         number, key = name.removeprefix("batch").split(".")
         batches.setdefault(int(number), {})[key] = stored.pop(name)
-    return Seal(record, [batches[i] for i in sorted(batches)], **stored)
+    if stored.keys() != set(TENSORS) or not batches:
+        raise AdapterError(f"{folder / FILES[0]}: holds {_some(sorted(stored))}, not {', '.join(TENSORS)} and batches.")
+    sealed = Seal(record, [batches[i] for i in sorted(batches)], **stored)
+    if not math.isclose(sealed.effect, record["kl_effect"], rel_tol=SAME_EFFECT):
+        raise AdapterError(
+            f"{folder / FILES[1]}: kl_effect is {record['kl_effect']:.4g} nats, but the replies kept in {FILES[0]} are "
+            f"{sealed.effect:.4g} apart: the seal was altered after it was made."
+        )
+    return sealed
 
 
 def verify(
@@ -187,8 +216,11 @@ def verify(
     All checks that can still run do, whatever failed before them.
 
     Raises:
+        AdapterError: there is no such folder.
         SourceError: the base of the adapter cannot be found.
     """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: there is no such folder.")
     checks = _Checks()
     sealed = checks.attempt("seal", "the files of the seal are there and as they were made", lambda: read(folder))
     if sealed is None:
@@ -215,6 +247,7 @@ def load_merged(task: Task, folder: Path, device: str | None = None) -> tuple[An
     try:
         model, info = task.model_class.from_pretrained(
             folder,
+            config=bases.read_config(folder),
             dtype="auto",
             device_map={"": device or ("cuda" if torch.cuda.is_available() else "cpu")},
             local_files_only=True,
@@ -254,6 +287,10 @@ class _Checks:
 def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
     """What the adapter file alone can tell."""
     path = folder / adapters.WEIGHTS
+    was = sealed.record["adapter_sha256"]
+    digest = environment.file_sha256(path) if path.is_file() else "no file"
+    checks.add("file", digest == was, digest[:16],
+               f"the sha256 of {path.name} is that of the file sealed: {was[:16]}")  # fmt: skip
     rule = "the adapter file has the tensors that were sealed, of the same shapes"
     try:
         found = _shapes(path)
@@ -286,7 +323,7 @@ def _verify_adapter(checks: _Checks, sealed: Seal, folder: Path, base_name: str 
     """Returns KL(seal, live) of the adapter loaded on its base, not a number where it does not load."""
 
     def same_base() -> None:
-        record = environment.read(folder)["base"]
+        record = adapters.read_record(folder)["base"]
         if record["weights_sha256"] != sealed.record["base_sha256"]:
             raise AdapterError(f"{environment.FILE} names another base than the seal does.")
         adapters.find_base(record, base_name)
@@ -355,7 +392,7 @@ def _verify_merged(checks: _Checks, sealed: Seal, folder: Path, model_folder: Pa
 
 
 def _task(folder: Path) -> Task:
-    return tasks.get(from_yaml(RunConfig, folder / "config.yaml").task, environment.read(folder).get("task", {}))
+    return adapters.read_task(folder, adapters.read_record(folder))[1]
 
 
 def _check_merged_tying(checks: _Checks, sealed: Seal, model: Any, model_folder: Path) -> None:

@@ -36,17 +36,15 @@ def encode(tokenizer, row):
             answer.append(tokenizer.eos_token_id)
         return answer, [IGNORE, *answer[1:]]
     if isinstance(row, formats.Pair):
-        messages, answer, tools = [{"role": "user", "content": row.prompt}], row.completion, ()
+        messages, answer, tools = [{"role": "user", "content": row.prompt}], row.completion, None
     elif isinstance(row, formats.Chat):
         *messages, last = row.messages
-        answer, tools = last.get("content"), row.tools
+        answer, tools = last.get("content"), list(row.tools) or None
         if last["role"] != "assistant" or last.get("weight") == 0 or not isinstance(answer, str):
             raise ValueError("it does not end in an answer in words to train on")
     else:
         raise ValueError("a label is nothing to write; use the task classify")
-    prompt = tokenizer.apply_chat_template(
-        messages, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
-    )
+    prompt = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
     reply = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return prompt + reply, [IGNORE] * len(prompt) + reply
 
@@ -88,11 +86,9 @@ def main(data, out, base=BASE):
     folder = resolve(base).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = read(tokenizer, data)
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, quantization_config=quantization
-    )
+    double = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **double)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, quantization_config=nf4)
     for module in model.modules():  # an evaluation pass must not repack weights in place (AVX512-BF16 processors)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_ft import adapters, base, config, losses, merge, seal, tasks
@@ -361,6 +362,49 @@ def test_another_base_is_refused(quantized: tiny.Run, tmp_path: Path) -> None:
     other = tiny.model_folder(tmp_path / "other", seed=1)
     with pytest.raises(AdapterError, match="its own base"):
         merge.merge(quantized.folder, tmp_path / "merged", base_name=str(other))
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
+def test_a_base_cannot_name_kernels_to_fetch(
+    quantized: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """Its settings are not part of the digest of its weights, so they may have changed since the training."""
+    fetch = lambda *_, **__: pytest.fail("a kernel was asked for")  # noqa: E731
+    monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", fetch)
+    folder = Path(shutil.copytree(quantized.base_folder, tmp_path / "base"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, field: "evil/kernel"}))
+    merge.merge(quantized.folder, tmp_path / "merged", base_name=str(folder))
+    assert "evil" not in (tmp_path / "merged" / "config.json").read_text()
+
+
+def test_code_in_a_base_is_refused(quantized: tiny.Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized.base_folder, tmp_path / "base"))
+    settings = json.loads((folder / "config.json").read_text())
+    hostile = {**settings, "model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.C"}}
+    (folder / "config.json").write_text(json.dumps(hostile))
+    with pytest.raises(UnsupportedModelError, match="does not know this model"):
+        merge.merge(quantized.folder, tmp_path / "merged", base_name=str(folder))
+
+
+def test_only_the_chosen_weights_must_pass(
+    quantized: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([float("nan"), 1e-9, float("nan"), 1e9])
+    monkeypatch.setattr(seal, "drift", lambda *_: next(found))
+    report = merge.merge(quantized.folder, tmp_path / "one")
+    assert report["onto"] == "original"
+    assert report["candidates"]["dequantized"] == {"kl": None, "passes": False}
+    with pytest.raises(ProofError, match="1e\\+09 nats"):
+        merge.merge(quantized.folder, tmp_path / "two")
+
+
+@pytest.mark.parametrize("file", ["environment.json", "adapter_config.json"])
+def test_a_damaged_adapter_says_where(quantized: tiny.Run, tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(quantized.folder, tmp_path / "adapter"))
+    (folder / file).write_text("{}")
+    with pytest.raises(AdapterError, match=rf"{file}: .* is missing"):
+        merge.merge(folder, tmp_path / "merged")
 
 
 def test_rows_of_tokens_that_nothing_trained_are_the_same_everywhere(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from lora_ft import config, report
+from lora_ft import config, curves, report
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
 HOSTILE = (
@@ -348,10 +348,10 @@ def test_every_curve_is_there_and_fits_light_and_dark() -> None:
 
 
 def test_curves_leave_out_what_is_not_a_number_and_thin_what_is_too_fine() -> None:
-    steps, values = report._series([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}], "loss")
+    steps, values = curves._series([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}], "loss")
     assert (steps, values) == ([1], [2.0])
-    x, y = report._thin(list(range(10_000)), [float(i) for i in range(10_000)])
-    assert len(x) == report.POINTS
+    x, y = curves._thin(list(range(10_000)), [float(i) for i in range(10_000)])
+    assert len(x) == curves.POINTS
     assert x == pytest.approx(y)
     assert sum(y) / len(y) == pytest.approx(9999 / 2)
     assert len(report.page(summary(), lines(5000))) < 200_000
@@ -361,7 +361,7 @@ def test_curves_leave_out_what_is_not_a_number_and_thin_what_is_too_fine() -> No
 
 
 def test_one_logged_step_is_drawn_as_a_dot() -> None:
-    svg = report._draw("loss", (400, 200), [(report.ADAPTER, [1], [2.0])])
+    svg = curves._draw("loss", (400, 200), [(curves.ADAPTER, [1], [2.0])])
     assert "<use" in svg
 
 
@@ -445,7 +445,7 @@ def test_marks_stand_on_words_that_differ_and_nothing_is_lost() -> None:
      (2.1e-7, "2.1e-07"), (12345.6, "12,346"), (347.72, "347.7"), (float("nan"), "nan"), ("low", "low"), (None, "")],
 )  # fmt: skip
 def test_numbers_in_words(value: Any, text: str) -> None:
-    assert report._number(value) == text
+    assert curves.number(value) == text
 
 
 def test_times_and_sizes_in_words() -> None:

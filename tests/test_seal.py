@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, merge, replies, seal
+from lora_ft import adapters, base, environment, losses, merge, replies, seal, tasks
 from lora_ft.errors import AdapterError, ProofError
 from tests import tiny
 
@@ -58,7 +61,17 @@ def test_a_sound_adapter_passes(causal: tiny.Run) -> None:
     assert verdict.kl_live <= 1e-9
     assert verdict.kl_effect > 0.1
     assert json.loads(json.dumps(verdict.as_dict()))["passed"] is True
-    assert {c.name for c in verdict.checks} >= {"seal", "tensors", "heads", "finite", "lora_B", "base", "load", "tied"}
+    assert {c.name for c in verdict.checks} >= {
+        "seal",
+        "file",
+        "tensors",
+        "heads",
+        "finite",
+        "lora_B",
+        "base",
+        "load",
+        "tied",
+    }
 
 
 def test_zeroed_lora_b_fails(causal: tiny.Run, tmp_path: Path) -> None:
@@ -74,14 +87,14 @@ def test_a_renamed_prefix_fails(causal: tiny.Run, tmp_path: Path) -> None:
     def rename(tensors: Tensors) -> Tensors:
         return {k.replace("base_model.model.model.", "base_model.model."): t for k, t in tensors.items()}
 
-    assert failed(seal.verify(changed(causal, tmp_path, rename))) == {"tensors", "load"}
+    assert failed(seal.verify(changed(causal, tmp_path, rename))) == {"file", "tensors", "load"}
 
 
 def test_a_dropped_head_fails(classifier: tiny.Run, tmp_path: Path) -> None:
     def drop(tensors: Tensors) -> Tensors:
         return {k: t for k, t in tensors.items() if ".classifier." not in k}
 
-    assert failed(seal.verify(changed(classifier, tmp_path, drop))) == {"tensors", "heads", "load"}
+    assert failed(seal.verify(changed(classifier, tmp_path, drop))) == {"file", "tensors", "heads", "load"}
 
 
 def test_a_number_that_is_none_fails(causal: tiny.Run, tmp_path: Path) -> None:
@@ -96,7 +109,7 @@ def test_a_number_that_is_none_fails(causal: tiny.Run, tmp_path: Path) -> None:
 def test_a_file_that_is_no_safetensors_fails(causal: tiny.Run, tmp_path: Path) -> None:
     folder = copied(causal, tmp_path)
     (folder / adapters.WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
-    assert failed(seal.verify(folder)) == {"tensors", "load"}
+    assert failed(seal.verify(folder)) == {"file", "tensors", "load"}
 
 
 def test_another_base_fails(causal: tiny.Run, tmp_path: Path) -> None:
@@ -148,8 +161,204 @@ def test_int8_noise_is_fine(tmp_path: Path) -> None:
                 parameter.mul_(1 + 1e-3 * torch.randn_like(parameter))
     adapters.save(run.model, run.folder)
     verdict = seal.verify(run.folder)
-    assert verdict.passed, failed(verdict)
+    # It replays, although the file is not the one that was sealed.
+    assert failed(verdict) == {"file"}
     assert verdict.kl_live > 0
+
+
+def test_a_file_that_only_its_digest_tells_apart_fails(causal: tiny.Run, tmp_path: Path) -> None:
+    def touch(tensors: Tensors) -> Tensors:
+        name = next(name for name in tensors if ".lora_B" in name)
+        tensors[name][0, 0] += 1e-6
+        return tensors
+
+    assert failed(seal.verify(changed(causal, tmp_path, touch))) == {"file"}
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 100.0, float("nan")])
+def test_an_effect_that_the_replies_do_not_have_fails(causal: tiny.Run, tmp_path: Path, factor: float) -> None:
+    """It sets how far a replay may be off."""
+    folder = copied(causal, tmp_path)
+    change_json(folder / seal.FILES[1], kl_effect=factor * seal.read(folder).effect)
+    verdict = seal.verify(folder)
+    assert failed(verdict) == {"seal"}
+    assert "kl_effect" in verdict.checks[0].found
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"kl_effect": "much"}, "kl_effect is 'much', not a number"),
+        ({"heads": None, "classes": 1.5}, "classes is 1.5, not a whole number; heads is None, not a list"),
+    ],
+)
+def test_a_damaged_seal_says_where(causal: tiny.Run, tmp_path: Path, fields: dict[str, Any], told: str) -> None:
+    folder = copied(causal, tmp_path)
+    change_json(folder / seal.FILES[1], **fields)
+    with pytest.raises(AdapterError, match=rf"seal\.json: {told}"):
+        seal.read(folder)
+
+
+def test_nothing_is_sealed_that_nothing_reads(causal: tiny.Run) -> None:
+    """Every entry is compared with something, or tells people what made the seal."""
+    assert set(causal.seal.record) == {*seal.RECORD, "format", "lora_ft", "positions"}  # type: ignore[union-attr]
+    kept = causal.seal
+    assert kept is not None
+    assert kept.effect == pytest.approx(
+        replies.distance(kept.adapter_ids, kept.adapter_logp, _base_replies(causal)), rel=1e-4
+    )
+
+
+def test_a_folder_that_does_not_exist_is_no_failed_check(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="nowhere: there is no such folder"):
+        seal.verify(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("environment.json", [], "environment.json: it holds a list, not an object"),
+        ("environment.json", {"base": None}, "environment.json: base is None, not an object"),
+        ("environment.json", {"dtype": 16}, "environment.json: dtype is 16, not a string"),
+        ("environment.json", {"dtype": "load"}, "environment.json: dtype is 'load', not one of float32"),
+        ("environment.json", {"base": {"name": "x"}}, "base.source is missing; .*base.weights_sha256 is missing"),
+        ("environment.json", {"task": {"colour": 1}}, "environment.json: task is {'colour': 1}, which does not fit"),
+        ("environment.json", {"task": 3}, "environment.json: task is 3, which does not fit"),
+        ("adapter_config.json", [], "adapter_config.json: it holds a list, not an object"),
+        ("adapter_config.json", {"r": "8"}, "adapter_config.json: r is '8', not a whole number"),
+        ("adapter_config.json", {"r": True}, "adapter_config.json: r is True, not a whole number"),
+        ("adapter_config.json", {"r": -1}, "adapter_config.json: PEFT cannot use it: ValueError"),
+        ("adapter_config.json", {"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3', not LORA"),
+        ("adapter_config.json", {"bias": 7}, "adapter_config.json: PEFT cannot use it"),
+        ("adapter_config.json", {"target_modules": ["nowhere"]}, "adapter_config.json: PEFT cannot use it"),
+    ],
+)
+def test_a_damaged_folder_says_where(
+    causal: tiny.Run, tmp_path: Path, file: str, change: dict[str, Any] | list[Any], told: str
+) -> None:
+    folder = copied(causal, tmp_path)
+    if isinstance(change, list):
+        (folder / file).write_text("[]")
+    else:
+        change_json(folder / file, **change)
+    with pytest.raises(AdapterError, match=told):
+        adapters.load(folder, device="cpu")
+    assert failed(seal.verify(folder, device="cpu")) >= {"load"}
+
+
+@pytest.mark.parametrize("file", ["environment.json", "adapter_config.json"])
+def test_a_lost_key_is_named(causal: tiny.Run, tmp_path: Path, file: str) -> None:
+    """Each key by itself: what is read without having been looked for would be a traceback."""
+    folder = copied(causal, tmp_path)
+    whole = json.loads((folder / file).read_text())
+    wanted = adapters.RECORD if file == environment.FILE else adapters.SETTINGS
+    assert wanted.keys() <= whole.keys()
+    for key in wanted:
+        (folder / file).write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+        with pytest.raises(AdapterError, match=rf"{file}: {key} is missing"):
+            adapters.load(folder, device="cpu")
+
+
+def test_a_configuration_cannot_name_modules_to_import(causal: tiny.Run, tmp_path: Path) -> None:
+    folder = copied(causal, tmp_path)
+    change_json(folder / adapters.CONFIG, megatron_config={"a": 1}, megatron_core="antigravity")
+    loaded = adapters.load(folder, device="cpu")
+    assert loaded.model.peft_config["default"].megatron_config is None
+
+
+# The dtype
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "lora"),
+    [
+        ("bert", "classify", {}),
+        ("llama", "complete", {"save_modules": ("embed_tokens",)}),
+        ("llama", "complete", {"init": "eva"}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_is_trained_is_float32_on_a_base_of_16_bits(
+    tmp_path: Path, architecture: str, task: str, lora: dict[str, Any]
+) -> None:
+    folder = tiny.model_folder(tmp_path / "base", architecture)
+    run = tiny.run(tmp_path / "adapter", folder, task=task, quant="none", dtype="bfloat16", steps=10, **lora)
+    batch = run.task.collate(run.rows)
+    loaded = adapters.load(run.folder, device="cpu")
+    said = []
+    for model in (run.model, loaded.model):
+        assert adapters.trained(model).keys() == adapters.trained(run.model).keys()
+        assert {p.dtype for p in adapters.trained(model).values()} == {torch.float32}
+        assert next(p for p in model.parameters() if not p.requires_grad).dtype == torch.bfloat16
+        with losses.evaluating(model):
+            said.append(run.task.score(model, batch).logits_NV)
+    assert torch.equal(*said)
+    assert seal.verify(run.folder, device="cpu").passed
+    stored = load_file(run.folder / adapters.WEIGHTS)
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+    # Plain PEFT, as anyone would.
+    plain = base.load(str(folder), quant="none", model_class=run.task.model_class, dtype="float32", device="cpu",
+                      config_changes=run.task.config_changes())  # fmt: skip
+    model = peft.PeftModel.from_pretrained(plain.model, str(run.folder))
+    found = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert stored.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_small_step_of_a_head_is_not_rounded_away(tmp_path: Path, dtype: str) -> None:
+    task = tasks.get("classify", {"labels": list(tiny.LABELS)})
+    loaded = base.load(
+        str(tiny.model_folder(tmp_path / "base", "bert")), quant="none", dtype=dtype, device="cpu",
+        model_class=task.model_class, config_changes=task.config_changes(),
+    )  # fmt: skip
+    task.tokenizer = loaded.tokenizer
+    model = adapters.attach(loaded, adapters.LoraConfig(rank=4), peft_task="SEQ_CLS")
+    with losses.evaluating(model):
+        assert task.score(model, task.collate(tiny.rows("classify"))).logits_NV.isfinite().all()
+    head = next(p for name, p in adapters.trained(model).items() if "classifier" in name and p.ndim == 2)
+    torch.nn.init.ones_(head)
+    optimizer = torch.optim.AdamW([head], lr=1e-4, weight_decay=0.0)
+    head.grad = torch.ones_like(head)
+    optimizer.step()
+    assert float((1 - head.detach()).mean()) == pytest.approx(1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "device", "native", "used"),
+    [
+        ("float32", "cuda", True, "float32"),
+        ("float16", "cuda:1", True, "float16"),
+        ("bfloat16", "cuda", True, "bfloat16"),
+        ("bfloat16", "cuda", False, "float16"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+        ("float16", "cpu", False, "float16"),
+    ],
+)
+def test_an_adapter_is_used_in_the_dtype_of_its_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recorded: str, device: str, native: bool,
+    used: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    with caplog.at_level(logging.INFO, "lora_ft"):
+        assert adapters._dtype(recorded, device) == used
+    assert ("no native bfloat16" in caplog.text) is (used != recorded)
+
+
+def test_a_gpu_does_not_choose_another_dtype(causal: tiny.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run computed in float32; on a machine with a GPU that was forgotten."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked: list[Any] = []
+
+    def load(*args: Any, **options: Any) -> base.Base:
+        asked.append((options["dtype"], options["device"]))
+        raise AdapterError("enough")
+
+    monkeypatch.setattr(base, "load", load)
+    for device in (None, "cpu", "cuda"):
+        with pytest.raises(AdapterError, match="enough"):
+            adapters.load(causal.folder, device=device)
+    assert asked == [("float32", "cuda"), ("float32", "cpu"), ("float32", "cuda")]
 
 
 def test_a_sound_merge_passes(causal: tiny.Run, merged: Path, classifier: tiny.Run, merged_classifier: Path) -> None:
@@ -177,6 +386,20 @@ def test_a_merge_without_its_head_fails(classifier: tiny.Run, merged_classifier:
 
 def test_a_merge_that_lost_the_adapter_fails(causal: tiny.Run) -> None:
     assert failed(seal.verify(causal.folder, model_folder=causal.base_folder)) == {"replay"}
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
+def test_a_merged_model_cannot_name_kernels_to_fetch(
+    causal: tiny.Run, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    fetch = lambda *_, **__: pytest.fail("a kernel was asked for")  # noqa: E731
+    monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", fetch)
+    model = Path(shutil.copytree(merged, tmp_path / "model"))
+    change_json(model / "config.json", **{field: "evil/kernel"})
+    assert not failed(seal.verify(causal.folder, model_folder=model))
+    loaded = seal.load_merged(causal.task, model, "cpu")[0]
+    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config._experts_implementation != "evil/kernel"
 
 
 def test_a_merge_of_another_kind_or_none_fails(causal: tiny.Run, merged_classifier: Path, tmp_path: Path) -> None:
@@ -256,6 +479,16 @@ def failed(verdict: seal.Verdict) -> set[str]:
     names = {check.name for check in verdict.checks if not check.passed}
     assert verdict.passed is (not names)
     return names
+
+
+def change_json(path: Path, **fields: Any) -> None:
+    """Sets fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def _base_replies(run: tiny.Run) -> list[torch.Tensor]:
+    with adapters.without(run.model):
+        return replies.ask(run.task, run.model, run.seal.batches)  # type: ignore[union-attr]
 
 
 def copied(run: tiny.Run, there: Path) -> Path:

@@ -26,6 +26,7 @@ LAYERS = [
     {"changes"},
     {"seal"},
     {"merge"},
+    {"curves"},
     {"report"},
     {"runs", "doctor"},
     {"quickstart", "cli"},

@@ -1,0 +1,173 @@
+"""Generation: what prompts share changes no reply, and neither do the habits that a base's settings bring along."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from lora_ft import adapters, base, config, generate, losses, metrics, tasks
+from lora_ft.errors import DataError
+from lora_ft.generate import Sampling
+from tests import tiny
+
+GREEDY = Sampling(8)
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Returns a tiny base, and the adapter on it where asked for, that changes what it says."""
+
+    def made(architecture: str, adapted: bool = False) -> tuple[Any, Any]:
+        folder = tiny.model_folder(tmp_path_factory.mktemp(architecture), architecture)
+        task = tasks.get("seq2seq" if architecture == "t5" else "complete")
+        loaded = base.load(str(folder), quant="none", model_class=task.model_class, dtype="float32", device="cpu")
+        if not adapted:
+            return loaded.model, loaded.tokenizer
+        model = adapters.attach(loaded, config.LoraConfig(rank=4), peft_task=task.peft_task)
+        for name, parameter in adapters.trained(model).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        return model, loaded.tokenizer
+
+    return made
+
+
+def prompts(common: int = 30, count: int = 5) -> list[list[int]]:
+    """Returns prompts of different lengths that begin alike."""
+    rng = random.Random(0)
+    begin = [rng.randrange(6, tiny.VOCAB) for _ in range(common)]
+    return [begin + [rng.randrange(6, tiny.VOCAB) for _ in range(3 * i + 1)] for i in range(count)]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "shares"),
+    [("llama", True), ("gpt2", True), ("gpt-neox", True), ("openai-gpt", False), ("t5", False)],
+)
+def test_sharing_changes_no_reply(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, architecture: str, shares: bool, adapted: bool
+) -> None:
+    model, tokenizer = load(architecture, adapted)
+    asked = prompts()
+    prefilled = []
+    prefill = generate._prefill
+    monkeypatch.setattr(generate, "_prefill", lambda *args: prefilled.append(1) or prefill(*args))
+    together = generate.generate(model, tokenizer, asked, sampling=GREEDY)
+    assert bool(prefilled) is shares
+    assert together == [generate.generate(model, tokenizer, [one], sampling=GREEDY)[0] for one in asked]
+    assert len(set(together)) > 1
+    monkeypatch.setattr(generate, "shared_length", lambda prompts: 0)
+    assert generate.generate(model, tokenizer, asked, sampling=GREEDY) == together
+
+
+def test_a_sliding_window_is_not_shared_since_it_counts_padding(tmp_path: Path) -> None:
+    settings = transformers.MistralConfig(
+        vocab_size=tiny.VOCAB, initializer_range=tiny.SPREAD, sliding_window=24, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.set_seed(0)
+    model, tokenizer = transformers.MistralForCausalLM(settings), tiny.tokenizer()
+    model.requires_grad_(False)
+    together = generate.generate(model, tokenizer, prompts(), sampling=GREEDY)
+    assert together == [generate.generate(model, tokenizer, [one], sampling=GREEDY)[0] for one in prompts()]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"min_new_tokens": 8, "suppress_tokens": list(range(6, 200))},
+        {"do_sample": True, "temperature": 9.0, "top_k": 3, "top_p": 0.5},
+    ],
+    ids=lambda habit: next(iter(habit)),
+)
+def test_habits_of_the_base_change_no_reply(
+    load: Callable[..., Any], architecture: str, habit: dict[str, Any], adapted: bool
+) -> None:
+    model, tokenizer = load(architecture, adapted)
+    asked = prompts(count=4)
+    plain = generate.generate(model, tokenizer, asked, sampling=GREEDY)
+    inner = tasks.unwrapped(model)
+    inner.generation_config.update(**habit)
+    assert generate.generate(model, tokenizer, asked, sampling=GREEDY) == plain
+    assert all(getattr(inner.generation_config, key) == value for key, value in habit.items())
+
+
+def test_the_habit_would_change_replies(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation of the test above."""
+    model, tokenizer = load("llama")
+    asked = prompts(count=4)
+    plain = generate.generate(model, tokenizer, asked, sampling=GREEDY)
+    model.generation_config.update(repetition_penalty=5.0)
+    monkeypatch.setattr(generate, "KEPT_RULES", (*generate.KEPT_RULES, "repetition_penalty"))
+    assert generate.generate(model, tokenizer, asked, sampling=GREEDY) != plain
+
+
+def test_a_temperature_draws_and_zero_does_not(load: Callable[..., Any]) -> None:
+    model, tokenizer = load("llama")
+    asked = prompts(count=2)
+    drawn = set()
+    for seed in range(4):
+        transformers.set_seed(seed)
+        drawn.add(tuple(generate.generate(model, tokenizer, asked, sampling=Sampling(8, 5.0))))
+    assert len(drawn) > 1
+    assert len({tuple(generate.generate(model, tokenizer, asked, sampling=GREEDY)) for _ in range(2)}) == 1
+
+
+# What replies and losses are worth
+
+
+def test_a_reference_that_is_not_json_is_named() -> None:
+    with pytest.raises(DataError, match="reference 2 of 3 is not JSON: 'yes'") as caught:
+        metrics.compute("json_match", ["1", "2", "3"], ["1", "yes", "[" * 100_000])
+    assert len(caught.value.problems) == 2
+
+
+def test_a_reply_of_any_kind_can_be_scored() -> None:
+    replies = ["null", "no", "[" * 100_000, "9" * 10_000, '{"a": 1}', "[1]"]
+    wanted = ["null", "null", "1", "1", '{"a": 1, "b": 2}', '["a"]']
+    assert metrics.compute("json_match", replies, wanted) == {
+        "json_match": pytest.approx(1 / 6), "json_match.a": 1.0, "json_match.b": 0.0
+    }  # fmt: skip
+
+
+def test_the_interval_of_many_rows_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = losses.np.random.default_rng(0)
+    rows = 20_000
+    before = losses.Losses(rng.normal(5, 1, rows), losses.np.ones(rows), losses.np.zeros(rows))
+    after = losses.Losses(before.nll - 0.1 + rng.normal(0, 1, rows), before.count, before.right)
+    largest = []
+    percentile = losses.np.percentile
+    default_rng = losses.np.random.default_rng
+
+    class Watched:
+        def __init__(self, seed: int) -> None:
+            self.inner = default_rng(seed)
+
+        def integers(self, low: int, high: int, shape: tuple[int, int]) -> Any:
+            largest.append(shape[0] * shape[1] * 8)
+            return self.inner.integers(low, high, shape)
+
+    def counted(changes: Any, bounds: Any) -> Any:
+        assert len(changes) == losses.BOOTSTRAP_DRAWS
+        return percentile(changes, bounds)
+
+    monkeypatch.setattr(losses.np.random, "default_rng", Watched)
+    monkeypatch.setattr(losses.np, "percentile", counted)
+    low, high = losses.difference_interval(before, after)
+    assert max(largest) <= 50 * rows * 8
+    assert (low, high) == losses.difference_interval(before, after)
+    # The mean of 20,000 differences of spread 1 is known to 1.96 / sqrt(20,000).
+    middle, half = after.mean - before.mean, 1.96 / rows**0.5
+    assert (low, high) == (pytest.approx(middle - half, abs=half / 5), pytest.approx(middle + half, abs=half / 5))
