@@ -106,7 +106,10 @@ def attach(
     except ValueError as error:
         raise AdapterError(f"{base.source.name}: PEFT cannot adapt this model: {error}") from None
     if config.init == "eva":
-        peft.initialize_lora_eva_weights(model, list(batches))
+        try:
+            peft.initialize_lora_eva_weights(model, list(batches))
+        except ValueError as error:
+            raise AdapterError(f"lora.init=eva: PEFT cannot start this adapter from activations: {error}") from None
     _in_float32(model)
     if config.init == "loftq":
         _correct_quantization_error(model, base)

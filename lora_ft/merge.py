@@ -129,7 +129,8 @@ class _Parts:
         try:
             config = bases.read_config(source.folder)
         except (OSError, ValueError) as error:
-            raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {error}") from None
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {reason}") from None
         for key, value in task.config_changes().items():
             setattr(config, key, value)
         if getattr(config, "pad_token_id", None) is None:

@@ -293,6 +293,8 @@ def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> 
     """Returns the Trainer's arguments for ours; nothing is reported anywhere unless it was named."""
     evaluates = evaluated and train.eval_steps is not None
     save_steps = train.save_steps or (train.eval_steps if evaluates else None)
+    if base.dtype == torch.float16 and base.device.type == "cpu":
+        raise ConfigError("train.dtype float16 trains on a GPU only; on a processor use bfloat16 or float32.")
     missing = [name for name in train.report_to if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"train.report-to {missing[0]}: the package is not installed; `pip install {missing[0]}`.")

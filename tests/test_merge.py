@@ -369,6 +369,8 @@ def test_a_base_cannot_name_kernels_to_fetch(
     quantized: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     """Its settings are not part of the digest of its weights, so they may have changed since the training."""
+    # The folder is not to be remembered as the one with these weights.
+    monkeypatch.setenv("LORA_FT_HOME", str(tmp_path / "home"))
     fetch = lambda *_, **__: pytest.fail("a kernel was asked for")  # noqa: E731
     monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", fetch)
     folder = Path(shutil.copytree(quantized.base_folder, tmp_path / "base"))
@@ -378,7 +380,8 @@ def test_a_base_cannot_name_kernels_to_fetch(
     assert "evil" not in (tmp_path / "merged" / "config.json").read_text()
 
 
-def test_code_in_a_base_is_refused(quantized: tiny.Run, tmp_path: Path) -> None:
+def test_code_in_a_base_is_refused(quantized: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_FT_HOME", str(tmp_path / "home"))
     folder = Path(shutil.copytree(quantized.base_folder, tmp_path / "base"))
     settings = json.loads((folder / "config.json").read_text())
     hostile = {**settings, "model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.C"}}
