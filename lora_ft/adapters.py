@@ -179,6 +179,7 @@ def save(model: peft.PeftModel, folder: Path) -> None:
         raise AdapterError(f"{broken[0]} and {len(broken) - 1} more adapter tensors are not finite; nothing was saved.")
     # Added tokens are saved as rows, so the whole embedding matrix need not be.
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, full of placeholders; ours comes with the report
     path = folder / CONFIG
     settings = json.loads(path.read_text(encoding="utf-8"))
     # A and B are in the file, so whoever loads it must not start them anew.
