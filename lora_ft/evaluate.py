@@ -14,7 +14,7 @@ from lora_ft.losses import Losses
 from lora_ft.tasks import Features, Task
 
 # Longest reply generated, over the longest one wanted: what runs on further is wrong already.
-ROOM = 1.5
+ROOM = 1.25
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Se
 
 
 def replies(task: Task, model: Any, examples: Sequence[Example]) -> list[str]:
-    """Returns the model's greedy replies to the prompts of `examples`, cut at 1.5 times the longest one wanted."""
+    """Returns the model's greedy replies to the prompts of `examples`, cut at 1.25 times the longest one wanted."""
     asked = [task.question(example) for example in examples]
     longest = max(len(ids) for ids in task.tokenizer([want for _, want in asked])["input_ids"])
     sampling = Sampling(max_new_tokens=int(ROOM * longest) + 1)
