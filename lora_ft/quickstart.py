@@ -133,5 +133,7 @@ def _table(columns: dict[str, dict[str, float]]) -> Table:
 
 def _show_samples(console: Console, samples: Sequence[dict[str, str]]) -> None:
     for sample in samples:
-        console.print(sample["prompt"], style="bold", markup=False, highlight=False)
-        console.print(f"  before  {sample['before']}\n  after   {sample['after']}", markup=False, highlight=False)
+        console.print(sample["prompt"], style="bold", markup=False, highlight=False, soft_wrap=True)
+        for when in ("before", "after"):
+            reply = " ".join(sample[when].split())
+            console.print(f"  {when:<7} {reply}", markup=False, highlight=False, soft_wrap=True)
