@@ -211,7 +211,7 @@ def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit
     """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost."""
     out = config.out
     adapters.save(model, out)
-    base.tokenizer.save_pretrained(out)
+    task.tokenizer.save_pretrained(out)
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     record = environment.describe(
         base,

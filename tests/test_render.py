@@ -20,11 +20,12 @@ from lora_ft.data.render import (
     marked,
     render_completion,
 )
+from lora_ft.data.template import Template
+from lora_ft.data.tools import TOOLS_AS_TEXT
 from lora_ft.errors import MaskError
 from tests.stock_templates import (
     CHATML,
     CHATML_TAGGED,
-    LLAMA3,
     MISTRAL_LATE_SYSTEM,
     STOCK,
     tokenizer_of,
@@ -355,15 +356,70 @@ def test_a_call_with_words_before_it_is_trained_whole() -> None:
     assert first.count('"arguments": {"city": "Paris"}') == 2
 
 
-def test_a_template_that_leaves_out_tools_or_calls_is_refused() -> None:
-    lenient = LLAMA3.replace("message['content'] |", "(message['content'] or '') |")
-    renderer = ChatRenderer(tokenizer_of("llama3", lenient), 512)
+WITHOUT_TOOLS = ["chatml", "smollm2", "llama3", "llama2", "gemma", "phi3", "zephyr"]
+ASKING = (user("Rain in Paris, and in Rome?"), assistant("Let me look.", tool_calls=[CALL, CALL]))
+RESULTS = (tool('{"rain": true}'), tool("dry"))
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOOLS)
+def test_a_template_that_knows_no_tools_writes_them_as_text(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    renderer = ChatRenderer(tokenizer, 1024)
+    plain = chat(user("a"), assistant("b"), user("c"), assistant("d"))
+    before = renderer.render(plain)
+    assert TOOLS_AS_TEXT not in renderer.rules
+    row = chat(*ASKING, *RESULTS, assistant("Yes."), tools=(TOOL,))
+    rendered = renderer.render(row)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    first, second = trained(tokenizer, rendered)
+    assert first.strip().startswith(f"Let me look.\n{call}\n{call}")
+    assert second.strip().startswith("Yes.")
+    text = tokenizer.decode(rendered.input_ids)
+    assert '"description": "The weather of a city."' in text
+    assert '<tool_response>\n{"rain": true}\n</tool_response>\n<tool_response>\ndry\n</tool_response>' in text
+    assert TOOLS_AS_TEXT in renderer.rules
+    assert renderer.render(plain) == before
+    # Generation and training meet in the same ids, and whoever loads the tokenizer renders what training saw.
+    asked = renderer.prompt(ASKING[:1], [TOOL])
+    assert rendered.input_ids[: len(asked)] == asked
+    assert ChatRenderer(tokenizer, 1024).render(row) == rendered
+    written = tokenizer.apply_chat_template(
+        [*ASKING, *RESULTS], tools=[TOOL], add_generation_prompt=True, tokenize=False
+    )
+    assert written == Template(tokenizer, tokenizer.chat_template).prompt([*ASKING, *RESULTS], [TOOL])
+
+
+@pytest.mark.parametrize("name", WITHOUT_TOOLS)
+@pytest.mark.parametrize("first", [[], [{"role": "system", "content": "Be brief."}]])
+def test_tools_join_the_system_turn_or_the_first_of_the_user(name: str, first: list) -> None:
+    tokenizer = tokenizer_of(name)
+    if first and not STOCK[name].system:
+        pytest.skip("the template refuses a system turn")
+    renderer = ChatRenderer(tokenizer, 1024)
+    rendered = renderer.render(chat(*first, user("Rain?"), assistant("Yes."), tools=(TOOL,)))
+    text = tokenizer.decode(rendered.input_ids)
+    assert text.count("<tools>") == 1
+    assert text.index("</tools>") < text.index("Yes.")
+    if first:
+        assert text.index("Be brief.") < text.index("<tools>") < text.index("Rain?")
+
+
+def test_calls_without_a_list_of_tools_are_written_too() -> None:
+    tokenizer = tokenizer_of("smollm2")
+    first, _ = trained(tokenizer, ChatRenderer(tokenizer, 1024).render(chat(*ASKING, RESULTS[0], assistant("Yes."))))
+    assert first.count("<tool_call>") == 2
+
+
+def test_tools_that_a_template_with_calls_of_its_own_does_not_list_are_refused() -> None:
+    renderer = ChatRenderer(tokenizer_of("deepseek"), 512)
     unseen = chat(user("Rain?"), assistant("Yes."), tools=(TOOL,))
     assert "the row has tools, but the chat template does not write them" in problem(renderer, unseen)
-    unheard = chat(user("Rain?"), assistant(None, tool_calls=[CALL]), tool("rain"), assistant("Yes."))
-    assert "the chat template does not write tool_calls, so such a turn would be trained empty" in problem(
-        renderer, unheard
-    )
+
+
+def test_a_template_that_lets_no_text_through_is_refused_for_tools() -> None:
+    closed = "{% if '<tool' in (messages | string) %}{{ raise_exception('no tools') }}{% endif %}"
+    renderer = ChatRenderer(tokenizer_of("chatml", closed + CHATML), 512)
+    assert "written as text they do not get past it" in problem(renderer, chat(*ASKING, RESULTS[0], assistant("Yes.")))
 
 
 def test_a_template_that_insists_on_tools_is_taken_at_its_word() -> None:

@@ -23,6 +23,7 @@ from lora_ft.data.mask import IGNORE, Rendered, Talk, breach, cut_off, derive, l
 from lora_ft.data.show import coloured, marked, marked_tokens
 from lora_ft.data.template import PROBE, RefusedError, Template
 from lora_ft.data.tokens import Span, Tokens, adds_bos, continued
+from lora_ft.data.tools import AS_SYSTEM, AS_USER, extended
 from lora_ft.errors import MaskError
 
 __all__ = ["IGNORE", "ChatRenderer", "Rendered", "coloured", "marked", "render_completion"]
@@ -41,7 +42,7 @@ class ChatRenderer:
     ways: tuple[str, ...]
     """The two ways of finding the trained text that must agree; a row one does not apply to uses the third."""
     rules: tuple[str, ...]
-    """What the template does unasked, by name (see `lora_ft.data.template`); worth printing once a run."""
+    """What the template does unasked, by name (see `lora_ft.data.template`); another once a row has tools."""
     end_of_turn: str
     """The token, as text, that ends an assistant turn."""
     end_id: int
@@ -62,7 +63,7 @@ class ChatRenderer:
         if not tokenizer.is_fast:
             raise MaskError([f"{name} gives no character offsets: load it with a tokenizer.json (a fast tokenizer)."])
         try:
-            template = self._template(())
+            template = self._template([])
             talk = Talk(template, PROBE, (), template.render(PROBE), (1, 3))
             self.ways = tuple(derive(talk, _order(template)))
         except RefusedError as error:
@@ -80,7 +81,7 @@ class ChatRenderer:
         """Token ids that a trained model answers to: the conversation and the generation prompt."""
         asked_with = [dict(tool) for tool in tools]
         try:
-            template = self._template(asked_with)
+            template = self._template(asked_with, messages)
             text = template.prompt(template.messages(messages), asked_with)
         except RefusedError as error:
             raise MaskError([f"prompt: {error}"]) from error
@@ -90,12 +91,37 @@ class ChatRenderer:
             raise MaskError([f"prompt: {wrong}"])
         return ids
 
-    def _template(self, tools: Sequence[Any]) -> Template:
+    def _template(self, tools: Sequence[Any], messages: Sequence[Mapping[str, Any]] = ()) -> Template:
+        """The template for a conversation; the tokenizer keeps it where it had to be taught tools."""
         try:
             # Some tokenizers hold a second template for conversations with tools.
             source = self._tokenizer.get_chat_template(tools=list(tools) or None)
         except ValueError as error:
             raise RefusedError(str(error)) from error
+        template = self._examined(source)
+        if template.writes_calls or not (tools or any(map(_is_about_tools, messages))):
+            return template
+        template = self._extended(source)
+        held = self._tokenizer.chat_template
+        several = isinstance(held, dict) and {name: held[name].replace(source, template.source) for name in held}
+        self._tokenizer.chat_template = several or template.source
+        self.rules = template.rules
+        return template
+
+    def _extended(self, source: str) -> Template:
+        for role in (AS_SYSTEM, AS_USER):
+            try:
+                template = self._examined(extended(source, role))
+            except RefusedError:
+                continue
+            if template.writes_calls and template.writes_tools:
+                return template
+        raise RefusedError(
+            "the chat template writes no tools, and written as text they do not get past it; use a base whose template "
+            "supports tools, or drop these rows."
+        )
+
+    def _examined(self, source: str) -> Template:
         if source not in self._templates:
             self._templates[source] = Template(self._tokenizer, source)
         return self._templates[source]
@@ -103,7 +129,7 @@ class ChatRenderer:
     def _render(self, example: Chat | Pair) -> Rendered:
         example = _conversation(example)
         tools = list(example.tools)
-        template = self._template(tools)
+        template = self._template(tools, example.messages)
         trained = [
             index
             for index, message in enumerate(example.messages)
@@ -226,6 +252,10 @@ def _refuse_left_out(talk: Talk) -> None:
                 f"messages[{last}] thinks, but the chat template drops thinking, so it would not be trained; "
                 "use a template that keeps it, or remove it from the row."
             )
+
+
+def _is_about_tools(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_call")) or message["role"] in ("tool", "function")
 
 
 def _same_without_tools(talk: Talk) -> bool:

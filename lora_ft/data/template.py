@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lora_ft.data.tokens import Span, adds_bos
+from lora_ft.data.tools import TOOLS_AS_TEXT, is_extended
 
 Message = dict[str, Any]
 REWRITES = (
@@ -152,6 +153,22 @@ class Template:
         return text[text.rfind(_USER + "tool") + len(_USER + "tool") :]
 
     @cached_property
+    def writes_calls(self) -> bool:
+        """Whether the template has a form of its own for the tool calls of an assistant turn."""
+        try:
+            return self._takes_objects in (True, False)
+        except RefusedError:
+            return False
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the tools of a conversation are written."""
+        try:
+            return _NAME in self.render([_ASK], [{"type": "function", "function": {"name": _NAME}}])
+        except RefusedError:
+            return False
+
+    @cached_property
     def _takes_objects(self) -> bool:
         """Whether tool-call arguments are given as an object (Hugging Face's way) rather than as JSON text (OpenAI's).
 
@@ -244,6 +261,7 @@ class Template:
             (EMPTY_THINKING, answered.startswith(prompt) and "</think>" in answered[len(prompt) :]),
             (OPENS_THINKING, self._opens_thinking),
             (DROPS_THINKING, _THOUGHT not in thought),
+            (TOOLS_AS_TEXT, is_extended(self.source)),
         )
         self.rules = (*(rule for rule, holds in rules if holds), *bos_rules)
 

@@ -27,6 +27,7 @@ class Chat(Causal):
             raise DataError([f"{example.where}: a {type(example).__name__.lower()} row is not a conversation; "
                              "chat takes messages or prompt/completion rows, `complete` plain text."])  # fmt: skip
         rendered = self.renderer.render(example)
+        self.rules = self.renderer.rules
         self.count_cut(rendered.cut)
         return {"input_ids": rendered.input_ids, "labels": rendered.labels}
 
