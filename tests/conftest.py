@@ -1,4 +1,4 @@
-"""Tests share two cores with whatever else runs, so thread pools must not spin."""
+"""Settings of every test. Tests share two cores with whatever else runs, so thread pools must not spin."""
 
 import os
 
@@ -7,3 +7,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+# Triton decides when it is imported whether kernels are compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

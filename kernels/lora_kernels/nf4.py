@@ -1,0 +1,71 @@
+"""4-bit weights back to numbers, in one pass over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_kernels import backend
+from lora_kernels.frozen import Frozen
+
+
+def nf4_dequant(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the 4-bit `weight` as [N, K] in `dtype`, bit for bit what bitsandbytes dequantizes it to.
+
+    Raises:
+        ValueError: the weight is dense.
+    """
+    weight.packed()
+    return torch.ops.lora_kernels.nf4_dequant(*weight.flat(), dtype)
+
+
+@torch.library.custom_op("lora_kernels::nf4_dequant", mutates_args=())
+def _nf4_dequant(
+    data: torch.Tensor,
+    absmax: torch.Tensor | None,
+    code: torch.Tensor | None,
+    blocksize: int,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_size: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    nested = (nested_absmax, nested_code, offset, nested_size)
+    weight = Frozen.back(data, absmax, code, blocksize, *nested, rows, columns)
+    if not backend.is_triton(data):
+        return _on_cpu(weight, dtype)
+    out_NK = data.new_empty((rows, columns), dtype=dtype)
+    dequantize_into(out_NK, weight)
+    return out_NK
+
+
+@_nf4_dequant.register_fake
+def _(data: torch.Tensor, *flat: Any) -> torch.Tensor:
+    *_, rows, columns, dtype = flat
+    return data.new_empty((rows, columns), dtype=dtype)
+
+
+def dequantize_into(out_NK: torch.Tensor, weight: Frozen) -> None:
+    """Writes the 4-bit `weight` into `out_NK`, whose rows may stand further apart than K; no gradient."""
+    if backend.is_triton(out_NK):
+        from lora_kernels.gpu import nf4
+
+        nf4.dequantize_into(out_NK, weight)
+    else:
+        out_NK.copy_(_on_cpu(weight, out_NK.dtype))
+
+
+def _on_cpu(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
+    """Uses the compiled loops of bitsandbytes; it is loaded, or there would be no weight of its making."""
+    ops, blocks = torch.ops.bitsandbytes, weight.packed()
+    absmax = blocks.absmax
+    if blocks.nested:
+        nested = (blocks.nested.absmax, blocks.nested.code, blocks.nested.size)
+        absmax = ops.dequantize_blockwise(absmax, *nested, torch.float32) + blocks.nested.offset
+    # The code of NF4 begins with -1, that of FP4 with 0.
+    kind = "nf4" if float(blocks.code[0]) == -1.0 else "fp4"
+    return ops.dequantize_4bit(weight.data.reshape(-1, 1), absmax, blocks.size, kind, list(weight.shape), dtype)

@@ -1,0 +1,27 @@
+"""Kernels run on the GPU where there is one, else on CPU tensors in Triton's interpreter (`tests/conftest.py`)."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_kernels import backend
+from tests.kernel_ops import interpreter
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    interpreter.make_bfloat16_exact()
+
+
+@pytest.fixture(autouse=True)
+def _seeded_on_the_device() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.device("cuda" if ON_GPU else "cpu"):
+        yield
+
+
+@pytest.fixture
+def triton_anywhere() -> Iterator[None]:
+    """The test runs with the Triton kernels."""
+    with backend.triton_anywhere():
+        yield
