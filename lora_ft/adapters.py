@@ -1,59 +1,27 @@
-"""Choose the layers, put LoRA in through PEFT, save and load an adapter folder."""
+"""Choose the layers and put LoRA in through PEFT."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
 
 import peft
-import safetensors
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
 
-from lora_ft import base as bases
-from lora_ft import environment, sources, tasks
+from lora_ft import environment
 from lora_ft.base import Base
-from lora_ft.config import LoraConfig, Quant, RunConfig, from_yaml
+from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
 from lora_ft.weights import Weights, require
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-# What `load` and `merge` read of the two files, and of which type each must be.
-RECORD: dict[str, Any] = {"base": dict, "dtype": str, "quant": str, "left_whole": list}
-BASE_RECORD: dict[str, Any] = {
-    "name": str, "source": str, "repo": str | None, "revision": str | None, "origin": str, "weights_sha256": str
-}  # fmt: skip
-SETTINGS: dict[str, Any] = {
-    "peft_type": str,
-    "task_type": str,
-    "base_model_name_or_path": str,
-    "r": int,
-    "lora_alpha": int | float,
-    "lora_dropout": int | float,
-    "target_modules": str | list,
-    "modules_to_save": list | None,
-    "trainable_token_indices": list | dict | None,
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-    "use_rslora": bool,
-    "use_dora": bool,
-}
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def attach(
@@ -110,7 +78,7 @@ def attach(
             peft.initialize_lora_eva_weights(model, list(batches))
         except ValueError as error:
             raise AdapterError(f"lora.init=eva: PEFT cannot start this adapter from activations: {error}") from None
-    _in_float32(model)
+    in_float32(model)
     if config.init == "loftq":
         _correct_quantization_error(model, base)
     elif config.init in ("pissa", "olora"):
@@ -124,7 +92,7 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _in_float32(model: torch.nn.Module) -> None:
+def in_float32(model: torch.nn.Module) -> None:
     """Casts what is trained to float32: 16-bit steps round away, and the gradient scaler of float16 refuses them.
 
     PEFT casts A, B and rows of tokens, but neither modules trained whole nor an A that came from EVA.
@@ -168,207 +136,6 @@ def without(model: peft.PeftModel) -> Iterator[None]:
             module.enable_adapters(True)
 
 
-def save(model: peft.PeftModel, folder: Path) -> None:
-    """Writes `adapter_model.safetensors` and `adapter_config.json`, plain PEFT with the same bytes every time.
-
-    Raises:
-        AdapterError: a tensor of the adapter is not finite; such an adapter is never saved.
-    """
-    broken = [name for name, p in trained(model).items() if not torch.isfinite(p).all()]
-    if broken:
-        raise AdapterError(f"{broken[0]} and {len(broken) - 1} more adapter tensors are not finite; nothing was saved.")
-    # Added tokens are saved as rows, so the whole embedding matrix need not be.
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, full of placeholders; ours comes with the report
-    path = folder / CONFIG
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    # A and B are in the file, so whoever loads it must not start them anew.
-    settings.update(init_lora_weights=True, eva_config=None)
-    if hasattr(model, "start"):
-        _save_difference(model.start, folder, settings)
-    # PEFT turns sets into lists in hash order.
-    for key, value in settings.items():
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            settings[key] = sorted(value)
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@dataclass
-class Loaded:
-    """An adapter on its base, ready to use, and the record of the run that made it."""
-
-    folder: Path
-    base: Base
-    model: peft.PeftModel
-    task: tasks.Task
-    config: RunConfig
-    record: dict[str, Any]
-
-
-def load(folder: Path, base_name: str | None = None, device: str | None = None) -> Loaded:
-    """Returns the adapter in `folder` on the base that it was made on, in evaluation mode.
-
-    Args:
-        base_name: where to find the base, when it has moved; its weights must be the recorded ones.
-
-    Raises:
-        AdapterError: the folder is incomplete, the base's weights are others, or tensors do not fit.
-        SourceError: the base cannot be found.
-    """
-    record = read_record(folder)
-    settings = lora_settings(folder)
-    config, task = read_task(folder, record)
-    source = find_base(record["base"], base_name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    base = bases.load(
-        source,
-        quant=record["quant"],
-        model_class=task.model_class,
-        dtype=_dtype(record["dtype"], device),
-        device=device,
-        seed=config.train.seed,
-        config_changes=task.config_changes(),
-    )
-    base.tokenizer = bases.load_tokenizer(folder)
-    enlarge(base.model, len(base.tokenizer))
-    base.model.name_or_path = settings.base_model_name_or_path
-    with _named(folder / CONFIG):
-        model = peft.get_peft_model(base.model, settings)
-    _in_float32(model)
-    _fill(model, folder)
-    model.eval()
-    bases.keep_weights_in_place(model)
-    return Loaded(folder, base, model, task, config, record)
-
-
-def _dtype(recorded: str, device: str) -> str:
-    """Returns the dtype that the run computed in, or where the GPU lacks bfloat16 the one that replaces it."""
-    if recorded != "bfloat16" or not device.startswith("cuda"):
-        return recorded
-    possible, why = bases.choose_dtype("auto", device)
-    name = str(possible).removeprefix("torch.")
-    if name != recorded:
-        log.info("the adapter was trained in %s, but is used in %s: %s", recorded, name, why)
-    return name
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Returns the contents of `environment.json`. Raises AdapterError naming all that is missing or not as it was."""
-    record = environment.read(folder)
-    if not isinstance(record, dict):
-        raise AdapterError(f"{folder / environment.FILE}: it holds a {type(record).__name__}, not an object.")
-    problems = unlike(record, RECORD)
-    if isinstance(record.get("base"), dict):
-        problems += unlike(record["base"], BASE_RECORD, "base.")
-    problems += [
-        f"{key} is {record[key]!r}, not one of {', '.join(allowed)}"
-        for key, allowed in (("dtype", DTYPES), ("quant", get_args(Quant)))
-        if isinstance(record.get(key), str) and record[key] not in allowed
-    ]
-    if problems:
-        raise AdapterError(f"{folder / environment.FILE}: {'; '.join(problems)}: the file was damaged.")
-    return record
-
-
-def read_task(folder: Path, record: dict[str, Any]) -> tuple[RunConfig, tasks.Task]:
-    """Returns the configuration of the run that made the adapter in `folder`, and its task.
-
-    Args:
-        record: of `read_record`; it holds what the task learned of the rows.
-
-    Raises:
-        AdapterError: what the record says of the task does not fit it.
-        ConfigError: `config.yaml` is missing or wrong.
-    """
-    config = from_yaml(RunConfig, folder / "config.yaml")
-    try:
-        return config, tasks.get(config.task, record.get("task", {}))
-    except TypeError as error:
-        raise AdapterError(
-            f"{folder / environment.FILE}: task is {record.get('task')!r}, which does not fit {config.task}: {error}."
-        ) from None
-
-
-def unlike(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns what is wrong with the keys of `found`: `wanted` holds the type, or a union of types, of each."""
-    problems = [f"{prefix}{key} is missing" for key in wanted if key not in found]
-    return problems + [
-        f"{prefix}{key} is {found[key]!r}, not {_kind(kind)}"
-        for key, kind in wanted.items()
-        if key in found and (not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is not bool))
-    ]
-
-
-def _kind(kind: Any) -> str:
-    """Returns a type, or a union of types, in the words of JSON."""
-    words = {str: "a string", dict: "an object", list: "a list", bool: "true or false", int: "a whole number"}
-    words |= {float: "a number", type(None): "null"}
-    return " or ".join(words[one] for one in get_args(kind) or (kind,))
-
-
-@contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Turns what PEFT says of a configuration it cannot use into an error that names the file."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{file}: PEFT cannot use it: {type(error).__name__}: {error}") from None
-
-
-def find_base(record: dict[str, Any], base_name: str | None = None) -> sources.Source:
-    """Returns the source of the base that an adapter is bound to, having compared the digest of its weights.
-
-    Raises:
-        AdapterError: the weights found are not those the adapter was trained on.
-        SourceError: the base cannot be found; the message says how to name it.
-    """
-    source = sources.recall(record) if base_name is None else sources.resolve(base_name)
-    digest = sources.weights_digest(source.folder)
-    if digest != record["weights_sha256"]:
-        raise AdapterError(
-            f"This adapter belongs to {record['name']} ({record['origin']}) with weights "
-            f"{record['weights_sha256'][:16]}, but {source.name} ({source.origin}) has weights {digest[:16]}: "
-            "an adapter works on its own base only."
-        )
-    return source
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Returns the contents of `adapter_config.json`. Raises AdapterError where the folder is no adapter."""
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder.")
-    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        missing = CONFIG if (folder / WEIGHTS).is_file() else WEIGHTS
-        raise AdapterError(f"{folder}: there is no {missing}, so this is not an adapter folder.")
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{folder / CONFIG}: cannot be read: {error}.") from None
-    if not isinstance(settings, dict):
-        raise AdapterError(f"{folder / CONFIG}: it holds a {type(settings).__name__}, not an object.")
-    return settings
-
-
-def lora_settings(folder: Path) -> peft.LoraConfig:
-    """Returns PEFT's configuration of the adapter in `folder`, to put it into a model before it is filled.
-
-    Raises:
-        AdapterError: the folder is no adapter, or its configuration was damaged or is not of LoRA.
-    """
-    settings = read_settings(folder)
-    problems = unlike(settings, SETTINGS)
-    if settings.get("peft_type", "LORA") != "LORA":
-        problems.append(f"peft_type is {settings['peft_type']!r}, not LORA")
-    if problems:
-        raise AdapterError(f"{folder / CONFIG}: {'; '.join(problems)}: the file was damaged, or is not of lora-ft.")
-    # `megatron_config` makes PEFT import whatever module `megatron_core` names.
-    left_out = ("runtime_config", "megatron_config", "megatron_core")
-    known = {k: v for k, v in settings.items() if k in peft.LoraConfig.__dataclass_fields__ and k not in left_out}
-    # What is loaded is split into frozen and trained as it was in training; PEFT saves it as all frozen.
-    with _named(folder / CONFIG):
-        return peft.LoraConfig(**{**known, "init_lora_weights": True, "inference_mode": False})
-
-
 def enlarge(model: PreTrainedModel, size: int) -> None:
     """Gives `model` embeddings for `size` tokens where it has fewer, the same on every load: nothing is drawn."""
     before = model.get_input_embeddings().weight.shape[0]
@@ -395,43 +162,6 @@ def _rows_of_tokens(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     output = model.get_output_embeddings()
     found = [model.get_input_embeddings().weight, *(output.parameters() if output is not None else ())]
     return list({id(p): p for p in found}.values())
-
-
-def _fill(model: peft.PeftModel, folder: Path) -> None:
-    """Copies the tensors of the folder into the model; every name and shape must fit, none may be missing."""
-    try:
-        found = load_file(folder / WEIGHTS)
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS}: cannot be read: {error}.") from None
-    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} has no place in the model" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {tuple(found[name].shape)}, the model needs {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name].shape != found[name].shape
-    ]
-    if problems:
-        shown = "\n".join(f"  {problem}" for problem in problems[:8])
-        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise AdapterError(f"{folder / WEIGHTS} does not fit its base, {len(problems)} tensors differ:\n{shown}{more}")
-    peft.set_peft_model_state_dict(model, found)
-
-
-def _save_difference(start: dict[str, torch.Tensor], folder: Path, settings: dict[str, Any]) -> None:
-    """Rewrites an adapter that moved its base as a plain one of twice the rank: [B, -B0] @ [A; A0]."""
-    tensors = load_file(folder / WEIGHTS)
-    for name, begun in start.items():
-        begun = begun.to(tensors[name])
-        if ".lora_A" in name:
-            tensors[name] = torch.cat([tensors[name], begun], dim=0)
-        else:
-            tensors[name] = torch.cat([tensors[name], -begun], dim=1)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    growth = 2**0.5 if settings["use_rslora"] else 2
-    settings.update(r=2 * settings["r"], lora_alpha=growth * settings["lora_alpha"])
-    settings["rank_pattern"] = {name: 2 * rank for name, rank in settings["rank_pattern"].items()}
-    settings["alpha_pattern"] = {name: growth * alpha for name, alpha in settings["alpha_pattern"].items()}
 
 
 def _targets(base: Base, targets: tuple[str, ...]) -> str | list[str]:

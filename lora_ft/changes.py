@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft import adapters
+from lora_ft import saved
 from lora_ft.errors import ProofError, UnsupportedModelError
 
 PREFIX = "base_model.model."
@@ -109,8 +109,8 @@ def read(folder: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
         ProofError: a tensor of the adapter has no place in the model, or one that it should have is missing.
         UnsupportedModelError: the adapter is of a kind that cannot be merged file by file.
     """
-    tensors = load_file(folder / adapters.WEIGHTS)
-    settings = adapters.lora_settings(folder)
+    tensors = load_file(folder / saved.WEIGHTS)
+    settings = saved.lora_settings(folder)
     # Else PEFT warns that it renames the base.
     skeleton.name_or_path = settings.base_model_name_or_path
     with warnings.catch_warnings():
@@ -157,7 +157,7 @@ class _Taken:
         problems += [f"{name} has no place in the model" for name in sorted(self.left)]
         if problems:
             shown = "\n".join(f"  {problem}" for problem in problems[:8])
-            raise ProofError(f"{folder / adapters.WEIGHTS}: merging would drop parts of the adapter:\n{shown}")
+            raise ProofError(f"{folder / saved.WEIGHTS}: merging would drop parts of the adapter:\n{shown}")
 
 
 def _low_rank(name: str, module: LoraLayer, taken: _Taken) -> dict[str, Change]:

@@ -145,12 +145,12 @@ def train(config: RunConfig) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    from lora_ft import adapters, tasks
     from lora_ft import evaluate as evaluation
+    from lora_ft import saved, tasks
     from lora_ft.data import formats
 
     examples = formats.read(config.data, config.columns)
-    loaded = adapters.load(config.adapter, config.base)
+    loaded = saved.load(config.adapter, config.base)
     loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)
     rows = tasks.featurize(loaded.task, examples)
     found = evaluation.compare(
@@ -163,10 +163,10 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def chat(config: ChatConfig) -> None:
-    from lora_ft import adapters
+    from lora_ft import saved
     from lora_ft.generate import Sampling, generate
 
-    loaded = adapters.load(config.adapter, config.base)
+    loaded = saved.load(config.adapter, config.base)
     if loaded.task.name != "chat":
         raise LoraFtError(f"{config.adapter} was trained for the task {loaded.task.name}; only chat adapters converse.")
     loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)

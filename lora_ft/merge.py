@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_ft import adapters, changes, environment, seal
+from lora_ft import adapters, changes, environment, saved, seal
 from lora_ft import base as bases
 from lora_ft.changes import Change, Whole
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
@@ -120,11 +120,11 @@ class _Parts:
     @classmethod
     def of(cls, folder: Path, base_name: str | None) -> _Parts:
         """Returns the parts, read from an adapter folder; the weights stay on disk."""
-        record = adapters.read_record(folder)
-        adapters.lora_settings(folder)
+        record = saved.read_record(folder)
+        saved.lora_settings(folder)
         sealed = seal.read(folder)
-        source = adapters.find_base(record["base"], base_name)
-        _, task = adapters.read_task(folder, record)
+        source = saved.find_base(record["base"], base_name)
+        _, task = saved.read_task(folder, record)
         tokenizer = bases.load_tokenizer(folder)
         try:
             config = bases.read_config(source.folder)
@@ -353,7 +353,7 @@ def _report(
             "worst": worst,
         },
         "base": parts.record["base"],
-        "adapter_sha256": environment.file_sha256(parts.folder / adapters.WEIGHTS),
+        "adapter_sha256": environment.file_sha256(parts.folder / saved.WEIGHTS),
         "notes": notes,
         "hints": hints,
     }

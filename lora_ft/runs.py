@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lora_ft import adapters, environment, evaluate, report, seal, sources, tasks, train
+from lora_ft import adapters, environment, evaluate, report, saved, seal, sources, tasks, train
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, plain, to_yaml
@@ -210,7 +210,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit: train.Fit) -> None:
     """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost."""
     out = config.out
-    adapters.save(model, out)
+    saved.save(model, out)
     task.tokenizer.save_pretrained(out)
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     record = environment.describe(
@@ -218,7 +218,7 @@ def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit
         task=task.facts(),
         data=rows.facts,
         fit=dataclasses.asdict(fit),
-        adapter_sha256=environment.file_sha256(out / adapters.WEIGHTS),
+        adapter_sha256=environment.file_sha256(out / saved.WEIGHTS),
     )
     environment.write(out, record)
     shutil.rmtree(out / train.CHECKPOINTS, ignore_errors=True)
@@ -251,8 +251,8 @@ def _finish(
         fit=dataclasses.asdict(fit) | {"tokens_per_s": fit.tokens_per_s},
         seal={"kl_effect": sealed.effect, "rows": sum(len(batch["labels"]) for batch in sealed.batches)},
         samples=_samples(task, rows.held_out, measured) if measured and measured.after else [],
-        adapter_bytes=(out / adapters.WEIGHTS).stat().st_size,
-        files={name: environment.file_sha256(out / name) for name in (adapters.WEIGHTS, adapters.CONFIG)},
+        adapter_bytes=(out / saved.WEIGHTS).stat().st_size,
+        files={name: environment.file_sha256(out / name) for name in (saved.WEIGHTS, saved.CONFIG)},
     )
     report.write(out, page)
     return Run(out, base, model, task, fit, metrics, page)
@@ -274,7 +274,7 @@ def _asked(example: Example) -> str:
 
 
 def _refuse_to_overwrite(config: RunConfig) -> None:
-    if (config.out / adapters.WEIGHTS).exists():
+    if (config.out / saved.WEIGHTS).exists():
         raise ConfigError(f"{config.out} already holds an adapter: choose another --out, or move that one away.")
     started = (config.out / train.CHECKPOINTS / STARTED).exists()
     if train.checkpoints(config.out) and not config.resume:

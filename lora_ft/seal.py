@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lora_ft import adapters, environment, sources
+from lora_ft import adapters, environment, saved, sources
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError, ConfigError, ProofError
@@ -163,8 +163,8 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
         "tied_embeddings": environment.embeddings_are_tied(base.model),
         "heads": list(base.task_heads),
         "base_sha256": sources.weights_digest(base.source.folder),
-        "adapter_sha256": environment.file_sha256(folder / adapters.WEIGHTS),
-        "adapter_tensors": _shapes(folder / adapters.WEIGHTS),
+        "adapter_sha256": environment.file_sha256(folder / saved.WEIGHTS),
+        "adapter_tensors": _shapes(folder / saved.WEIGHTS),
         "seal_sha256": environment.file_sha256(folder / FILES[0]),
     }
     (folder / FILES[1]).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -183,7 +183,7 @@ def read(folder: Path) -> Seal:
         raise AdapterError(f"{folder / FILES[1]}: cannot be read: {error!r}.") from None
     if not known:
         raise AdapterError(f"{folder / FILES[1]}: format {record['format']!r}; this version reads format {FORMAT}.")
-    problems = adapters.unlike(record, RECORD)
+    problems = saved.unlike(record, RECORD)
     if problems:
         raise AdapterError(f"{folder / FILES[1]}: {'; '.join(problems)}: the file was damaged.")
     digest = environment.file_sha256(folder / FILES[0])
@@ -239,21 +239,17 @@ def drift(sealed: Seal, task: Task, model: torch.nn.Module) -> float:
 
 
 def load_merged(task: Task, folder: Path, device: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """Returns a merged model, and what transformers missed or did not expect in its files.
-
-    It computes in the dtype of its weights, but in float32 where the device would have to emulate that: then many
-    times faster, and what was lost by storing the weights in 16 bits stays lost.
+    """Returns a merged model, on a CPU backed by its files, and what transformers missed or did not expect in them.
 
     Raises:
         AdapterError: the folder is not a model that loads from safetensors, without code of its own.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    native = bases.choose_dtype("auto", device)[0]
     try:
         model, info = task.model_class.from_pretrained(
             folder,
             config=bases.read_config(folder),
-            dtype="auto" if native != torch.float32 else native,
+            dtype="auto",
             device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
@@ -263,7 +259,34 @@ def load_merged(task: Task, folder: Path, device: str | None = None) -> tuple[An
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{folder}: {error}") from None
     model.requires_grad_(False)
+    if bases.choose_dtype("auto", device)[0] == torch.float32:
+        _compute_in_float32(model)
     return model, info
+
+
+def _compute_in_float32(model: torch.nn.Module) -> None:
+    """Makes a model of 16-bit weights compute in float32, one module at a time; its weights stay in their files.
+
+    For devices that would emulate the 16-bit products, which takes up to ten times as long. What was lost by storing
+    the weights in 16 bits stays lost.
+    """
+
+    def widen(module: torch.nn.Module, args: Any) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            stored[module, name] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def narrow(module: torch.nn.Module, args: Any, output: Any) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = stored.pop((module, name))
+
+    stored: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda module, args, rows: rows.float())
+        elif any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(widen)
+            module.register_forward_hook(narrow, always_call=True)
 
 
 class _Checks:
@@ -291,7 +314,7 @@ class _Checks:
 
 def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
     """What the adapter file alone can tell."""
-    path = folder / adapters.WEIGHTS
+    path = folder / saved.WEIGHTS
     was = sealed.record["adapter_sha256"]
     digest = environment.file_sha256(path) if path.is_file() else "no file"
     checks.add("file", digest == was, digest[:16],
@@ -328,16 +351,16 @@ def _verify_adapter(checks: _Checks, sealed: Seal, folder: Path, base_name: str 
     """Returns KL(seal, live) of the adapter loaded on its base, not a number where it does not load."""
 
     def same_base() -> None:
-        record = adapters.read_record(folder)["base"]
+        record = saved.read_record(folder)["base"]
         if record["weights_sha256"] != sealed.record["base_sha256"]:
             raise AdapterError(f"{environment.FILE} names another base than the seal does.")
-        adapters.find_base(record, base_name)
+        saved.find_base(record, base_name)
 
     checks.attempt("base", "the base has the weights that the adapter was trained on", same_base)
     loaded = checks.attempt(
         "load",
         "the folder loads on its base, every tensor in its place",
-        lambda: adapters.load(folder, base_name, device),
+        lambda: saved.load(folder, base_name, device),
     )
     if loaded is None:
         return float("nan")
@@ -397,7 +420,7 @@ def _verify_merged(checks: _Checks, sealed: Seal, folder: Path, model_folder: Pa
 
 
 def _task(folder: Path) -> Task:
-    return adapters.read_task(folder, adapters.read_record(folder))[1]
+    return saved.read_task(folder, saved.read_record(folder))[1]
 
 
 def _check_merged_tying(checks: _Checks, sealed: Seal, model: Any, model_folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_ft import adapters, runs
+from lora_ft import runs, saved
 from lora_ft.cli import main
 from lora_ft.errors import LoraFtError
 from tests import tiny
@@ -253,7 +253,7 @@ def test_a_failing_evaluation_loses_no_adapter(place, tmp_path, monkeypatch):
     assert main(train_words(place, tmp_path / "run")) == 1
     weights = "adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
-    adapters.load(tmp_path / "run")
+    saved.load(tmp_path / "run")
 
 
 def test_streaming_trains_on_rows_as_they_come(place, tmp_path):

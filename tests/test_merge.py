@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, config, losses, merge, seal, tasks
+from lora_ft import adapters, base, config, losses, merge, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from lora_ft.weights import Weights
 from tests import tiny
@@ -337,9 +337,9 @@ def test_an_out_that_is_not_empty_is_refused(quantized: tiny.Run, tmp_path: Path
 
 def test_nothing_of_the_adapter_is_dropped(quantized: tiny.Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(quantized.folder, tmp_path / "adapter"))
-    tensors = load_file(folder / adapters.WEIGHTS)
+    tensors = load_file(folder / saved.WEIGHTS)
     moved = {k.replace("layers.1.", "layers.7."): t for k, t in tensors.items()}
-    save_file(moved, folder / adapters.WEIGHTS, metadata={"format": "pt"})
+    save_file(moved, folder / saved.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ProofError, match=r"layers\.1.*is missing"):
         merge.merge(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -352,8 +352,8 @@ def test_a_base_that_lacks_an_adapted_weight_is_refused(
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    short = adapters.sources.resolve(str(folder))
-    monkeypatch.setattr(adapters, "find_base", lambda record, base_name=None: short)
+    short = saved.sources.resolve(str(folder))
+    monkeypatch.setattr(saved, "find_base", lambda record, base_name=None: short)
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj"):
         merge.merge(quantized.folder, tmp_path / "merged")
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, environment, losses, merge, replies, seal, tasks
+from lora_ft import adapters, base, environment, losses, merge, replies, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError
 from tests import tiny
 
@@ -108,7 +108,7 @@ def test_a_number_that_is_none_fails(causal: tiny.Run, tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_safetensors_fails(causal: tiny.Run, tmp_path: Path) -> None:
     folder = copied(causal, tmp_path)
-    (folder / adapters.WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    (folder / saved.WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     assert failed(seal.verify(folder)) == {"file", "tensors", "load"}
 
 
@@ -123,23 +123,23 @@ def test_other_base_weights_fail_by_their_replies_too(
     causal: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a digest lied, what the base says would still give it away."""
-    other = adapters.sources.resolve(str(tiny.model_folder(tmp_path / "other", seed=1)))
-    monkeypatch.setattr(adapters, "find_base", lambda record, base_name=None: other)
+    other = saved.sources.resolve(str(tiny.model_folder(tmp_path / "other", seed=1)))
+    monkeypatch.setattr(saved, "find_base", lambda record, base_name=None: other)
     found = failed(seal.verify(causal.folder))
     assert {"base replay", "replay"} <= found
     assert "base" not in found
 
 
 def test_embeddings_that_came_untied_fail(causal: tiny.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = adapters.load
+    load = saved.load
 
-    def untied(*args: Any) -> adapters.Loaded:
+    def untied(*args: Any) -> saved.Loaded:
         loaded = load(*args)
         head = loaded.base.model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         return loaded
 
-    monkeypatch.setattr(adapters, "load", untied)
+    monkeypatch.setattr(saved, "load", untied)
     assert failed(seal.verify(causal.folder)) == {"tied"}
 
 
@@ -159,7 +159,7 @@ def test_int8_noise_is_fine(tmp_path: Path) -> None:
         for name, parameter in run.model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(1 + 1e-3 * torch.randn_like(parameter))
-    adapters.save(run.model, run.folder)
+    saved.save(run.model, run.folder)
     verdict = seal.verify(run.folder)
     # It replays, although the file is not the one that was sealed.
     assert failed(verdict) == {"file"}
@@ -242,7 +242,7 @@ def test_a_damaged_folder_says_where(
     else:
         change_json(folder / file, **change)
     with pytest.raises(AdapterError, match=told):
-        adapters.load(folder, device="cpu")
+        saved.load(folder, device="cpu")
     assert failed(seal.verify(folder, device="cpu")) >= {"load"}
 
 
@@ -251,18 +251,18 @@ def test_a_lost_key_is_named(causal: tiny.Run, tmp_path: Path, file: str) -> Non
     """Each key by itself: what is read without having been looked for would be a traceback."""
     folder = copied(causal, tmp_path)
     whole = json.loads((folder / file).read_text())
-    wanted = adapters.RECORD if file == environment.FILE else adapters.SETTINGS
+    wanted = saved.RECORD if file == environment.FILE else saved.SETTINGS
     assert wanted.keys() <= whole.keys()
     for key in wanted:
         (folder / file).write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
         with pytest.raises(AdapterError, match=rf"{file}: {key} is missing"):
-            adapters.load(folder, device="cpu")
+            saved.load(folder, device="cpu")
 
 
 def test_a_configuration_cannot_name_modules_to_import(causal: tiny.Run, tmp_path: Path) -> None:
     folder = copied(causal, tmp_path)
-    change_json(folder / adapters.CONFIG, megatron_config={"a": 1}, megatron_core="antigravity")
-    loaded = adapters.load(folder, device="cpu")
+    change_json(folder / saved.CONFIG, megatron_config={"a": 1}, megatron_core="antigravity")
+    loaded = saved.load(folder, device="cpu")
     assert loaded.model.peft_config["default"].megatron_config is None
 
 
@@ -284,7 +284,7 @@ def test_what_is_trained_is_float32_on_a_base_of_16_bits(
     folder = tiny.model_folder(tmp_path / "base", architecture)
     run = tiny.run(tmp_path / "adapter", folder, task=task, quant="none", dtype="bfloat16", steps=10, **lora)
     batch = run.task.collate(run.rows)
-    loaded = adapters.load(run.folder, device="cpu")
+    loaded = saved.load(run.folder, device="cpu")
     said = []
     for model in (run.model, loaded.model):
         assert adapters.trained(model).keys() == adapters.trained(run.model).keys()
@@ -294,7 +294,7 @@ def test_what_is_trained_is_float32_on_a_base_of_16_bits(
             said.append(run.task.score(model, batch).logits_NV)
     assert torch.equal(*said)
     assert seal.verify(run.folder, device="cpu").passed
-    stored = load_file(run.folder / adapters.WEIGHTS)
+    stored = load_file(run.folder / saved.WEIGHTS)
     assert {t.dtype for t in stored.values()} == {torch.float32}
     # Plain PEFT, as anyone would.
     plain = base.load(str(folder), quant="none", model_class=run.task.model_class, dtype="float32", device="cpu",
@@ -341,7 +341,7 @@ def test_an_adapter_is_used_in_the_dtype_of_its_run(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
     with caplog.at_level(logging.INFO, "lora_ft"):
-        assert adapters._dtype(recorded, device) == used
+        assert saved._dtype(recorded, device) == used
     assert ("no native bfloat16" in caplog.text) is (used != recorded)
 
 
@@ -357,7 +357,7 @@ def test_a_gpu_does_not_choose_another_dtype(causal: tiny.Run, monkeypatch: pyte
     monkeypatch.setattr(base, "load", load)
     for device in (None, "cpu", "cuda"):
         with pytest.raises(AdapterError, match="enough"):
-            adapters.load(causal.folder, device=device)
+            saved.load(causal.folder, device=device)
     assert asked == [("float32", "cuda"), ("float32", "cpu"), ("float32", "cuda")]
 
 
@@ -499,8 +499,8 @@ def copied(run: tiny.Run, there: Path) -> Path:
 def changed(run: tiny.Run, there: Path, change: Callable[[Tensors], Tensors]) -> Path:
     """Returns a copy of the run's folder whose adapter went through `change`."""
     folder = copied(run, there)
-    tensors = {name: t.clone() for name, t in load_file(folder / adapters.WEIGHTS).items()}
+    tensors = {name: t.clone() for name, t in load_file(folder / saved.WEIGHTS).items()}
     save_file(
-        {k: t.contiguous() for k, t in change(tensors).items()}, folder / adapters.WEIGHTS, metadata={"format": "pt"}
+        {k: t.contiguous() for k, t in change(tensors).items()}, folder / saved.WEIGHTS, metadata={"format": "pt"}
     )
     return folder

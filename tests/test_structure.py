@@ -21,6 +21,7 @@ LAYERS = [
     {"environment", "tasks"},
     {"losses", "metrics", "weights"},
     {"adapters"},
+    {"saved"},
     {"train", "generate", "progress"},
     {"evaluate", "replies"},
     {"changes"},
@@ -80,16 +81,16 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_nothing_shadows_the_package_kernels() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert not [p for p in tracked if p.endswith("kernels/__init__.py") or p.startswith("tests/kernels/")]
+    assert not [p for p in tracked if p.startswith("tests/kernels/") or f"/{p}".endswith("/kernels/__init__.py")]
 
 
-def test_a_wheel_holds_the_library_and_its_templates_only(tmp_path: Path) -> None:
+def test_a_wheel_holds_the_two_packages_and_the_templates_only(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lora_ft"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lora_ft", "lora_kernels"}
     assert {"lora_ft/py.typed", "lora_ft/templates/card.md.jinja", "lora_ft/templates/report.html.jinja"} <= set(names)
 
 
@@ -101,10 +102,20 @@ def test_requirements_are_floors_and_every_one_has_a_tested_version() -> None:
         if "==" in line
     }
     for requirement in project["dependencies"]:
+        requirement, _, place = requirement.partition(";")
         name, _, floor = requirement.partition(">=")
         assert floor, f"{requirement} has no floor"
         assert "==" not in requirement
-        assert name.lower().replace("_", "-") in pinned
+        assert name.lower().replace("_", "-") in pinned or "Windows" in place
+
+
+def test_the_kernels_import_torch_and_triton_only() -> None:
+    allowed = {"__future__", "torch", "triton", "lora_kernels", *sys.stdlib_module_names}
+    for file in (ROOT / "kernels" / "lora_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= allowed, file.name
 
 
 @pytest.mark.parametrize(

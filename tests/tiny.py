@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lora_ft import adapters, base, config, environment, seal, tasks, train
+from lora_ft import adapters, base, config, environment, saved, seal, tasks, train
 
 WORDS = 290
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>")
@@ -204,7 +204,7 @@ def run(
 def write(out: Path, loaded: base.Base, model: Any, task: tasks.Task, settings: config.RunConfig) -> None:
     """Writes an adapter folder, all of it but the seal."""
     out.mkdir(parents=True, exist_ok=True)
-    adapters.save(model, out)
+    saved.save(model, out)
     loaded.tokenizer.save_pretrained(out)
     environment.write(out, environment.describe(loaded, task=task.facts()))
     (out / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
