@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +14,25 @@ _forced = False
 def is_triton(tensor: torch.Tensor) -> bool:
     """Returns whether the Triton kernels take this tensor: those on a GPU do, and all do inside `triton_anywhere`."""
     return tensor.is_cuda or _forced
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Returns the dtype to multiply matrices in: the tensor's, or float32 on a CPU without instructions for it."""
+    wide = is_triton(tensor) or tensor.dtype not in _INSTRUCTIONS
+    return tensor.dtype if wide or _cpu_multiplies(tensor.dtype) else torch.float32
+
+
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+"""The names under which torch lists them, on x86 and on ARM."""
+
+
+@functools.cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    has: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has.get(name, False) for name in _INSTRUCTIONS[dtype])
 
 
 @contextmanager

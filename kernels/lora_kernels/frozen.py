@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,16 @@ class Blocks:
     """[16] float32: what each 4-bit code stands for."""
     size: int
     nested: Nested | None
+
+    @property
+    def kind(self) -> str:
+        """`nf4` or `fp4`: the code of the one begins with -1, of the other with 0. Reads a code once, then knows it."""
+        if self.code not in _kinds:
+            _kinds[self.code] = "nf4" if float(self.code[0]) == -1.0 else "fp4"
+        return _kinds[self.code]
+
+
+_kinds: MutableMapping[torch.Tensor, str] = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 
 from lora_kernels import backend
 from lora_kernels.frozen import Frozen
+from lora_kernels.slabs import dense_slabs
 
 
 def nf4_dequant(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
@@ -36,8 +37,6 @@ def _nf4_dequant(
 ) -> torch.Tensor:
     nested = (nested_absmax, nested_code, offset, nested_size)
     weight = Frozen.back(data, absmax, code, blocksize, *nested, rows, columns)
-    if not backend.is_triton(data):
-        return _on_cpu(weight, dtype)
     out_NK = data.new_empty((rows, columns), dtype=dtype)
     dequantize_into(out_NK, weight)
     return out_NK
@@ -56,16 +55,5 @@ def dequantize_into(out_NK: torch.Tensor, weight: Frozen) -> None:
 
         nf4.dequantize_into(out_NK, weight)
     else:
-        out_NK.copy_(_on_cpu(weight, out_NK.dtype))
-
-
-def _on_cpu(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
-    """Uses the compiled loops of bitsandbytes; it is loaded, or there would be no weight of its making."""
-    ops, blocks = torch.ops.bitsandbytes, weight.packed()
-    absmax = blocks.absmax
-    if blocks.nested:
-        nested = (blocks.nested.absmax, blocks.nested.code, blocks.nested.size)
-        absmax = ops.dequantize_blockwise(absmax, *nested, torch.float32) + blocks.nested.offset
-    # The code of NF4 begins with -1, that of FP4 with 0.
-    kind = "nf4" if float(blocks.code[0]) == -1.0 else "fp4"
-    return ops.dequantize_4bit(weight.data.reshape(-1, 1), absmax, blocks.size, kind, list(weight.shape), dtype)
+        for rows, slab in dense_slabs(weight, out_NK.dtype):
+            out_NK[rows].copy_(slab)

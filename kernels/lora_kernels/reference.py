@@ -23,3 +23,82 @@ def nf4_dequant(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
     nibbles = torch.stack([weight.data >> 4, weight.data & 15], dim=1).flatten()[: rows * columns].long()
     block = torch.arange(rows * columns, device=absmax.device) // blocks.size
     return (blocks.code[nibbles] * absmax[block]).to(dtype).reshape(rows, columns)
+
+
+def lora_down(
+    x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float = 0.0, keep_MK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """xa = (keep * x / (1 - dropout)) @ a.T"""
+    if keep_MK is not None:
+        x_MK = x_MK * keep_MK / (1 - dropout)
+    return x_MK @ a_RK.T
+
+
+def lora_bwd_up(
+    dy_MN: torch.Tensor, b_NR: torch.Tensor, xa_MR: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """ds = scaling * dy @ b, db = scaling * dy.T @ xa"""
+    return scaling * dy_MN @ b_NR, scaling * dy_MN.T @ xa_MR
+
+
+def lora_linear(
+    x_MK: torch.Tensor,
+    w_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    a_RK: torch.Tensor,
+    b_NR: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    keep_MK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x @ w.T + bias + scaling * (keep * x / (1 - dropout)) @ a.T @ b.T"""
+    y_MN = x_MK @ w_NK.T + scaling * lora_down(x_MK, a_RK, dropout, keep_MK) @ b_NR.T
+    return y_MN if bias_N is None else y_MN + bias_N
+
+
+def rms_norm_lora(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, a: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm = weight * (h / rms(h)) with h = x + residual; ([norm | norm @ a.T], h)."""
+    h = x if residual is None else x + residual
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    norm = weight * unit.to(h.dtype)
+    return norm if a is None else torch.cat([norm, norm @ a.T], dim=-1), h
+
+
+def swiglu_lora(gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
+    """h = silu(gate) * up; [h | h @ a.T]."""
+    h = torch.nn.functional.silu(gate) * up
+    return h if a is None else torch.cat([h, h @ a.T], dim=-1)
+
+
+def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[x1, x2] * cos + [-x2, x1] * sin of the halves of every head."""
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+    return rotated(q), rotated(k)
+
+
+def linear_cross_entropy(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    ignore: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z = scale * (h @ weight.T + bias), then softcap * tanh(z / softcap); -log(softmax(z))[label], summed and each."""
+    z = torch.nn.functional.linear(h, weight, bias)
+    z = scale * z.to(torch.promote_types(z.dtype, torch.float32))
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    labelled = labels != ignore
+    log_p = z.log_softmax(-1).gather(-1, labels.where(labelled, 0)[..., None]).squeeze(-1)
+    nll = -log_p.where(labelled, 0)
+    return nll.sum(), nll

@@ -8,9 +8,11 @@ import triton.language as tl
 
 from lora_kernels.frozen import Frozen
 
-BYTES = 1024
-"""Packed bytes a program unpacks: 2048 weights, 16 vector stores a thread at 4 warps."""
+BYTES = 2048
+"""Packed bytes a program unpacks: one vector load and four vector stores a thread at 4 warps."""
 WARPS = 4
+UNIT = 16
+"""Packed bytes that surely share a scale: the smallest block of bitsandbytes has 32 weights."""
 
 
 @triton.jit
@@ -23,6 +25,7 @@ def nf4_dequant_kernel(
     p_offset,
     p_out,
     n_weights,
+    n_bytes,
     columns,
     stride_out,
     LOG2_BLOCK: tl.constexpr,
@@ -30,25 +33,29 @@ def nf4_dequant_kernel(
     NESTED: tl.constexpr,
     DENSE_ROWS: tl.constexpr,
     BYTES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     # 64-bit places of a program, 32-bit places inside it: weights beyond 2^31 at the price of one addition.
     first = tl.program_id(0).to(tl.int64) * BYTES
     o_byte = tl.arange(0, BYTES)
-    m_byte = 2 * (first + o_byte) < n_weights
+    m_byte = first + o_byte < n_bytes
     b_packed = tl.load(p_packed + first + o_byte, mask=m_byte, other=0, eviction_policy="evict_first").to(tl.int32)
     b_code = tl.load(p_code + tl.arange(0, 16))
     b_even = tl.gather(b_code, b_packed >> 4, 0)
     b_odd = tl.gather(b_code, b_packed & 15, 0)
 
-    # The scale of each byte's two weights, which share a block as blocks hold an even number.
-    o_block = (2 * (first + o_byte)) >> LOG2_BLOCK
+    # One scale for each unit, not each byte: it is looked up once.
+    o_unit = first + UNIT * tl.arange(0, BYTES // UNIT)
+    m_unit = o_unit < n_bytes
+    o_block = (2 * o_unit) >> LOG2_BLOCK
     if NESTED:
-        b_index = tl.load(p_absmax + o_block, mask=m_byte, other=0).to(tl.int32)
-        b_group = tl.load(p_nested_absmax + (o_block >> LOG2_NESTED), mask=m_byte, other=0.0)
+        b_index = tl.load(p_absmax + o_block, mask=m_unit, other=0).to(tl.int32)
+        b_group = tl.load(p_nested_absmax + (o_block >> LOG2_NESTED), mask=m_unit, other=0.0)
         # Multiplied, rounded, then added, as bitsandbytes does: compiled without fused multiply-add.
         b_scale = tl.load(p_nested_code + b_index) * b_group + tl.load(p_offset)
     else:
-        b_scale = tl.load(p_absmax + o_block, mask=m_byte, other=0.0)
+        b_scale = tl.load(p_absmax + o_block, mask=m_unit, other=0.0)
+    b_scale = tl.reshape(tl.broadcast_to(b_scale[:, None], (BYTES // UNIT, UNIT)), (BYTES,))
 
     b_out = tl.interleave(b_even * b_scale, b_odd * b_scale).to(p_out.dtype.element_ty)
     o_weight = 2 * first + tl.arange(0, 2 * BYTES)
@@ -66,7 +73,8 @@ def dequantize_into(out_NK: torch.Tensor, weight: Frozen) -> None:
     if out_NK.stride(1) != 1:
         raise ValueError(f"nf4_dequant: the columns of the output stand {out_NK.stride(1)} apart, and must be dense.")
     n_weights, blocks, nested = rows * columns, weight.packed(), weight.packed().nested
-    nf4_dequant_kernel[(triton.cdiv(triton.cdiv(n_weights, 2), BYTES),)](
+    n_bytes = triton.cdiv(n_weights, 2)
+    nf4_dequant_kernel[(triton.cdiv(n_bytes, BYTES),)](
         weight.data,
         blocks.absmax,
         blocks.code,
@@ -75,6 +83,7 @@ def dequantize_into(out_NK: torch.Tensor, weight: Frozen) -> None:
         nested.offset if nested else blocks.code,
         out_NK,
         n_weights,
+        n_bytes,
         columns,
         out_NK.stride(0),
         LOG2_BLOCK=blocks.size.bit_length() - 1,
@@ -82,6 +91,7 @@ def dequantize_into(out_NK: torch.Tensor, weight: Frozen) -> None:
         NESTED=nested is not None,
         DENSE_ROWS=out_NK.stride(0) == columns,
         BYTES=BYTES,
+        UNIT=UNIT,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )

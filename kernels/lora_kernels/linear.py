@@ -1,0 +1,267 @@
+"""A frozen linear layer and its adapter as one operation.
+
+M rows of activations, N outputs and K inputs of a weight, R the rank of an adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lora_kernels import backend, dispatch, lora
+from lora_kernels.dispatch import Path
+from lora_kernels.dropout import new_seed
+from lora_kernels.frozen import Frozen
+from lora_kernels.nf4 import nf4_dequant
+from lora_kernels.operators import Operator
+from lora_kernels.slabs import dense_slabs
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: Frozen,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Returns x @ W.T + bias + scaling * dropout(x) @ a.T @ b.T: [..., N] in the dtype of `x`.
+
+    x is [..., K], a [R, K] and b [N, R], each in a float dtype of its own; differentiable in x, bias, a and b. Keeps x
+    and the [M, R] product for the backward pass, but no dense weight and no mask: the weight is dequantized again, and
+    the mask made again from `seed`, which is drawn here where it is None.
+    """
+    if dropout and seed is None:
+        seed = new_seed()
+    x_MK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y_MN, _ = torch.ops.lora_kernels.lora_linear(x_MK, *weight.flat(), bias, a, b, scaling, dropout, seed or 0)
+    return y_MN if x.ndim == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[1])
+
+
+def dense(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the weight as [N, K] in `dtype`: itself if it is that already."""
+    return weight.data.to(dtype) if weight.blocks is None else nf4_dequant(weight, dtype)
+
+
+def _forward(
+    x_MK: torch.Tensor,
+    weight: Frozen,
+    bias_N: torch.Tensor | None,
+    a_RK: torch.Tensor,
+    b_NR: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = backend.product_dtype(x_MK)
+    x_MK, b_RN = x_MK.to(dtype), b_NR.to(dtype).t()
+    xa_MR = lora.down(x_MK, a_RK, dropout, seed)
+    path = _path(x_MK, weight)
+    if path == "triton_4bit":
+        from lora_kernels.gpu import nf4_linear
+
+        return nf4_linear.adapted_product(x_MK, weight, xa_MR, b_RN, bias_N, scaling, forward=True), xa_MR
+    if path == "triton":
+        from lora_kernels.gpu import linear
+
+        return linear.adapted_product(x_MK, dense(weight, dtype).t(), xa_MR, b_RN, bias_N, scaling), xa_MR
+    bias_N = None if bias_N is None else bias_N.to(dtype)
+    if path == "gemm_4bit":
+        return _gemm_4bit(x_MK, weight, bias_N).addmm_(xa_MR, b_RN, alpha=scaling), xa_MR
+    # The narrow product first: then the wide one reads and rounds it, instead of being read and rounded again itself.
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
+    if bias_N is None:
+        y_MN.addmm_(xa_MR, b_RN, beta=0, alpha=scaling)
+    else:
+        torch.addmm(bias_N, xa_MR, b_RN, alpha=scaling, out=y_MN)
+    for rows, w in _parts(weight, dtype, x_MK):
+        y_MN[:, rows].addmm_(x_MK, w.t())
+    return y_MN, xa_MR
+
+
+def _backward(
+    dy_MN: torch.Tensor,
+    x_MK: torch.Tensor,
+    weight: Frozen,
+    a_RK: torch.Tensor,
+    b_NR: torch.Tensor,
+    xa_MR: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: int,
+    need_dx: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    dtype = backend.product_dtype(x_MK)
+    dy_MN = dy_MN.to(dtype)
+    if dy_MN.stride(1) != 1:
+        # The gradient of a sum: one copy here, or one in each of the three products below.
+        dy_MN = dy_MN.contiguous()
+    ds_MR, db_NR = lora.up_backward(dy_MN, b_NR, xa_MR, scaling)
+    path = _path(x_MK, weight)
+    fused = need_dx and path in ("triton", "triton_4bit")
+    dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx and not fused)
+    if fused:
+        dx_MK = _fused_dx(path, dy_MN, weight, ds_MR, a_RK.to(dtype), dropout, seed)
+    elif dx_MK is not None:
+        for rows, w in _parts(weight, dtype, x_MK):
+            dx_MK.addmm_(dy_MN[:, rows], w)
+    return dx_MK, da_RK, db_NR
+
+
+def _fused_dx(
+    path: Path,
+    dy_MN: torch.Tensor,
+    weight: Frozen,
+    ds_MR: torch.Tensor,
+    a_RK: torch.Tensor,
+    dropout: float,
+    seed: int,
+) -> torch.Tensor:
+    from lora_kernels.gpu import linear, nf4_linear
+
+    if path == "triton_4bit":
+        product = functools.partial(nf4_linear.adapted_product, dy_MN, weight, forward=False)
+    else:
+        product = functools.partial(linear.adapted_product, dy_MN, dense(weight, dy_MN.dtype))
+    return product(ds_MR, a_RK, None, 1.0, dropout=dropout, seed=seed)
+
+
+def _parts(weight: Frozen, dtype: torch.dtype, x_MK: torch.Tensor) -> Iterable[tuple[slice, torch.Tensor]]:
+    """Returns rows of the weight and what they are in `dtype`: all of them on a GPU, a slab at a time on a CPU."""
+    if backend.is_triton(x_MK):
+        return [(slice(0, weight.shape[0]), dense(weight, dtype))]
+    return dense_slabs(weight, dtype)
+
+
+def _path(x_MK: torch.Tensor, weight: Frozen) -> Path:
+    """Returns the way chosen for these rows, or `dequant` where the weight is not one that it takes."""
+    if not backend.is_triton(x_MK):
+        return "dequant"
+    path = dispatch.choose(len(x_MK), *weight.shape, dispatch.gpu(x_MK.device), weight.blocks is not None)
+    if path == "triton_4bit":
+        from lora_kernels.gpu import nf4_linear
+
+        return path if nf4_linear.takes(weight) else "dequant"
+    if path == "gemm_4bit":
+        return path if _gemm_4bit_takes(weight) else "dequant"
+    return path
+
+
+def _gemm_4bit_takes(weight: Frozen) -> bool:
+    """Returns whether the kernel of bitsandbytes takes the weight: whole blocks in a row, scales in groups of 256."""
+    blocks = weight.blocks
+    if blocks is None or weight.shape[1] % blocks.size:
+        return False
+    return blocks.nested is None or blocks.nested.size == 256
+
+
+def _gemm_4bit(x_MK: torch.Tensor, weight: Frozen, bias_N: torch.Tensor | None) -> torch.Tensor:
+    blocks = weight.packed()
+    nested, packed = blocks.nested, weight.data.reshape(-1, 1)
+    # With nested scales it wants those of the groups first, and the 8-bit ones by name.
+    absmax = nested.absmax if nested else blocks.absmax
+    scales = (
+        {"absmax_8bit": blocks.absmax, "absmax_code": nested.code, "absmax_offset": nested.offset} if nested else {}
+    )
+    shape = list(weight.shape)
+    gemm_4bit = torch.ops.bitsandbytes.gemm_4bit
+    return gemm_4bit(x_MK, packed, shape, absmax, blocks.size, blocks.kind, bias_N, **scales)
+
+
+@Operator
+def _lora_linear(
+    x_MK: torch.Tensor,
+    data: torch.Tensor,
+    absmax: torch.Tensor | None,
+    code: torch.Tensor | None,
+    blocksize: int,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_size: int,
+    rows: int,
+    columns: int,
+    bias: torch.Tensor | None,
+    a_RK: torch.Tensor,
+    b_NR: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    nested = (nested_absmax, nested_code, offset, nested_size)
+    weight = Frozen.back(data, absmax, code, blocksize, *nested, rows, columns)
+    y_MN, xa_MR = _forward(x_MK, weight, bias, a_RK, b_NR, scaling, dropout, seed)
+    return y_MN.to(x_MK.dtype), xa_MR
+
+
+@_lora_linear.register_fake
+def _(x_MK: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, a_RK = rest[8], rest[11]
+    xa_MR = x_MK.new_empty((x_MK.shape[0], a_RK.shape[0]), dtype=backend.product_dtype(x_MK))
+    return x_MK.new_empty((x_MK.shape[0], rows)), xa_MR
+
+
+@Operator
+def _lora_linear_backward(
+    dy_MN: torch.Tensor,
+    x_MK: torch.Tensor,
+    data: torch.Tensor,
+    absmax: torch.Tensor | None,
+    code: torch.Tensor | None,
+    blocksize: int,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    nested_size: int,
+    rows: int,
+    columns: int,
+    a_RK: torch.Tensor,
+    b_NR: torch.Tensor,
+    xa_MR: torch.Tensor,
+    scaling: float,
+    dropout: float,
+    seed: int,
+    need_dx: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    nested = (nested_absmax, nested_code, offset, nested_size)
+    weight = Frozen.back(data, absmax, code, blocksize, *nested, rows, columns)
+    dx_MK, da_RK, db_NR = _backward(dy_MN, x_MK, weight, a_RK, b_NR, xa_MR, scaling, dropout, seed, need_dx)
+    dx_MK = x_MK.new_empty(0) if dx_MK is None else dx_MK.to(x_MK.dtype)
+    return dx_MK, da_RK.to(a_RK.dtype), db_NR.to(b_NR.dtype)
+
+
+@_lora_linear_backward.register_fake
+def _(dy_MN: torch.Tensor, x_MK: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    a_RK, b_NR, need_dx = rest[10], rest[11], rest[-1]
+    return x_MK.new_empty(x_MK.shape if need_dx else 0), a_RK.new_empty(a_RK.shape), b_NR.new_empty(b_NR.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x_MK, *flat, bias, a_RK, b_NR, scaling, dropout, seed = inputs
+    tensors = (x_MK, a_RK, b_NR, output[1])
+    ctx.save_for_backward(*tensors, *(part for part in flat if isinstance(part, torch.Tensor)))
+    ctx.numbers = [None if isinstance(part, torch.Tensor) else (part,) for part in flat]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.adapter = (scaling, dropout, seed)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, dy_MN: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    x_MK, a_RK, b_NR, xa_MR, *parts = ctx.saved_tensors
+    tensors = iter(parts)
+    flat = [next(tensors) if number is None else number[0] for number in ctx.numbers]
+    need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[11]
+    dx_MK, da_RK, db_NR = torch.ops.lora_kernels.lora_linear_backward(
+        dy_MN, x_MK, *flat, a_RK, b_NR, xa_MR, *ctx.adapter, need_dx
+    )
+    dbias_N = dy_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_dbias else None
+    return (dx_MK if need_dx else None, *[None] * 10, dbias_N, da_RK, db_NR, None, None, None)
+
+
+_lora_linear.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -1,0 +1,51 @@
+"""A frozen weight as a CPU multiplies by it: dense, a slab of rows at a time, and never whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from lora_kernels.frozen import Frozen
+
+SLAB = 2**21
+"""Weights in a slab: 8 MiB of float32, in the cache yet when they are multiplied, and in the heap. Above 32 MiB malloc
+maps memory anew each time: a 4096 x 4096 weight takes five times as long to unpack, as its pages are cleared."""
+
+
+def dense_slabs(weight: Frozen, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields the rows of a slab and the slab, [rows, K] in `dtype`.
+
+    There is one slab, the weight itself, if it is dense and in that dtype already.
+    """
+    n_rows, columns = weight.shape
+    if weight.blocks is None and weight.data.dtype == dtype:
+        yield slice(0, n_rows), weight.data
+        return
+    scales, unit = None, 1
+    if weight.blocks is not None:
+        # A slab begins where a block does.
+        scales, unit = _scales(weight), weight.blocks.size // math.gcd(columns, weight.blocks.size)
+    step = max(SLAB // columns // unit, 1) * unit
+    for first in range(0, n_rows, step):
+        rows = slice(first, min(first + step, n_rows))
+        yield rows, weight.data[rows].to(dtype) if scales is None else _dequantized(weight, rows, scales, dtype)
+
+
+def _scales(weight: Frozen) -> torch.Tensor:
+    blocks = weight.packed()
+    if blocks.nested is None:
+        return blocks.absmax
+    nested = (blocks.nested.absmax, blocks.nested.code, blocks.nested.size)
+    return torch.ops.bitsandbytes.dequantize_blockwise(blocks.absmax, *nested, torch.float32) + blocks.nested.offset
+
+
+def _dequantized(weight: Frozen, rows: slice, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Uses the compiled loops of bitsandbytes; it is loaded, or there would be no weight of its making."""
+    columns, blocks = weight.shape[1], weight.packed()
+    first, last = rows.start * columns, rows.stop * columns
+    packed = weight.data[first // 2 : -(-last // 2)].unsqueeze(1)
+    absmax = scales[first // blocks.size : -(-last // blocks.size)]
+    shape = [rows.stop - rows.start, columns]
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocks.size, blocks.kind, shape, dtype)
