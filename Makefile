@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow check clean
+.PHONY: setup quickstart test test-slow mutants bench-gpu check clean
 
 # Installs once, and again when the requirements change. torch comes first, alone: whatever is asked for after it
 # must accept the pinned version.
@@ -23,6 +23,15 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow'
+
+# Breaks the kernels in every way and counts which breaks no test notices; takes an hour or so.
+mutants: setup
+	$(BIN)/python -m tests.kernel_ops.mutate
+
+bench-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/lora-ft bench kernels
+	$(BIN)/python benchmarks/bench_lora_linear.py --dtypes bfloat16 float16
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -15,7 +15,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, set_seed
 
-from lora_ft import environment
+from lora_ft import environment, fused
 from lora_ft.base import Base
 from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
@@ -66,6 +66,7 @@ def attach(
         base_model_name_or_path=base.source.repo or base.source.name,
         revision=base.source.revision,
     )
+    fused.register(settings)
     # PEFT would write the folder that the weights were read from.
     base.model.name_or_path = settings.base_model_name_or_path
     set_seed(seed)
@@ -84,6 +85,11 @@ def attach(
     elif config.init in ("pissa", "olora"):
         # These moved the base by -s B A, so what is saved must say how far the adapter came from there.
         model.start = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items() if ".lora_" in k}
+        if any(".lora_embedding_" in name for name in model.start):
+            raise AdapterError(
+                f"lora.init={config.init} starts linear layers only: leave embeddings out of lora.targets."
+            )
+    fused.tell(model.get_base_model())
     return model
 
 

@@ -54,6 +54,9 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
 # Parameters of mallopt, from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
+# Bytes of dense weights that a 4-bit model may hold beside its own: 0.4 GiB for SmolLM2-135M in float32.
+DENSE_LIMIT = 1 << 30
+
 # Sub-configurations that mark a model as one of images, sound or video.
 OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config", "num_mel_bins")
 
@@ -186,6 +189,47 @@ def keep_weights_in_place(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
+
+
+class Dequantized(nn.Linear):
+    """The dense stand-in of a 4-bit layer, of the very numbers that the layer would dequantize to."""
+
+    compute_dtype: torch.dtype
+    """That of the layer, as its own attribute is called."""
+    quant_state = None
+
+    @classmethod
+    def of(cls, layer: bnb.nn.Linear4bit) -> Dequantized:
+        """Returns the stand-in of `layer`, in the dtype that it computes in."""
+        dense = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        dense.weight = nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
+        dense.bias, dense.compute_dtype = layer.bias, layer.compute_dtype
+        return dense.train(layer.training)
+
+
+@contextmanager
+def dequantized(model: nn.Module) -> Iterator[None]:
+    """Runs the block with 4-bit weights dequantized once, where each pass on a processor would do it anew.
+
+    Small models only, and by their size alone, so that a run computes the same however much memory is free. Does
+    nothing on a GPU, whose kernels read the packed weights.
+    """
+    places = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.device.type == "cpu" and layer.compute_dtype
+    ]
+    if sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for *_, layer in places) > DENSE_LIMIT:
+        places = []
+    try:
+        for parent, name, layer in places:
+            setattr(parent, name, Dequantized.of(layer))
+        yield
+    finally:
+        for parent, name, layer in places:
+            setattr(parent, name, layer)
 
 
 def heads(config: PreTrainedConfig, model_class: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

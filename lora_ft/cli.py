@@ -9,7 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +126,14 @@ class DoctorConfig:
     """Print one JSON object."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Check and time the kernels; on a GPU, tune them for it."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
 def quickstart(config: QuickstartConfig) -> None:
     from lora_ft.quickstart import quickstart as start
 
@@ -153,6 +161,7 @@ def evaluate(config: EvaluateConfig) -> None:
     loaded = saved.load(config.adapter, config.base)
     loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)
     rows = tasks.featurize(loaded.task, examples)
+    tasks.tell_of_cut_rows(loaded.task)
     found = evaluation.compare(
         loaded.task, loaded.model, examples, rows, names=config.metrics, batch_size=config.batch_size
     )
@@ -265,6 +274,38 @@ def doctor(config: DoctorConfig) -> None:
         print(f"{key:<20} {json.dumps(value) if isinstance(value, dict | list) else value}")
 
 
+def bench_kernels(config: BenchConfig) -> None:
+    from rich.console import Console
+
+    from lora_ft import bench
+    from lora_ft.errors import ProofError
+
+    with Console(stderr=True).status("") as status:
+        checks, timed, written = bench.kernels(status.update)
+    if config.json:
+        found = {"checks": [asdict(one) for one in checks], "times": [asdict(one) for one in timed], "tuned": written}
+        print(json.dumps(found))
+    else:
+        _table(
+            ["operation", "error", "its twin's", ""],
+            [[one.op, one.error, one.plain, "" if one.passed else "WRONG"] for one in checks],
+        )
+        rivals = list(timed[0].rivals)
+        _table(
+            ["rows", "weight", "dtype", "ms", "of matmul", *[f"{name} takes" for name in rivals]],
+            [
+                [one.rows, f"{one.weight}", one.dtype, 1e3 * one.seconds, f"{one.share:.0%}"]
+                + [f"{one.ratio(name):.2f}x" for name in rivals]
+                for one in timed
+            ],
+        )
+        if written:
+            print(f"The fastest way of each shape is in {written}, and used from now on.")
+    wrong = [one.op for one in checks if not one.passed]
+    if wrong:
+        raise ProofError(f"{', '.join(wrong)}: further from float64 than {bench.WORST} times the plain way.")
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "quickstart": (QuickstartConfig, quickstart),
     "train": (RunConfig, train),
@@ -273,18 +314,21 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "verify": (VerifyConfig, verify),
     "merge": (MergeConfig, merge),
     "data check": (DataCheckConfig, data_check),
+    "bench kernels": (BenchConfig, bench_kernels),
     "doctor": (DoctorConfig, doctor),
 }
+# First words that a second one must follow.
+GROUPS = {name.split()[0] for name in COMMANDS if " " in name}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done and proven, 1 for the user to mend, 2 wrong usage, 3 disproven, 130 stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
-    name = " ".join(words[:2]) if words[:1] == ["data"] else " ".join(words[:1])
+    name = " ".join(words[:2]) if words[:1] and words[0] in GROUPS else " ".join(words[:1])
     if {"-h", "--help"} & set(name.split()):
         print(_usage())
         return 0
-    if name in ("", "data"):
+    if not name or name in GROUPS:
         print(_usage(), file=sys.stderr)
         return 2
     if name == "--version":

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_ft import environment, sources
+from lora_ft import environment, fused, sources
 from lora_ft.base import choose_dtype
 
 
@@ -29,6 +29,7 @@ def examine() -> dict[str, Any]:
         found["gpu_memory_gib"], found["gpu_memory_free_gib"] = round(total / 2**30, 1), round(free / 2**30, 1)
         found["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     found["nf4"] = _nf4_works(device)
+    found["kernels"] = fused.implementation(torch.device(device))
     found["hub"] = _hub_answers()
     found["cache"] = sorted(p.name for p in (sources.cache_home() / "wheels").glob("*") if p.is_dir())
     found["trackers"] = [name for name in ("tensorboard", "wandb") if _installed(name)]
@@ -52,7 +53,8 @@ def _hub_answers() -> str:
 
     try:
         HfApi().model_info(sources.ALIASES["smollm2-135m"].repo, timeout=5)
-    except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+    except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError, OSError, ValueError) as error:
+        # A firewall's page instead of an answer is a ValueError.
         return f"does not answer ({type(error).__name__}); aliases come from the package index"
     return "answers"
 

@@ -606,3 +606,25 @@ def test_a_large_base_is_quantized_tensor_by_tensor(folders: Callable[[str], Pat
     # 4 bits and one scale of 8 for each 64 weights are 0.258 of 16 bits; the rest is the tensor being quantized.
     assert 0.2 < kept / stored_bytes < 0.4
     assert peak / stored_bytes < 0.65
+
+
+def test_dense_stand_ins_say_what_the_4_bit_layers_say_and_leave_no_trace(tmp_path):
+    loaded = base.load(str(tiny.model_folder(tmp_path / "base", "llama")))
+    ids = torch.randint(6, 200, (3, 11))
+    names = [name for name, _ in loaded.model.named_modules()]
+    with torch.no_grad():
+        before = loaded.model(ids).logits
+        with base.dequantized(loaded.model):
+            stand_ins = [m for m in loaded.model.modules() if isinstance(m, base.Dequantized)]
+            torch.testing.assert_close(loaded.model(ids).logits, before, rtol=1e-5, atol=1e-5)
+        assert len(stand_ins) == 14
+        assert torch.equal(loaded.model(ids).logits, before)
+    assert [name for name, _ in loaded.model.named_modules()] == names
+    assert not any(isinstance(m, base.Dequantized) for m in loaded.model.modules())
+
+
+def test_a_model_too_large_for_dense_stand_ins_has_none(tmp_path, monkeypatch):
+    loaded = base.load(str(tiny.model_folder(tmp_path / "base", "llama")))
+    monkeypatch.setattr(base, "DENSE_LIMIT", 1000)
+    with base.dequantized(loaded.model):
+        assert not any(isinstance(m, base.Dequantized) for m in loaded.model.modules())

@@ -18,8 +18,10 @@ LAYERS = [
     {"errors", "__init__"},
     {"config"},
     {"sources", "base", "data"},
+    {"tuning"},
     {"environment", "tasks"},
     {"losses", "metrics", "weights"},
+    {"fused"},
     {"adapters"},
     {"saved"},
     {"train", "generate", "progress"},
@@ -29,7 +31,7 @@ LAYERS = [
     {"merge"},
     {"curves"},
     {"report"},
-    {"runs", "doctor"},
+    {"runs", "doctor", "bench"},
     {"quickstart", "cli"},
 ]
 
