@@ -12,7 +12,9 @@ __version__ = "0.1.0"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-_ROOMS = ("adapters", "base", "config", "evaluate", "generate", "merge", "runs", "seal", "sources", "tasks", "train")
+_ROOMS = (
+    "adapters", "base", "config", "evaluate", "generate", "merge", "runs", "saved", "seal", "sources", "tasks", "train"
+)  # fmt: skip
 __all__ = ["__version__", *_ROOMS]
 
 

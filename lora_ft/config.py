@@ -6,8 +6,11 @@ typed, so later ones win and there is one set of types, checks and messages. Nev
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -65,6 +68,11 @@ class LoraConfig:
             raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
         if self.plus_ratio is not None:
             _at_least("lora.plus-ratio", self.plus_ratio, 1)
+        if self.dora and self.init in ("pissa", "olora"):
+            raise ValueError(
+                f"lora.init={self.init} is saved as the difference of two adapters, and with lora.dora there is none: "
+                "leave one of them out."
+            )
         if not self.targets:
             raise ValueError("lora.targets is empty; name module suffixes such as q_proj, or all-linear.")
 
@@ -258,8 +266,19 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(cls: type[T], path: Path) -> T:
-    """Returns the `cls` that `path` holds, with nothing typed on top."""
-    return cli(cls, ["--config", str(path)])
+    """Returns the `cls` that `path` holds, with nothing typed on top.
+
+    Raises:
+        ConfigError: the file is missing, or one of its settings is wrong.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return cli(cls, ["--config", str(path)], prog=path.name)
+    except SystemExit:
+        # The parser's box, plain where it is not printed: a title, what is wrong, how to type it, each above a rule.
+        _, reason, *_ = re.split(r"^ *-+ *$", said.getvalue(), flags=re.MULTILINE)
+        raise ConfigError(f"{path}: {' '.join(reason.split())}") from None
 
 
 def _portable(name: str) -> str:

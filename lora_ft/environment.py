@@ -78,6 +78,15 @@ def embeddings_are_tied(model: Any) -> bool:
     return getattr(first, "base_layer", first).weight is getattr(second, "base_layer", second).weight
 
 
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Returns a sha256 of the vocabulary, beginning, end and chat template of a tokenizer as loaded.
+
+    Those of its files would not do: writing a tokenizer anew can change their bytes.
+    """
+    told = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file's bytes."""
     with path.open("rb") as stream:

@@ -17,15 +17,44 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from lora_ft import base as bases
 from lora_ft import losses
 from lora_ft.tasks import unwrapped
 
-# Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.38 GB in float32.
-BATCH_TOKENS = 8192
+# Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.75 GB in float32.
+BATCH_TOKENS = 16384
 # Below this many common tokens a pass of its own costs more than it saves.
 SHORTEST_SHARED = 16
+# Tokens that a cache has room for beyond those it holds: a copy of it all this often.
+GROWTH = 64
 # What a base says of its own beginning and end; everything else in its generation_config.json is a taste.
 KEPT_RULES = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
+class InPlaceLayer(DynamicLayer):
+    """Keys and values of a layer, new tokens written behind the old ones; its parent copies all of them every token."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values [B, H, T, D] of all tokens so far, those given the last of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._extended("keys", key_states), self._extended("values", value_states)
+        return self.keys, self.values
+
+    def _extended(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        old, room = getattr(self, name), getattr(self, f"{name}_room", None)
+        before = old.shape[-2] if old.numel() else 0
+        after = before + new.shape[-2]
+        # Whatever else is done to a cache, such as repeating its rows, leaves other tensors in place of ours.
+        if room is None or old.data_ptr() != room.data_ptr() or len(room) != len(new) or after > room.shape[-2]:
+            room = new.new_empty((*new.shape[:-2], after + GROWTH, new.shape[-1]))
+            if before:
+                room[..., :before, :] = old
+            setattr(self, f"{name}_room", room)
+        room[..., before:after, :] = new
+        return room[..., :after, :]
 
 
 @dataclass(frozen=True)
@@ -50,11 +79,12 @@ def generate(
         prompts: token ids of each prompt; encoder-decoder models take them as the source.
         stop_ids: tokens that end a reply besides the model's own end of text.
     """
-    shared = shared_length(prompts) if len(prompts) > 1 and _can_share(model) else 0
+    in_place = _can_share(model)
+    shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies = [""] * len(prompts)
-    with losses.evaluating(model), _without_rules(model):
-        cache = _prefill(model, prompts[0][:shared]) if shared else None
+    with losses.evaluating(model), bases.dequantized(model), _without_rules(model):
+        cache = _prefilled(model, prompts[0][:shared]) if in_place else None
         while order:
             # The longest first: the memory of the whole run is known after one batch.
             rows = max(1, BATCH_TOKENS // (len(prompts[order[-1]]) + sampling.max_new_tokens))
@@ -110,9 +140,12 @@ def _without_rules(model: Any) -> Iterator[None]:
             holder.generation_config = own
 
 
-def _prefill(model: Any, ids: Sequence[int]) -> DynamicCache:
+def _prefilled(model: Any, ids: Sequence[int]) -> DynamicCache:
+    """Returns a cache that holds `ids`, which may be none."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
+    cache.layers = [InPlaceLayer() for _ in cache.layers or range(model.config.num_hidden_layers)]
+    if ids:
+        model(input_ids=torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True)
     return cache
 
 
@@ -138,7 +171,8 @@ def _batch(
     }
     if cache is not None:
         rows = copy.deepcopy(cache)
-        rows.batch_repeat_interleave(len(prompts))
+        if shared:
+            rows.batch_repeat_interleave(len(prompts))
         inputs["past_key_values"] = rows
     out = model.generate(
         **inputs,

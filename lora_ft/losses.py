@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lora_ft import base as bases
 from lora_ft.tasks import Batch, Features, Task
 
 BOOTSTRAP_DRAWS = 2000
@@ -53,7 +54,7 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
     sums = np.zeros((3, len(rows)))
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    with evaluating(model):
+    with evaluating(model), bases.dequantized(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = to(task.collate([rows[i] for i in chosen]), device)
@@ -85,9 +86,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def mixed_precision(model: nn.Module) -> torch.autocast:
-    """Returns the autocast that lets float32 adapters and heads work on a 16-bit base; off for a float32 base."""
+    """Returns the autocast that lets float32 adapters and heads work on a 16-bit base; else off."""
     frozen = next(p for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
     half = frozen.dtype if frozen.dtype in (torch.bfloat16, torch.float16) else None
+    if getattr(model, "computes_in_float32", False):
+        half = None
     return torch.autocast(frozen.device.type, dtype=half, enabled=half is not None)
 
 

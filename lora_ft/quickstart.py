@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_ft import adapters, evaluate, runs, seal, tasks, train
-from lora_ft import base as bases
 from lora_ft.config import DataConfig, LoraConfig, Metric, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
@@ -24,7 +23,7 @@ from lora_ft.merge import merge
 
 FOLDER = Path("runs/quickstart")
 BASE = "smollm2-135m"
-TRAIN_ROWS = 400
+TRAIN_ROWS = 380
 HELD_OUT_ROWS = 100
 SHOTS = 3
 METRIC: Metric = "json_match"
@@ -56,9 +55,9 @@ def quickstart(out: Path | None = None, *, resume: bool = False) -> None:
     with console.status("merging"):
         merged_folder = folder / "merged"
         report = merge(finished.folder, merged_folder)
-    merged = bases.load(str(merged_folder), quant="none")
     with console.status("measuring the merged model"):
-        merged_score = _score(task, merged.model, held_out)
+        merged, _ = seal.load_merged(task, merged_folder)
+        merged_score = _score(task, merged, held_out)
     del merged
     seal.verify(finished.folder, model_folder=merged_folder).require(merged_folder)
 

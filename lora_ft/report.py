@@ -58,7 +58,7 @@ class Summary:
     data: dict[str, Any]
     """`train` and `eval` (or None), each with name, rows and sha256."""
     metrics: dict[str, Any] = field(default_factory=dict)
-    """Metrics of `base`, `adapter` and others such as `merged` or `base_3_shots`; empty without held-out rows.
+    """Metrics of `base` and `adapter`; empty without held-out rows.
 
     `NAME_change_interval` beside an adapter's `NAME` is the 95% interval of its change from the base.
     """
@@ -236,9 +236,8 @@ def _evaluation(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, 
 
 
 def _variants(metrics: Mapping[str, Any]) -> list[str]:
-    """Returns the names of what was evaluated: the base and its variants, the adapter, then the rest."""
-    rank = {"base": 0, "adapter": 2, "merged": 3}
-    return sorted((n for n in metrics if metrics[n]), key=lambda n: (rank.get(n, 1 if n.startswith("base") else 4), n))
+    """Returns the names of what was evaluated, the base first."""
+    return [name for name in ("base", "adapter") if metrics.get(name)]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -381,12 +380,6 @@ def _longest_ticks(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _variant(name: str) -> str:
-    """Returns what was evaluated in words, such as `base, 3 examples shown` for `base_3_shots`."""
-    shots = re.fullmatch(r"(\w+)_(\d+)_shots?", name)
-    return f"{shots[1]}, {shots[2]} examples shown" if shots else name.replace("_", " ")
-
-
 @functools.cache
 def _templates(*, escaped: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -396,6 +389,6 @@ def _templates(*, escaped: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, size=_size, duration=_duration, variant=_variant)
+    environment.filters.update(number=number, size=_size, duration=_duration)
     environment.filters.update(text=_md_text, code=_md_code, block=_md_block)
     return environment

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 SAMPLES = 3
 SEALED = 16
 STARTED = "run.json"
-# What may change when a run is resumed: none of it changes the adapter.
+# What may change when a run is resumed: none of it changes the adapter, as the digests of rows and base may not.
 FREE_ON_RESUME = {"out", "resume", "dry_run", "base", "data.train", "data.eval", "train.log_steps", "train.report_to"}
 # Rows of an evaluation batch for each of a training batch: without gradients activations are let go at once.
 EVALUATION = 4
@@ -108,12 +108,37 @@ def run(
     console = console or Console(stderr=True)
     _refuse_many_processes()
     _refuse_to_overwrite(config)
-    if config.resume:
+    trained = config.resume and _is_trained(config.out)
+    if config.resume and not trained:
         train.newest_checkpoint(config.out)
     task = tasks.get(config.task)
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source, examples, held_out)
     _keep_or_compare(config, rows, source)
+    base, model, fit = _recall(config.out) if trained else _train(config, task, source, rows, console)
+    sealed = _seal(task, base, model, rows, config.out)
+    measured = None
+    if rows.held_out:
+        with console.status("") as status:
+            try:
+                measured = evaluate.compare(
+                    task,
+                    model,
+                    rows.held_out,
+                    rows.held_out_features,
+                    names=config.data.metrics,
+                    batch_size=EVALUATION * config.train.batch_size,
+                    note=status.update,
+                )
+            except KeyboardInterrupt:
+                raise Interrupted("Stopped in the evaluation; the adapter is saved and sealed. To go on:") from None
+    return _finish(config, task, base, model, rows, fit, sealed, measured)
+
+
+def _train(
+    config: RunConfig, task: Task, source: sources.Source, rows: Rows, console: Console
+) -> tuple[Base, Any, train.Fit]:
+    """Returns base, model and what training did, the adapter saved."""
     base = bases.load(
         source,
         quant=config.quant,
@@ -136,19 +161,7 @@ def run(
     if fit.interrupted:
         raise Interrupted(f"Stopped at step {fit.steps}; a checkpoint is saved. To go on:")
     _save(config, task, base, model, rows, fit)
-    measured = None
-    if rows.held_out:
-        with console.status("") as status:
-            measured = evaluate.compare(
-                task,
-                model,
-                rows.held_out,
-                rows.held_out_features,
-                names=config.data.metrics,
-                batch_size=EVALUATION * config.train.batch_size,
-                note=status.update,
-            )
-    return _finish(config, task, base, model, rows, fit, measured)
+    return base, model, fit
 
 
 def read_rows(
@@ -170,6 +183,7 @@ def read_rows(
     elif held_out is None and data.eval_fraction is not None:
         examples, held_out = _split(examples, data.eval_fraction, config.train.seed)
     held_out = held_out or []
+    _refuse_rows_trained_on(config, examples, held_out)
     task.learn([*examples, *held_out])
     tokenizer = bases.load_tokenizer(source.folder)
     tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
@@ -179,7 +193,9 @@ def read_rows(
         facts["eval"] = {"name": _name(data.eval), "rows": len(held_out), "sha256": _digest(held_out)}
     features: Sequence[Features] | Streamed
     if streamed:
-        facts["train"] = {"name": _name(data.train), "rows": None, "sha256": None}
+        local = Path(str(data.train))
+        digest = environment.file_sha256(local) if local.is_file() else None
+        facts["train"] = {"name": _name(data.train), "rows": None, "sha256": digest}
         features = Streamed(lambda: _stream(config, task))
     else:
         features = tasks.featurize(task, examples)
@@ -187,8 +203,7 @@ def read_rows(
     _check_evaluation(config, task, held_out)
     for rule in task.rules:
         log.info("the chat template %s", rule)
-    if task.cut_rows:
-        log.warning("%d rows are longer than --data.max-length %d and were cut", task.cut_rows, data.max_length)
+    tasks.tell_of_cut_rows(task)
     return Rows(examples, features, held_out, held_out_features, facts)
 
 
@@ -220,8 +235,29 @@ def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit
         fit=dataclasses.asdict(fit),
         adapter_sha256=environment.file_sha256(out / saved.WEIGHTS),
     )
+    # The last file: it says that the training is done.
     environment.write(out, record)
-    shutil.rmtree(out / train.CHECKPOINTS, ignore_errors=True)
+
+
+def _is_trained(out: Path) -> bool:
+    """Returns whether the adapter of a run is saved, all of it but its seal, evaluation and report."""
+    return (out / environment.FILE).is_file()
+
+
+def _recall(out: Path) -> tuple[Base, Any, train.Fit]:
+    """Returns what `_train` did, of a run that was stopped after it."""
+    loaded = saved.load(out)
+    return loaded.base, loaded.model, train.Fit(**loaded.record["fit"])
+
+
+def _seal(task: Task, base: Base, model: Any, rows: Rows, out: Path) -> seal.Seal:
+    """Returns the seal of the saved adapter: the one it has, or one made of held-out rows, else of training rows."""
+    if all((out / name).is_file() for name in seal.FILES):
+        return seal.read(out)
+    sealed_rows = rows.held_out_features or rows.train_features
+    if isinstance(sealed_rows, Streamed):
+        sealed_rows = list(itertools.islice(sealed_rows, SEALED))
+    return seal.make(task, base, model, sealed_rows, out)
 
 
 def _finish(
@@ -231,14 +267,11 @@ def _finish(
     model: Any,
     rows: Rows,
     fit: train.Fit,
+    sealed: seal.Seal,
     measured: evaluate.Comparison | None,
 ) -> Run:
-    """Seals the saved adapter and writes its card and report."""
+    """Writes card and report, and deletes what a run needs to go on."""
     out, record = config.out, environment.read(config.out)
-    sealed_rows = rows.held_out_features or rows.train_features
-    if isinstance(sealed_rows, Streamed):
-        sealed_rows = list(itertools.islice(sealed_rows, SEALED))
-    sealed = seal.make(task, base, model, sealed_rows, out)
     metrics = {"base": measured.base, "adapter": measured.adapter} if measured else {}
     page = report.Summary(
         title=out.name,
@@ -255,6 +288,7 @@ def _finish(
         files={name: environment.file_sha256(out / name) for name in (saved.WEIGHTS, saved.CONFIG)},
     )
     report.write(out, page)
+    shutil.rmtree(out / train.CHECKPOINTS)
     return Run(out, base, model, task, fit, metrics, page)
 
 
@@ -274,13 +308,13 @@ def _asked(example: Example) -> str:
 
 
 def _refuse_to_overwrite(config: RunConfig) -> None:
+    started = (config.out / train.CHECKPOINTS / STARTED).exists()
+    if started and (train.checkpoints(config.out) or _is_trained(config.out)):
+        if not config.resume:
+            raise ConfigError(f"{config.out} holds an unfinished run: go on with --resume, or choose another --out.")
+        return
     if (config.out / saved.WEIGHTS).exists():
         raise ConfigError(f"{config.out} already holds an adapter: choose another --out, or move that one away.")
-    started = (config.out / train.CHECKPOINTS / STARTED).exists()
-    if train.checkpoints(config.out) and not config.resume:
-        raise ConfigError(
-            f"{config.out} holds checkpoints of an unfinished run: go on with --resume, or choose another --out."
-        )
     if config.out.exists() and not started and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ConfigError(f"{config.out} is not an empty folder; choose another --out, so that nothing is overwritten.")
 
@@ -293,7 +327,9 @@ def _refuse_many_processes() -> None:
 def _keep_or_compare(config: RunConfig, rows: Rows, source: sources.Source) -> None:
     """Writes down what a run was started with; on resuming, refuses a run that would not be the same one."""
     path = config.out / train.CHECKPOINTS / STARTED
-    settings = {k: v for k, v in _flat(plain(config)).items() if k not in FREE_ON_RESUME}
+    # Of a data set that is streamed from the hub there is no digest, only the name.
+    free = FREE_ON_RESUME if rows.facts["train"]["sha256"] else FREE_ON_RESUME - {"data.train"}
+    settings = {k: v for k, v in _flat(plain(config)).items() if k not in free}
     started = settings | {f"rows.{k}": v for k, v in _flat(rows.facts).items()} | {"base": source.record()}
     started = json.loads(json.dumps(started))
     if not config.resume:
@@ -318,6 +354,19 @@ def _check_evaluation(config: RunConfig, task: Task, held_out: Sequence[Example]
     if config.data.metrics:
         wanted = [task.question(example)[1] for example in held_out]
         evaluate.score_replies(wanted, wanted, config.data.metrics)
+
+
+def _refuse_rows_trained_on(config: RunConfig, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Raises ConfigError where all held-out rows are the training rows; says how many of them are among those."""
+    if not held_out:
+        return
+    same_name = config.data.eval is not None and config.data.eval == config.data.train
+    if same_name or _digest(examples) == _digest(held_out):
+        raise ConfigError("data.eval names the rows of data.train, so nothing is held out: give other rows, or 0.1.")
+    trained = {_digest([example]) for example in examples}
+    shared = sum(_digest([example]) in trained for example in held_out)
+    if shared:
+        log.warning("%d of %d held-out rows are trained on too: they look better than new ones", shared, len(held_out))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

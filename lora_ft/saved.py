@@ -15,7 +15,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, environment, sources, tasks
+from lora_ft import adapters, environment, fused, sources, tasks
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import Quant, RunConfig, from_yaml
@@ -113,6 +113,7 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     base.tokenizer = bases.load_tokenizer(folder)
     adapters.enlarge(base.model, len(base.tokenizer))
     base.model.name_or_path = settings.base_model_name_or_path
+    fused.register(settings)
     with _named(folder / CONFIG):
         model = peft.get_peft_model(base.model, settings)
     adapters.in_float32(model)

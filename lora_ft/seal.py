@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, N scored positions, K kept classes (20 or all), V clas
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import math
@@ -21,16 +22,16 @@ import torch
 from lora_ft import adapters, environment, saved, sources
 from lora_ft import base as bases
 from lora_ft.base import Base
-from lora_ft.errors import AdapterError, ConfigError, ProofError
-from lora_ft.replies import ask, canaries, distance, kl, kl_kept, likeliest, of_classes
+from lora_ft.errors import AdapterError, ConfigError, ProofError, SourceError
+from lora_ft.replies import ask, canaries, distance, kl_kept, likeliest, of_classes
 from lora_ft.tasks import Batch, Features, Task
 
 log = logging.getLogger(__name__)
 
-__all__ = ["FILES", "Check", "Seal", "Verdict", "drift", "kl", "load_merged", "make", "read", "verify"]
+__all__ = ["FILES", "Check", "Seal", "Verdict", "drift", "load_merged", "make", "read", "verify"]
 
 FILES = ("seal.safetensors", "seal.json")
-FORMAT = 1
+FORMAT = 2
 
 # Two float32 replays on one machine differ by some 1e-13 nats, so a tenth of this is still told from noise.
 LEAST_EFFECT = 1e-7
@@ -50,6 +51,7 @@ RECORD: dict[str, Any] = {
     "base_sha256": str,
     "adapter_sha256": str,
     "adapter_tensors": dict,
+    "tokenizer_sha256": str,
     "seal_sha256": str,
 }
 TENSORS = ("adapter_ids", "adapter_logp", "base_logp", "base_ids", "base_own_logp")
@@ -124,7 +126,8 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
     """Returns the seal of the adapter that was saved in `folder`, having written it there.
 
     Args:
-        rows: features, best held-out ones; up to 16 are kept, cut at 256 tokens, with 16 scored positions each.
+        rows: features, held-out ones where there are any, else those trained on; up to 16 are kept, cut at 256 tokens,
+            with 16 scored positions each.
 
     Raises:
         ProofError: the adapter changes nothing, or no row has a scored position.
@@ -139,7 +142,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
     effect = kl_kept(adapter_logp, base_logp, classes)
     if not effect > LEAST_EFFECT:
         raise ProofError(
-            f"The adapter has no effect: at {len(adapter_ids)} positions of held-out rows KL(adapter, base) is "
+            f"The adapter has no effect: at {len(adapter_ids)} positions of the rows kept KL(adapter, base) is "
             f"{effect:.2g} nats, and must be above {LEAST_EFFECT:g}. Train for more steps or at a higher --train.lr, "
             "and look in metrics.jsonl whether the loss moved."
         )
@@ -165,6 +168,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
         "base_sha256": sources.weights_digest(base.source.folder),
         "adapter_sha256": environment.file_sha256(folder / saved.WEIGHTS),
         "adapter_tensors": _shapes(folder / saved.WEIGHTS),
+        "tokenizer_sha256": environment.tokenizer_sha256(bases.load_tokenizer(folder)),
         "seal_sha256": environment.file_sha256(folder / FILES[0]),
     }
     (folder / FILES[1]).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -225,6 +229,7 @@ def verify(
     sealed = checks.attempt("seal", "the files of the seal are there and as they were made", lambda: read(folder))
     if sealed is None:
         return checks.verdict(float("nan"), float("nan"))
+    _check_tokenizer(checks, sealed, model_folder or folder)
     if model_folder is not None:
         kl_live = _verify_merged(checks, sealed, folder, model_folder, device)
     else:
@@ -264,29 +269,40 @@ def load_merged(task: Task, folder: Path, device: str | None = None) -> tuple[An
     return model, info
 
 
-def _compute_in_float32(model: torch.nn.Module) -> None:
-    """Makes a model of 16-bit weights compute in float32, one module at a time; its weights stay in their files.
+def _compute_in_float32(model: Any) -> None:
+    """Makes a model of 16-bit weights compute in float32, a block at a time; its weights stay in their files.
 
     For devices that would emulate the 16-bit products, which takes up to ten times as long. What was lost by storing
     the weights in 16 bits stays lost.
     """
 
     def widen(module: torch.nn.Module, args: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            stored[module, name] = parameter.data
+        for parameter in parameters_of[module]:
+            stored[parameter].append(parameter.data)
             parameter.data = parameter.data.float()
 
     def narrow(module: torch.nn.Module, args: Any, output: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            parameter.data = stored.pop((module, name))
+        for parameter in parameters_of[module]:
+            parameter.data = stored[parameter].pop()
 
-    stored: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
+    stored: dict[torch.nn.Parameter, list[torch.Tensor]] = collections.defaultdict(list)
+    parameters_of: dict[torch.nn.Module, list[torch.nn.Parameter]] = {}
+    inside: set[torch.nn.Module] = set()
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
+        if module in inside:
+            continue
+        if isinstance(module, torch.nn.ModuleList):
+            parameters_of |= {block: list(block.parameters()) for block in module}
+            inside.update(module.modules())
+        elif isinstance(module, torch.nn.Embedding):
+            # A few rows of a large table: widened once they are read.
             module.register_forward_hook(lambda module, args, rows: rows.float())
-        elif any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(widen)
-            module.register_forward_hook(narrow, always_call=True)
+        else:
+            parameters_of[module] = list(module.parameters(recurse=False))
+    for module in parameters_of:
+        module.register_forward_pre_hook(widen)
+        module.register_forward_hook(narrow, always_call=True)
+    model.computes_in_float32 = True
 
 
 class _Checks:
@@ -310,6 +326,17 @@ class _Checks:
 
     def verdict(self, kl_live: float, kl_effect: float) -> Verdict:
         return Verdict(tuple(self.made), kl_live, kl_effect)
+
+
+def _check_tokenizer(checks: _Checks, sealed: Seal, folder: Path) -> None:
+    """The replay holds token ids: another tokenizer or template would make other ones of the same words."""
+    was = sealed.record["tokenizer_sha256"]
+    try:
+        digest = environment.tokenizer_sha256(bases.load_tokenizer(folder))
+    except SourceError as error:
+        digest = str(error)
+    checks.add("tokenizer", digest == was, digest[:16] if len(digest) == len(was) else digest,
+               f"vocabulary and chat template have the sha256 of those sealed: {was[:16]}")  # fmt: skip
 
 
 def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lora_ft import adapters, losses
+from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ConfigError, ProofError
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+CLOCK = "clock.json"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -120,13 +122,15 @@ class AdapterTrainer(TaskLoss, LoraPlus, Trainer):
 
 
 class GradientProof(TrainerCallback):
-    """Before the first step, every trained tensor has a gradient, and some adapter a non-zero one.
+    """Before the first step, a resumed run's too, every trained tensor has a gradient, and some a non-zero one.
 
     Gradient checkpointing in particular can cut the adapters off without a word (peft#1142).
     """
 
+    done = False
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0 or getattr(self, "done", False):
+        if self.done:
             return
         self.done = True
         learned = adapters.trained(kwargs["model"])
@@ -141,7 +145,7 @@ class Interrupt(TrainerCallback):
     """On SIGINT or SIGTERM, finish the step, save a checkpoint and stop; a second signal stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.stopped = False
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -152,8 +156,9 @@ class Interrupt(TrainerCallback):
                 return
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
+        # After the last step the training is done, and is not thrown away.
+        if self.asked and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
         """Gives the signals back to whom they belonged."""
@@ -178,8 +183,6 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in map(_parsed, lines) if line is not None and line["step"] <= state.global_step]
         kept = kept if state.global_step else []
         self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-        if kept:
-            self.clock.resume(kept[-1]["tokens"], kept[-1]["seconds"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "train_runtime" in logs:
@@ -189,18 +192,23 @@ class MetricsFile(TrainerCallback):
             stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-class Clock:
-    """Tokens and seconds since training began, and the peak memory so far."""
+class Clock(TrainerCallback):
+    """Tokens and seconds since training began, kept in its checkpoints, and the peak memory so far."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.trainer: Any = None
         self.began = time.perf_counter()
 
-    def resume(self, tokens: int, seconds: float) -> None:
-        """Goes on from what an interrupted run had counted."""
-        self.trainer.tokens_seen += tokens
-        self.began -= seconds
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            counted = json.loads(self._file(args, state).read_text(encoding="utf-8"))
+            self.trainer.tokens_seen += counted["tokens"]
+            self.began -= counted["seconds"]
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The last file of a checkpoint to be written: where it is, the others are whole.
+        self._file(args, state).write_text(json.dumps(self.read()) + "\n", encoding="utf-8")
 
     def seconds(self) -> float:
         """Returns the seconds of training so far, those before an interrupt included."""
@@ -215,6 +223,10 @@ class Clock:
             "tokens_per_s": round(tokens / seconds, 1),
             "peak_bytes": peak_bytes(self.device),
         }
+
+    @staticmethod
+    def _file(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK
 
 
 class Rows(Dataset):
@@ -258,7 +270,7 @@ def fit(
     out, train = config.out, config.train
     out.mkdir(parents=True, exist_ok=True)
     interrupt, clock = Interrupt(), Clock(base.device)
-    chosen = [GradientProof(), interrupt, MetricsFile(out / METRICS, clock), *callbacks]
+    chosen = [GradientProof(), interrupt, clock, MetricsFile(out / METRICS, clock), *callbacks]
     if train.patience is not None:
         chosen.append(EarlyStoppingCallback(train.patience))
     trainer = AdapterTrainer(
@@ -280,13 +292,14 @@ def fit(
     resumed = newest_checkpoint(out) if config.resume else None
     clock.began = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        with bases.dequantized(model):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     finally:
         interrupt.restore()
     seconds = clock.seconds()
     if adapters.frozen_digest(model) != frozen:
         raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
-    return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.asked)
+    return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.stopped)
 
 
 def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> TrainingArguments:
@@ -360,7 +373,7 @@ def newest_checkpoint(out: Path) -> Path:
 
 def checkpoints(out: Path) -> list[Path]:
     """Returns the complete checkpoints of a run, oldest first."""
-    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / CLOCK).is_file()]
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 

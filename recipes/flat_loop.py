@@ -12,9 +12,11 @@ import random
 import sys
 import time
 
+import jinja2
 import peft
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_ft.data import formats
@@ -31,20 +33,23 @@ IGNORE = -100
 def encode(tokenizer, row):
     """Returns token ids and labels of a row, whole: the answer and its end are trained, the prompt is not."""
     if isinstance(row, formats.Text):
-        prompt, answer = [], tokenizer(row.text)["input_ids"]
-        if answer[-1:] != [tokenizer.eos_token_id]:
-            answer.append(tokenizer.eos_token_id)
-        return answer, [IGNORE, *answer[1:]]
+        ids, end = tokenizer(row.text)["input_ids"], [tokenizer.eos_token_id]
+        ids += end if ids[-1:] != end else []
+        return ids, [IGNORE, *ids[1:]]
     if isinstance(row, formats.Pair):
         messages, answer, tools = [{"role": "user", "content": row.prompt}], row.completion, None
     elif isinstance(row, formats.Chat):
         *messages, last = row.messages
-        answer, tools = last.get("content"), list(row.tools) or None
-        if last["role"] != "assistant" or last.get("weight") == 0 or not isinstance(answer, str):
+        answer, tools = last["content"], list(row.tools) or None
+        if last["role"] != "assistant" or last.get("weight") == 0 or "tool_calls" in last:
             raise ValueError("it does not end in an answer in words to train on")
+        if any("tool_calls" in message for message in messages) and "tool_calls" not in str(tokenizer.chat_template):
+            raise ValueError("the base's chat template does not write its tool calls")
     else:
         raise ValueError("a label is nothing to write; use the task classify")
     prompt = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False)
+    if tools and prompt == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False):
+        raise ValueError("the base's chat template does not write its tools")
     reply = tokenizer(answer + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     return prompt + reply, [IGNORE] * len(prompt) + reply
 
@@ -55,7 +60,7 @@ def read(tokenizer, path):
     for row in formats.read(path):
         try:
             ids, labels = encode(tokenizer, row)
-        except ValueError as error:
+        except (ValueError, TypeError, jinja2.TemplateError) as error:  # what templates raise
             print(f"{row.where}: left out: {error}")
             continue
         if all(label == IGNORE for label in labels[:MAX_LENGTH]):
@@ -77,10 +82,9 @@ def collate(rows, pad_id, device):
 
 
 def main(data, out, base=BASE):
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        device, dtype = "cuda", torch.bfloat16 if native else torch.float16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16 if native else torch.float16
 
     # The frozen base, 4 bits a weight.
     folder = resolve(base).folder
@@ -103,9 +107,7 @@ def main(data, out, base=BASE):
     per_step = BATCH * ACCUMULATE
     steps = EPOCHS * math.ceil(len(rows) / per_step)
     warmup = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup))
-    )
+    schedule = LambdaLR(optimizer, lambda s: min((s + 1) / warmup, (steps - s) / max(1, steps - warmup)))
 
     step, tokens, began = 0, 0, time.perf_counter()
     for epoch in range(EPOCHS):

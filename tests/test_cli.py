@@ -2,16 +2,20 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lora_ft import runs, saved
-from lora_ft.cli import main
-from lora_ft.errors import LoraFtError
+from lora_ft import runs, saved, sources
+from lora_ft.cli import COMMANDS, main
+from lora_ft.config import DataConfig, RunConfig, TrainConfig
+from lora_ft.errors import ConfigError, LoraFtError
 from tests import tiny
 
+ROOT = Path(__file__).parents[1]
 FOLDER = {
     "adapter_config.json", "adapter_model.safetensors", "config.yaml", "seal.safetensors", "seal.json", "metrics.jsonl",
     "environment.json", "report.html", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md",
@@ -208,6 +212,29 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes(place, tmp_path, c
     assert (tmp_path / "run" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
 
 
+@pytest.mark.parametrize("where", ["evaluation", "seal"])
+def test_an_interrupt_after_the_training_loses_nothing(place, tmp_path, capsys, monkeypatch, where):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    words = train_words(place, tmp_path / "run", "--data.metrics", "exact_match")
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"evaluation": (runs.evaluate, "compare"), "seal": (runs.seal, "make")}[where], stop)
+        assert main(words) == 130
+    if where == "evaluation":
+        assert capsys.readouterr().err.strip().endswith("--resume")
+        assert main(["verify", str(tmp_path / "run")]) == 0
+    assert main(words) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    monkeypatch.setattr(runs.train, "fit", lambda *_: pytest.fail("it was trained again"))
+    assert main([*words, "--resume"]) == 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} == FOLDER
+    for file in ("adapter_model.safetensors", "seal.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (place / "adapter" / file).read_bytes()
+    assert main([*words, "--resume"]) == 2
+    assert "already holds an adapter" in capsys.readouterr().err
+
+
 def test_the_base_is_found_again_or_asked_for(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LORA_FT_HOME", str(tmp_path / "another machine"))
     adapter = str(place / "adapter")
@@ -262,6 +289,100 @@ def test_streaming_trains_on_rows_as_they_come(place, tmp_path):
     record = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert record["data"]["train"]["rows"] is None
     assert record["fit"]["steps"] == 6
+
+
+def test_a_streamed_run_is_not_resumed_on_other_rows(place, tmp_path, capsys, monkeypatch):
+    from lora_ft import train
+    from tests.test_train import StopAt
+
+    real = train.fit
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((place / "train.jsonl").read_bytes())
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "6")
+    words[words.index("--data.train") + 1] = str(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", lambda *args: real(*args[:-1], [*args[-1], StopAt(2, 2)]))
+        assert main(words) == 130
+    write_rows(rows, 30, seed=5)
+    assert main([*words, "--resume"]) == 2
+    assert "rows.train.sha256 was" in capsys.readouterr().err
+    rows.write_bytes((place / "train.jsonl").read_bytes())
+    assert main([*words, "--resume"]) == 0
+
+
+def test_rows_of_the_hub_have_no_digest_so_a_resumed_run_keeps_their_name(place, tmp_path):
+    def keep(train: str, resume: bool) -> None:
+        data = DataConfig(train=train, streaming=True)
+        config = RunConfig(task="chat", base="b", out=tmp_path, data=data, train=TrainConfig(steps=2), resume=resume)
+        rows = runs.Rows([], [], [], [], {"train": {"name": "x", "rows": None, "sha256": None}})
+        runs._keep_or_compare(config, rows, sources.resolve(str(place / "base")))
+
+    keep("org/a.b:train", resume=False)
+    keep("org/a.b:train", resume=True)
+    with pytest.raises(ConfigError, match=r"data\.train was org/a\.b:train, is other/a\.b:train"):
+        keep("other/a.b:train", resume=True)
+
+
+@pytest.mark.parametrize("more", [[], ["--data.streaming", "--train.steps", "2"]])
+def test_the_training_rows_cannot_be_the_held_out_ones(place, tmp_path, capsys, more):
+    words = train_words(place, tmp_path / "run", *more)
+    words[words.index("--data.eval") + 1] = str(place / "train.jsonl")
+    assert main(words) == 2
+    assert "nothing is held out" in capsys.readouterr().err
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(place, tmp_path, caplog):
+    train, held_out = ((place / f"{name}.jsonl").read_text().splitlines() for name in ("train", "held_out"))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join([*held_out, *train[:3]]) + "\n")
+    words = train_words(place, tmp_path / "run", "--dry-run")
+    assert main(words) == 0
+    assert "are trained on too" not in caplog.text
+    words[words.index("--data.eval") + 1] = str(mixed)
+    assert main(words) == 0
+    assert "3 of 15 held-out rows are trained on too" in caplog.text
+
+
+def test_evaluate_says_how_many_rows_it_cut(place, tmp_path, caplog):
+    rows = tmp_path / "rows.jsonl"
+    long = {"role": "user", "content": "w50 " * 1100}
+    lines = (place / "held_out.jsonl").read_text().splitlines()[:2]
+    cut = {"messages": [*json.loads(lines[0])["messages"], long, {"role": "assistant", "content": "w9"}]}
+    rows.write_text("\n".join([*lines, json.dumps(cut)]) + "\n")
+    assert main(["evaluate", str(place / "adapter"), "--data", str(rows), "--json"]) == 0
+    assert "1 rows are longer than data.max-length, 1024 tokens, and were cut" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ValueError("a page, not JSON"), OSError("no route")])
+def test_doctor_outlives_what_answers_for_the_hub(monkeypatch, error):
+    import huggingface_hub
+
+    from lora_ft import doctor
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    assert f"does not answer ({type(error).__name__})" in doctor._hub_answers()
+
+
+def test_a_damaged_configuration_is_one_message(place, tmp_path, capfd):
+    folder = shutil.copytree(place / "adapter", tmp_path / "copy")
+    (folder / "config.yaml").write_text("task: chat\nbase: b\nout: o\nlora: {rank: many}\n")
+    assert main(["evaluate", str(folder), "--data", str(place / "held_out.jsonl")]) == 2
+    assert "config.yaml: Error parsing --lora.rank" in capfd.readouterr().err
+    assert main(["verify", str(folder)]) == 3
+
+
+def test_every_command_that_people_are_told_to_type_exists(place):
+    files = [*(place.glob("*/README.md")), *(ROOT.glob("*.md")), *(ROOT / "lora_ft" / "templates").iterdir()]
+    told = {word for file in files for word in re.findall(r"lora-ft ([a-z]+)\b", commands(file.read_text()))}
+    assert {"train", "verify", "evaluate"} <= told <= {name.split()[0] for name in COMMANDS}
+
+
+def commands(text: str) -> str:
+    """Returns what Markdown shows as code."""
+    return "\n".join(re.findall(r"```.*?```|`[^`\n]+`|<code>.*?</code>", text, flags=re.DOTALL))
 
 
 def test_a_fraction_of_the_rows_is_held_out(place, tmp_path):

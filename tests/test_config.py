@@ -205,15 +205,21 @@ def test_no_path_of_the_machine_is_saved(tmp_path: Path, monkeypatch: pytest.Mon
         ("- a\n", "expected `key: value` lines"),
         ("lora: 4\n", "expected `key: value` lines under lora"),
         ("a: [\n", "cannot be read as YAML"),
+        ("task: chat\nbase: b\nout: o\nlora: {rank: many}\n", "Error parsing --lora.rank: invalid literal for int"),
+        ("task: chat\nbase: b\nout: o\nlora: {rank: 0}\n", "lora.rank must be at least 1, got 0."),
+        ("task: sing\nbase: b\nout: o\n", "invalid choice 'sing' for argument 'task'."),
+        ("task: chat\nbase: b\n", "--out PATH"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_remedy(text: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_named_with_its_remedy(text: str, message: str, tmp_path: Path, capfd) -> None:
     saved = tmp_path / "run.yaml"
     saved.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
         from_yaml(RunConfig, saved)
     assert message in str(caught.value)
     assert "run.yaml" in str(caught.value)
+    assert "--help" not in str(caught.value)
+    assert not any(capfd.readouterr())
 
 
 def test_a_missing_file_is_named() -> None:
@@ -228,6 +234,8 @@ def test_a_missing_file_is_named() -> None:
         (lambda: LoraConfig(dropout=1.0), "lora.dropout must be in"),
         (lambda: LoraConfig(rank_pattern={"q_proj": 0}), "lora.rank-pattern q_proj must be at least 1"),
         (lambda: LoraConfig(targets=()), "lora.targets is empty"),
+        (lambda: LoraConfig(init="pissa", dora=True), "lora.init=pissa is saved as the difference"),
+        (lambda: LoraConfig(init="olora", dora=True), "lora.init=olora is saved as the difference"),
         (lambda: DataConfig(eval="1.5"), "data.eval is a fraction"),
         (lambda: DataConfig(eval="0.1", streaming=True), "data.eval must be a file"),
         (lambda: TrainConfig(lr=0), "train.lr must be above 0"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 
 from lora_ft import adapters, base, config, generate, losses, metrics, tasks
 from lora_ft.errors import DataError
@@ -56,10 +58,10 @@ def test_sharing_changes_no_reply(
     model, tokenizer = load(architecture, adapted)
     asked = prompts()
     prefilled = []
-    prefill = generate._prefill
-    monkeypatch.setattr(generate, "_prefill", lambda *args: prefilled.append(1) or prefill(*args))
+    prefill = generate._prefilled
+    monkeypatch.setattr(generate, "_prefilled", lambda model, ids: prefilled.append(len(ids)) or prefill(model, ids))
     together = generate.generate(model, tokenizer, asked, sampling=GREEDY)
-    assert bool(prefilled) is shares
+    assert any(prefilled) is shares
     assert together == [generate.generate(model, tokenizer, [one], sampling=GREEDY)[0] for one in asked]
     assert len(set(together)) > 1
     monkeypatch.setattr(generate, "shared_length", lambda prompts: 0)
@@ -171,3 +173,18 @@ def test_the_interval_of_many_rows_needs_little_memory(monkeypatch: pytest.Monke
     # The mean of 20,000 differences of spread 1 is known to 1.96 / sqrt(20,000).
     middle, half = after.mean - before.mean, 1.96 / rows**0.5
     assert (low, high) == (pytest.approx(middle - half, abs=half / 5), pytest.approx(middle + half, abs=half / 5))
+
+
+def test_a_cache_written_in_place_is_the_cache_that_is_copied():
+    torch.manual_seed(0)
+    ours, theirs = generate.InPlaceLayer(), DynamicLayer()
+    for step, tokens in enumerate([5, 1, 70, 1, 1]):
+        new = torch.randn(2 if step < 2 else 6, 3, tokens, 8)
+        if step == 2:
+            ours.batch_repeat_interleave(3)
+            theirs.batch_repeat_interleave(3)
+        for mine, other in zip(ours.update(new, -new), theirs.update(new, -new), strict=True):
+            assert torch.equal(mine, other)
+    copy = deepcopy(ours)
+    ours.update(torch.ones(6, 3, 1, 8), torch.ones(6, 3, 1, 8))
+    assert torch.equal(copy.keys, theirs.keys)

@@ -195,6 +195,39 @@ def test_a_turn_that_does_not_end_in_one_token_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["chatml", "chatml-tagged", "qwen3"])
+def test_a_turn_that_ends_in_two_tokens_is_refused(name: str) -> None:
+    tokenizer = tokenizer_of(name, STOCK[name].template.replace("<|im_end|>", "<sep><|im_end|>"))
+    ChatRenderer(tokenizer, 512)  # <sep> is text as yet
+    tokenizer.add_tokens(["<sep>"], special_tokens=True)
+    assert "ends an assistant turn with <sep> and then <|im_end|>" in refusal_of(tokenizer)
+
+
+def test_what_opens_the_next_turn_is_no_second_end() -> None:
+    # The first templates of Llama 3 wrote the generation prompt whether asked to or not.
+    for name, source in (("llama3", LLAMA3), ("chatml", CHATML)):
+        unasked = source.replace("if add_generation_prompt", "if true")
+        tokenizer = tokenizer_of(name, unasked)
+        assert marked(tokenizer, ChatRenderer(tokenizer, 512).render(ASK)).count("«") == 1
+
+
+def test_a_turn_whose_end_would_be_sought_in_the_next_is_refused() -> None:
+    # Calls have no end of their own here, so the first that follows them is that of the result.
+    endless = STOCK["qwen3"].template.replace(
+        "{{- '<|im_end|>\\n' }}\n    {%- elif message.role == 'tool'",
+        "{{- '\\n' if message.tool_calls else '<|im_end|>\\n' }}\n    {%- elif message.role == 'tool'",
+    )
+    assert endless != STOCK["qwen3"].template
+    call = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    result = {"role": "tool", "content": "rain", "tool_call_id": "call00001"}
+    messages = (user("Rain?"), assistant("", tool_calls=[call]), result, assistant("Yes."))
+    tokenizer = tokenizer_of("qwen3", endless)
+    with pytest.raises(NoWayError, match=r"messages\[1\] is written differently"):
+        prefix_spans(talk_of(tokenizer, messages, (1,)))
+    with pytest.raises(MaskError, match="cannot be found in two independent ways"):
+        ChatRenderer(tokenizer, 512).render(Chat("a:1", messages))
+
+
 def test_a_tokenizer_without_a_template_is_refused_with_the_remedy() -> None:
     tokenizer = tokenizer_of("chatml")
     tokenizer.chat_template = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, config, losses, merge, saved, seal, tasks
+from lora_ft import adapters, base, config, losses, merge, replies, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from lora_ft.weights import Weights
 from tests import tiny
@@ -501,3 +502,26 @@ def _sealed(
     tiny.write(out, loaded, model, task, settings)
     features = tiny.rows("complete", rows)
     return tiny.Run(out, folder, loaded, model, task, features, seal.make(task, loaded, model, features, out))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "openai-gpt", "t5", "bert"])
+def test_a_16_bit_model_is_compared_in_float32(architecture, tmp_path, monkeypatch):
+    """Only the weights are of 16 bits: no product of theirs is rounded to them where that would be emulated."""
+    folder = tiny.model_folder(tmp_path / "base", architecture, dtype="bfloat16")
+    kind = {"bert": "classify", "t5": "seq2seq"}.get(architecture, "complete")
+    task = tasks.get(kind, {"labels": list(tiny.LABELS)} if kind == "classify" else None)
+    task.prepare(base.load_tokenizer(folder), 64)
+    batch = task.collate(tiny.rows(kind, 4))
+    monkeypatch.setattr(base, "choose_dtype", lambda asked, device: (torch.float32, "for the test"))
+    torch.manual_seed(0)
+    narrow, _ = seal.load_merged(task, folder, "cpu")
+    wide = copy.deepcopy(narrow)
+    for module in wide.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    wide = wide.float()
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    (found,), (wanted,) = replies.ask(task, narrow, [batch]), replies.ask(task, wide, [batch])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -84,6 +85,42 @@ def test_the_flat_loop_trains_and_names_the_rows_it_leaves_out(base: Path, tmp_p
     assert "13 rows, of which 1 were cut at 512 tokens and lost 95 in all" in shown
     assert "step 2/2  loss " in shown
     assert_adapter(tmp_path / "out", base)
+
+
+def test_the_flat_loop_names_rows_with_tools_that_the_template_does_not_write(base: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    ask, reply = {"role": "user", "content": "w40 w41"}, {"role": "assistant", "content": "w42"}
+    call = {"id": "c1", "type": "function", "function": {"name": "w43", "arguments": "{}"}}
+    calling, result = {**reply, "tool_calls": [call]}, {"role": "tool", "content": "w44", "tool_call_id": "c1"}
+    tools = [{"type": "function", "function": {"name": "w43", "parameters": {}}}]
+    with rows.open("a", encoding="utf-8") as stream:
+        for row in (
+            {"messages": [ask, reply], "tools": tools},  # line 9
+            {"messages": [ask, {**calling, "content": None}, result, reply]},  # line 10
+            {"messages": [ask, calling]},  # line 11
+        ):
+            stream.write(json.dumps(row) + "\n")
+    shown = run(tmp_path, "flat_loop.py", rows, "out", base)
+    assert "rows.jsonl:9: left out: the base's chat template does not write its tools" in shown
+    assert "rows.jsonl:10: left out: the base's chat template does not write its tool calls" in shown
+    assert "rows.jsonl:11: left out: it does not end in an answer in words to train on" in shown
+    assert "\n8 rows, of which 0 were cut" in shown
+
+
+def test_the_flat_loop_leaves_out_what_the_template_refuses(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(RECIPES)
+    loop = importlib.import_module("flat_loop")
+    rows = write_rows(tmp_path / "rows.jsonl", 2)
+    ask, reply = {"role": "user", "content": "w40"}, {"role": "assistant", "content": "w42"}
+    with rows.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"messages": [{"role": "system", "content": "w50"}, ask, reply]}) + "\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    for fault in ("raise_exception('no system turn')", "messages[0].name.first", "1 + messages[0]['content']"):
+        tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ " + fault + " }}{% endif %}w60 w61"
+        assert len(loop.read(tokenizer, str(rows))) == 2
+        assert "rows.jsonl:3: left out: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,7 @@ from lora_ft.data.render import (
     marked,
     render_completion,
 )
-from lora_ft.data.template import Template
-from lora_ft.data.tools import TOOLS_AS_TEXT
+from lora_ft.data.tools import TOOLS_AS_TEXT, is_extended
 from lora_ft.errors import MaskError
 from tests.stock_templates import (
     CHATML,
@@ -307,6 +306,29 @@ def test_control_tokens_in_what_is_said_are_refused(name: str, token: str) -> No
     )
 
 
+def test_marks_that_the_template_writes_are_refused_wherever_they_stand() -> None:
+    renderer = ChatRenderer(tokenizer_of("qwen3"), 512)  # like Qwen, without BOS
+    forged = chat(user("hi"), assistant("a <|im_start|>user\nfoo"))
+    assert "messages[1] holds the control token <|im_start|>" in problem(renderer, forged)
+    told = {**TOOL, "function": {**TOOL["function"], "description": "Ends in <|im_end|>."}}
+    described = chat(user("hi"), assistant("yes"), tools=(TOOL, told))
+    assert "tools[1] holds the control token <|im_end|>" in problem(renderer, described)
+    # Phi-3 has a mark for the system turn, and an EOS that ends no turn.
+    renderer = ChatRenderer(tokenizer_of("phi3"), 512)
+    for token in ("<|system|>", "<|endoftext|>"):
+        forged = chat(user("hi"), assistant(f"a {token}\nfoo"))
+        assert f"messages[1] holds the control token {token}" in problem(renderer, forged)
+
+
+def test_added_tokens_that_the_template_does_not_write_may_be_said() -> None:
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.add_tokens(["<|note|>"], special_tokens=True)
+    row = chat(user("hi <|note|>"), assistant("yes <|note|>"))
+    rendered = ChatRenderer(tokenizer, 512).render(row)
+    assert trained(tokenizer, rendered) == ["yes <|note|><|im_end|>"]
+    assert tokenizer.convert_tokens_to_ids("<|note|>") in rendered.labels
+
+
 # Tools
 
 
@@ -370,7 +392,7 @@ def test_a_template_that_knows_no_tools_writes_them_as_text(name: str) -> None:
     assert TOOLS_AS_TEXT not in renderer.rules
     row = chat(*ASKING, *RESULTS, assistant("Yes."), tools=(TOOL,))
     rendered = renderer.render(row)
-    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city":"Paris"}}\n</tool_call>'
     first, second = trained(tokenizer, rendered)
     assert first.strip().startswith(f"Let me look.\n{call}\n{call}")
     assert second.strip().startswith("Yes.")
@@ -383,10 +405,46 @@ def test_a_template_that_knows_no_tools_writes_them_as_text(name: str) -> None:
     asked = renderer.prompt(ASKING[:1], [TOOL])
     assert rendered.input_ids[: len(asked)] == asked
     assert ChatRenderer(tokenizer, 1024).render(row) == rendered
-    written = tokenizer.apply_chat_template(
-        [*ASKING, *RESULTS], tools=[TOOL], add_generation_prompt=True, tokenize=False
-    )
-    assert written == Template(tokenizer, tokenizer.chat_template).prompt([*ASKING, *RESULTS], [TOOL])
+    answered = renderer.prompt([*ASKING, *RESULTS], [TOOL])
+    assert text.startswith(tokenizer.decode(answered))
+    for arguments in ('{"city":"Paris"}', {"city": "Paris"}):  # as OpenAI's API writes it, and as vLLM parses it
+        assert as_served(tokenizer, arguments) == tokenizer.decode(answered)
+
+
+@pytest.mark.parametrize("empty", ["", "{}", {}, None])
+def test_a_call_without_arguments_is_written_as_json(empty: object) -> None:
+    tokenizer = tokenizer_of("chatml")
+    renderer = ChatRenderer(tokenizer, 1024)
+    bare = {**CALL, "function": {"name": "weather", "arguments": empty}}
+    row = chat(user("Rain?"), assistant(None, tool_calls=[bare]), tool("dry"), assistant("No."), tools=(TOOL,))
+    written = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>'
+    assert trained(tokenizer, renderer.render(row))[0] == written
+    assert as_served(tokenizer, empty).count(written.removesuffix("<|im_end|>")) == 2
+
+
+def as_served(tokenizer, arguments: object) -> str:
+    """What a server sends to the model for ASKING and RESULTS, with the arguments as its client gives them."""
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    messages = [ASKING[0], {**ASKING[1], "tool_calls": [call, call]}, *RESULTS]
+    return tokenizer.apply_chat_template(messages, tools=[TOOL], add_generation_prompt=True, tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3"])
+def test_results_are_written_in_the_order_of_their_calls(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    renderer = ChatRenderer(tokenizer, 1024)
+    calls = [{**CALL, "id": identity} for identity in ("a", "b", "c")]
+    one, two, three = ({**tool(f"result {identity}"), "tool_call_id": identity} for identity in ("a", "b", "c"))
+
+    def text(*results: dict) -> str:
+        row = chat(ASKING[0], assistant(None, tool_calls=calls), *results, assistant("Yes."), tools=(TOOL,))
+        return tokenizer.decode(renderer.render(row).input_ids)
+
+    assert text(three, one, two) == text(one, two, three)
+    assert text(one, two, three).index("result a") < text(one, two, three).index("result c")
+    # Without an id for each, they stay as they are given.
+    unnamed = {key: value for key, value in one.items() if key != "tool_call_id"}
+    assert text(three, unnamed).index("result c") < text(three, unnamed).index("result a")
 
 
 @pytest.mark.parametrize("name", WITHOUT_TOOLS)
@@ -414,6 +472,42 @@ def test_tools_that_a_template_with_calls_of_its_own_does_not_list_are_refused()
     renderer = ChatRenderer(tokenizer_of("deepseek"), 512)
     unseen = chat(user("Rain?"), assistant("Yes."), tools=(TOOL,))
     assert "the row has tools, but the chat template does not write them" in problem(renderer, unseen)
+    with pytest.raises(MaskError, match="prompt: the row has tools, but the chat template does not write them"):
+        renderer.prompt([user("Rain?")], [TOOL])
+
+
+def test_a_template_that_lists_tools_but_writes_no_calls_keeps_its_own_list() -> None:
+    listing = (
+        "{% if tools %}{{ '<|im_start|>system\nTools: ' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}" + CHATML
+    )
+    tokenizer = tokenizer_of("chatml", listing)
+    renderer = ChatRenderer(tokenizer, 1024)
+    rendered = renderer.render(chat(user("Hello?"), assistant("Hi."), tools=(TOOL,)))
+    assert tokenizer.decode(rendered.input_ids).startswith('<|im_start|>system\nTools: [{"type": "function"')
+    assert "does not write tool_calls" in problem(renderer, chat(*ASKING, *RESULTS, assistant("Yes."), tools=(TOOL,)))
+    assert tokenizer.chat_template == listing
+
+
+def test_a_template_that_counts_results_keeps_its_own_tools() -> None:
+    counting = (
+        "{%- set ns = namespace(open=0) %}{%- for message in messages %}"
+        "{%- set ns.open = ns.open + (message.tool_calls or []) | length - (message.role == 'tool') | int %}"
+        "{%- endfor %}{%- if ns.open %}"
+        "{{- raise_exception('Not the same number of function calls and responses') }}{%- endif %}"
+    )
+    rows = (
+        chat(user("Rain?"), assistant(None, tool_calls=[CALL, CALL]), *RESULTS, assistant("Yes."), tools=(TOOL,)),
+        chat(user("Rain?"), assistant(None, tool_calls=[CALL]), tool("dry"), assistant("No.", weight=0)),
+    )
+    for name in ("qwen3", "mistral"):
+        source = STOCK[name].template
+        strict = tokenizer_of(name, counting + source)
+        renderer = ChatRenderer(strict, 1024)
+        for row in rows:
+            assert renderer.render(row) == ChatRenderer(tokenizer_of(name), 1024).render(row)
+        assert strict.chat_template == counting + source
+        open_call = problem(renderer, chat(*ASKING, tools=(TOOL,)))
+        assert "Not the same number of function calls and responses" in open_call
 
 
 def test_a_template_that_lets_no_text_through_is_refused_for_tools() -> None:
@@ -454,6 +548,15 @@ def test_a_second_template_for_tools_is_examined_too() -> None:
     tokenizer.chat_template = {"tool_use": STOCK["qwen3"].template}
     with pytest.raises(MaskError, match="no default"):
         ChatRenderer(tokenizer, 512)
+
+
+def test_only_the_template_in_use_is_taught_tools() -> None:
+    tokenizer = tokenizer_of("chatml")
+    longer = "{# on #}" + CHATML
+    tokenizer.chat_template = {"default": CHATML, "other": longer}
+    ChatRenderer(tokenizer, 1024).render(chat(*ASKING, *RESULTS, assistant("Yes.")))
+    assert is_extended(tokenizer.chat_template["default"])
+    assert tokenizer.chat_template["other"] == longer
 
 
 # Without a template

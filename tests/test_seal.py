@@ -143,6 +143,37 @@ def test_embeddings_that_came_untied_fail(causal: tiny.Run, monkeypatch: pytest.
     assert failed(seal.verify(causal.folder)) == {"tied"}
 
 
+def swap_words(folder: Path) -> None:
+    """Gives two words of a vocabulary each other's ids."""
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    words = tree["model"]["vocab"]
+    words["w3"], words["w4"] = words["w4"], words["w3"]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
+def replace_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+@pytest.mark.parametrize("change", [swap_words, replace_template])
+def test_another_tokenizer_or_template_fails(
+    causal: tiny.Run, merged: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """The replay holds ids, so only a digest can tell."""
+    folder, model = copied(causal, tmp_path), Path(shutil.copytree(merged, tmp_path / "model"))
+    change(folder)
+    change(model)
+    assert failed(seal.verify(folder)) == {"tokenizer"}
+    assert failed(seal.verify(causal.folder, model_folder=model)) == {"tokenizer"}
+
+
+def test_a_tokenizer_written_anew_is_the_same(causal: tiny.Run, tmp_path: Path) -> None:
+    folder = copied(causal, tmp_path)
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text())))
+    base.load_tokenizer(folder).save_pretrained(folder)
+    assert not failed(seal.verify(folder))
+
+
 def test_an_altered_or_missing_seal_fails(causal: tiny.Run, tmp_path: Path) -> None:
     folder = copied(causal, tmp_path)
     stored = load_file(folder / seal.FILES[0])
@@ -456,12 +487,12 @@ def test_kl_is_that_of_the_classes_kept_and_the_rest() -> None:
     ids, logp = replies.likeliest([first])
     p, q = first.double().softmax(1).gather(1, ids), second.double().softmax(1).gather(1, ids)
     p, q = (torch.cat([x, 1 - x.sum(1, keepdim=True)], dim=1) for x in (p, q))
-    assert seal.kl(ids, logp, second) == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
-    assert seal.kl(ids, logp, first) == pytest.approx(0, abs=1e-7)
+    assert replies.kl(ids, logp, second) == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+    assert replies.kl(ids, logp, first) == pytest.approx(0, abs=1e-7)
     full = torch.nn.functional.kl_div(
         second.log_softmax(1), first.log_softmax(1), log_target=True, reduction="batchmean"
     )
-    assert seal.kl(ids, logp, second) <= float(full)
+    assert replies.kl(ids, logp, second) <= float(full)
 
 
 def test_kl_of_few_classes_has_no_rest() -> None:
@@ -471,7 +502,7 @@ def test_kl_of_few_classes_has_no_rest() -> None:
     full = torch.nn.functional.kl_div(
         second.log_softmax(1), first.log_softmax(1), log_target=True, reduction="batchmean"
     )
-    assert seal.kl(ids, logp, second) == pytest.approx(float(full), rel=1e-5)
+    assert replies.kl(ids, logp, second) == pytest.approx(float(full), rel=1e-5)
 
 
 def failed(verdict: seal.Verdict) -> set[str]:

@@ -35,20 +35,19 @@ def prepared(name: str, max_length: int) -> tasks.Task:
 
 
 @pytest.mark.parametrize("name", list(LONG))
-def test_cut_rows_are_counted_with_the_tokens_they_lose(name: str) -> None:
+def test_cut_rows_are_counted(name: str) -> None:
     task = prepared(name, 512)
     row = task.features(LONG[name])
     texts = [row["input_ids"], row["labels"]] if name == "seq2seq" else [row["input_ids"]]
     assert sum(map(len, texts)) == WHOLE[name]
-    assert (task.cut_rows, task.cut_tokens) == (0, 0)
+    assert task.cut_rows == 0
 
     task.prepare(task.tokenizer, 10)
     for row in tasks.featurize(task, [LONG[name]] * 3):
         assert [len(row[key]) for key in ("input_ids", "labels")[: len(texts)]] == [10] * len(texts)
     assert task.cut_rows == 3
-    assert task.cut_tokens == 3 * (WHOLE[name] - 10 * len(texts))
     task.prepare(task.tokenizer, 512)
-    assert (task.cut_rows, task.cut_tokens) == (0, 0)
+    assert task.cut_rows == 0
 
 
 def test_a_question_is_no_row_and_is_not_counted() -> None:
@@ -57,6 +56,18 @@ def test_a_question_is_no_row_and_is_not_counted() -> None:
         ids, wanted = task.question(Pair("a:1", "w40 w41", WORDS))
         assert (len(ids), wanted) == (2, WORDS)
         assert task.cut_rows == 0
+
+
+def test_a_conversation_is_a_question_only_where_it_ends_in_an_answer_of_words_alone() -> None:
+    task = tasks.get("chat")
+    task.prepare(tokenizer_of("chatml"), 512)
+    ask, reply = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    ids, wanted = task.question(Chat("a:1", (ask, reply)))
+    assert (ids, wanted) == (task.renderer.prompt([ask]), "yes")
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
+    for last in (ask, {**reply, "tool_calls": calls}, {**reply, "content": None}):
+        with pytest.raises(DataError, match=r"^a:2: the row does not end in a reply in words to compare with"):
+            task.question(Chat("a:2", (ask, reply, last)))
 
 
 def test_a_target_that_is_cut_teaches_no_stop() -> None:

@@ -139,22 +139,44 @@ def test_a_quantized_base_is_frozen_and_checked(tmp_path, folder, monkeypatch):
         fit(tmp_path / "bad", folder, tiny.rows("complete"), steps=2, quant="nf4", callbacks=[Leak()])
 
 
-def test_checkpointed_activations_give_the_same_gradients(tmp_path, folder):
-    rows = tiny.rows("complete")
-    _, kept = fit(tmp_path / "kept", folder, rows, steps=3, batch_size=4)
-    _, again = fit(tmp_path / "again", folder, rows, steps=3, batch_size=4, checkpoint_activations=True)
+def test_checkpointed_activations_are_computed_again_and_give_the_same_gradients(tmp_path, folder):
+    class Count(TrainerCallback):
+        calls = 0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            norm = next(m for n, m in kwargs["model"].named_modules() if n.endswith("layers.0.input_layernorm"))
+            norm.register_forward_hook(self.count)
+
+        def count(self, module, inputs, output):
+            self.calls += 1
+
+    rows, once, twice = tiny.rows("complete"), Count(), Count()
+    settings = {"steps": 3, "batch_size": 4}
+    _, kept = fit(tmp_path / "kept", folder, rows, callbacks=[once], **settings)
+    _, again = fit(tmp_path / "again", folder, rows, callbacks=[twice], checkpoint_activations=True, **settings)
+    assert (once.calls, twice.calls) == (3, 6)
     for name, value in kept.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_an_adapter_that_gets_no_gradient_stops_the_run(tmp_path, folder, monkeypatch):
-    class Cut(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            layer = next(m for n, m in kwargs["model"].named_modules() if n.endswith("0.self_attn.q_proj"))
-            layer.register_forward_hook(lambda module, inputs, output: output.detach())
+class Cut(TrainerCallback):
+    """Lets no gradient through to one adapter."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        layer = next(m for n, m in kwargs["model"].named_modules() if n.endswith("0.self_attn.q_proj"))
+        layer.register_forward_hook(lambda module, inputs, output: output.detach())
+
+
+def test_an_adapter_that_gets_no_gradient_stops_the_run(tmp_path, folder):
     with pytest.raises(ProofError, match=r"No gradient reaches .*q_proj"):
         fit(tmp_path / "run", folder, tiny.rows("complete"), steps=2, callbacks=[Cut()])
+
+
+def test_a_resumed_run_proves_its_gradients_too(tmp_path, folder):
+    rows = tiny.rows("complete")
+    fit(tmp_path / "run", folder, rows, steps=4, callbacks=[StopAt(1, signal.SIGINT)])
+    with pytest.raises(ProofError, match=r"No gradient reaches .*q_proj"):
+        fit(tmp_path / "run", folder, rows, steps=4, resume=True, callbacks=[Cut()])
 
 
 def test_lora_plus_trains_b_faster(tmp_path, folder):
@@ -172,6 +194,12 @@ def test_lora_plus_trains_b_faster(tmp_path, folder):
     assert seen["B"] == pytest.approx(16 * seen["A"])
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_moves_the_base_is_for_linear_layers(folder, init):
+    with pytest.raises(AdapterError, match=f"lora.init={init} starts linear layers only"):
+        prepared(folder, init=init, targets=("q_proj", "embed_tokens"))
+
+
 def test_metrics_hold_every_step_with_speed_and_memory(tmp_path, folder):
     done, _ = fit(
         tmp_path / "run", folder, tiny.rows("complete"), tiny.rows("complete", 4, seed=9), steps=4, eval_steps=2
@@ -187,7 +215,7 @@ def test_metrics_hold_every_step_with_speed_and_memory(tmp_path, folder):
 
 def test_the_best_evaluated_adapter_is_the_one_kept(tmp_path, folder):
     rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
-    # Rows whose answers contradict the held-out ones, at a high rate: the loss falls, then rises.
+    # Few rows at a high rate: they are learned by heart, and the held-out loss falls, then rises.
     task, _, model = prepared(folder)
     settings = {"steps": 40, "eval_steps": 4, "patience": 2, "batch_size": 4, "lr": 3e-2}
     done, weights = fit(tmp_path / "run", folder, rows, held_out, **settings)
@@ -195,8 +223,9 @@ def test_the_best_evaluated_adapter_is_the_one_kept(tmp_path, folder):
     evaluated = [line["eval_loss"] for line in lines if "eval_loss" in line]
     model.load_state_dict(weights, strict=False)
     assert losses.of_rows(task, model, held_out, 4).mean == pytest.approx(min(evaluated), rel=1e-4)
-    if done.steps < 40:  # stopped early: the last two evaluations were no better than the best before them
-        assert min(evaluated[-2:]) >= min(evaluated[:-2])
+    assert done.steps < 40
+    # The last two evaluations were no better than the best before them.
+    assert min(evaluated[-2:]) >= min(evaluated[:-2])
 
 
 class StopAt(TrainerCallback):
@@ -220,6 +249,23 @@ def test_a_signal_saves_and_resuming_ends_where_the_whole_run_does(tmp_path, fol
     assert same(weights, whole)
     lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_in_the_last_step_leaves_a_finished_training(tmp_path, folder):
+    rows = tiny.rows("complete", 12)
+    _, whole = fit(tmp_path / "whole", folder, rows, steps=3, batch_size=4)
+    done, weights = fit(tmp_path / "run", folder, rows, steps=3, batch_size=4, callbacks=[StopAt(2, signal.SIGINT)])
+    assert not done.interrupted
+    assert done.steps == 3
+    assert same(weights, whole)
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path, folder):
+    rows = tiny.rows("complete", 12)
+    fit(tmp_path / "run", folder, rows, steps=6, save_steps=2, callbacks=[StopAt(4, signal.SIGINT)])
+    whole, cut = train.checkpoints(tmp_path / "run")[-2:]
+    (cut / train.CLOCK).unlink()
+    assert train.newest_checkpoint(tmp_path / "run") == whole
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path, folder):
@@ -252,12 +298,17 @@ def test_a_16_bit_base_trains_a_float32_adapter_step_by_step(tmp_path, folder):
     assert exact.keys() == weights.keys()
 
 
-def test_a_stopped_run_counts_its_tokens_once(tmp_path, folder):
+@pytest.mark.parametrize("log_steps", [1, 4])
+def test_a_stopped_run_counts_its_tokens_and_seconds_once(tmp_path, folder, log_steps):
     rows = tiny.rows("complete", 12)
-    whole, _ = fit(tmp_path / "whole", folder, rows, steps=6, batch_size=4)
-    fit(tmp_path / "run", folder, rows, steps=6, batch_size=4, callbacks=[StopAt(2, signal.SIGINT)])
-    resumed, _ = fit(tmp_path / "run", folder, rows, steps=6, batch_size=4, resume=True)
-    assert resumed.tokens == whole.tokens
+    settings = {"steps": 6, "batch_size": 4, "log_steps": log_steps}
+    whole, _ = fit(tmp_path / "whole", folder, rows, **settings)
+    stopped, _ = fit(tmp_path / "run", folder, rows, callbacks=[StopAt(2, signal.SIGINT)], **settings)
+    clock = train.checkpoints(tmp_path / "run")[-1] / train.CLOCK
+    clock.write_text(json.dumps({**json.loads(clock.read_text()), "seconds": 1000}))
+    resumed, _ = fit(tmp_path / "run", folder, rows, resume=True, **settings)
+    assert resumed.tokens == whole.tokens > stopped.tokens > 0
+    assert 1000 < resumed.seconds < 2000
 
 
 def test_signals_belong_to_their_owner_again_after_a_failure(tmp_path, folder):

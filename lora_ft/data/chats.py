@@ -7,8 +7,9 @@ call are an object, as chat templates want them, and legacy functions are tools.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from lora_ft.data.faults import MISSING, Faults, found, listed
@@ -215,6 +216,20 @@ def _check_answers(messages: list[Message], place: str, faults: Faults) -> None:
         if known and isinstance(answered, str) and answered not in known:
             rule = f"use the id of an earlier tool call: {listed(list(known))}"
             faults.add(f"{place}[{index}].tool_call_id", found(answered), rule)
+
+
+def in_order_of_calls(messages: Sequence[Message]) -> list[Message]:
+    """Returns the messages, each run of tool results in the order of the calls before it, where all name one."""
+    ordered: list[Message] = []
+    places: dict[str | None, int] = {}
+    for are_results, group in groupby(messages, key=lambda message: message["role"] == "tool"):
+        run = list(group)
+        if not are_results:
+            places = {call.get("id"): place for place, call in enumerate(run[-1].get("tool_calls") or ())}
+        elif all(result.get("tool_call_id") in places for result in run):
+            run.sort(key=lambda result: places[result.get("tool_call_id")])
+        ordered += run
+    return ordered
 
 
 def toolbox(value: Any, place: str, faults: Faults) -> tuple[Message, ...]:

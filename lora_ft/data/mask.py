@@ -27,6 +27,8 @@ from lora_ft.data.tokens import Span, Tokens
 
 IGNORE = -100
 """The label of a token without loss, as torch.nn.functional.cross_entropy has it."""
+# Words for a message whose own must not matter.
+_OTHER = "zqother"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ def _blocks_of_trained(talk: Talk, turns: Sequence[int], blocks: Sequence[Span])
     if len(blocks) == len(turns):
         return [block for turn, block in zip(turns, blocks, strict=True) if turn in talk.trained]
     # A turn may hold several blocks (text and tool calls): counting those of each prefix tells whose they are.
-    upto = [len(talk.template.tagged(talk.messages[: turn + 1], talk.tools)[1]) for turn in turns]
+    prefixes = [talk.messages[: _after_results(talk.messages, turn)] for turn in turns]
+    upto = [len(talk.template.tagged(prefix, talk.tools)[1]) for prefix in prefixes]
     if upto[-1] != len(blocks):
         raise NoWayError("the blocks cannot be told apart by turn")
     kept: list[Span] = []
@@ -153,14 +156,26 @@ def prefix_spans(talk: Talk) -> list[Span]:
     for turn in talk.trained:
         start = _prompt_length(talk, turn)
         end = _end(talk, turn, start)
+        upto = _after_results(talk.messages, turn)
         # A template that rewrites earlier turns treats this one as earlier only when a message follows.
-        upto = turn + 2 if template.rewrites else turn + 1
-        if upto < len(talk.messages):
-            shorter = template.render(talk.messages[:upto], talk.tools)
+        if template.rewrites:
+            upto = max(upto, turn + 2)
+        if turn + 1 < len(talk.messages):
+            # What follows says something else, so that a turn whose end was sought in it is found out.
+            following = [{**message, "content": _OTHER} for message in talk.messages[turn + 1 : upto]]
+            shorter = template.render([*talk.messages[: turn + 1], *following], talk.tools)
             if common_length(text, shorter) < end:
                 raise NoWayError(f"messages[{turn}] is written differently once more messages follow")
         spans.append((start, end))
     return spans
+
+
+def _after_results(messages: Sequence[Message], turn: int) -> int:
+    """The index after a turn and the results of its tool calls: some templates refuse calls without them."""
+    stop = turn + 1
+    while stop < len(messages) and messages[stop]["role"] == "tool":
+        stop += 1
+    return stop
 
 
 def _prompt_length(talk: Talk, turn: int) -> int:

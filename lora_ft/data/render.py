@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from textwrap import indent
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from lora_ft.data.formats import Chat, Pair, Text
 from lora_ft.data.mask import IGNORE, Rendered, Talk, breach, cut_off, derive, labels_of, wrong_bos
 from lora_ft.data.show import coloured, marked, marked_tokens
-from lora_ft.data.template import PROBE, RefusedError, Template
+from lora_ft.data.template import PROBE, Message, RefusedError, Template
 from lora_ft.data.tokens import Span, Tokens, adds_bos, continued
 from lora_ft.data.tools import AS_SYSTEM, AS_USER, extended
 from lora_ft.errors import MaskError
@@ -82,7 +82,9 @@ class ChatRenderer:
         asked_with = [dict(tool) for tool in tools]
         try:
             template = self._template(asked_with, messages)
-            text = template.prompt(template.messages(messages), asked_with)
+            asked = template.messages(messages)
+            text = template.prompt(asked, asked_with)
+            _refuse_dropped_tools(template.prompt, asked, asked_with, text)
         except RefusedError as error:
             raise MaskError([f"prompt: {error}"]) from error
         ids = Tokens.of(self._tokenizer, text).ids
@@ -99,12 +101,15 @@ class ChatRenderer:
         except ValueError as error:
             raise RefusedError(str(error)) from error
         template = self._examined(source)
-        if template.writes_calls or not (tools or any(map(_is_about_tools, messages))):
+        if template.knows_tools or not (tools or any(map(_is_about_tools, messages))):
             return template
         template = self._extended(source)
         held = self._tokenizer.chat_template
-        several = isinstance(held, dict) and {name: held[name].replace(source, template.source) for name in held}
-        self._tokenizer.chat_template = several or template.source
+        self._tokenizer.chat_template = (
+            {name: template.source if other == source else other for name, other in held.items()}
+            if isinstance(held, dict)
+            else template.source
+        )
         self.rules = template.rules
         return template
 
@@ -138,7 +143,8 @@ class ChatRenderer:
         if not trained:
             raise RefusedError("no message to train on; at least one must be from assistant, without weight 0.")
         messages = template.messages(example.messages)
-        self._refuse_control_tokens(template, messages)
+        _refuse_control_tokens(template, messages, "messages")
+        _refuse_control_tokens(template, tools, "tools")
         talk = Talk(template, messages, tools, template.render(messages, tools), trained)
         _refuse_left_out(talk)
 
@@ -154,18 +160,6 @@ class ChatRenderer:
         if broken:
             raise RefusedError(f"{broken}\n{_quoted(marked(self._tokenizer, rendered))}")
         return rendered
-
-    def _refuse_control_tokens(self, template: Template, messages: Sequence[Mapping[str, Any]]) -> None:
-        control = [token for token in (self._tokenizer.bos_token, template.end_of_turn) if token]
-        for index, message in enumerate(messages):
-            said = [text for text in (message["content"], message.get("reasoning_content")) if text]
-            said += [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls", ())]
-            token = next((token for token in control for text in said if token in text), None)
-            if token:
-                raise RefusedError(
-                    f"messages[{index}] holds the control token {token}, which the template alone may write; "
-                    "remove it, or break it with a space."
-                )
 
     def _refuse_disagreement(self, tokens: Tokens, found: dict[str, list[Span]]) -> None:
         (one, first), (other, second) = ((name, tokens.within(spans)) for name, spans in found.items())
@@ -227,13 +221,20 @@ def _conversation(example: Chat | Pair) -> Chat:
     return Chat(example.where, (ask, reply))
 
 
+def _refuse_control_tokens(template: Template, parts: Sequence[Mapping[str, Any]], place: str) -> None:
+    for index, part in enumerate(parts):
+        said = json.dumps(part, ensure_ascii=False, default=str)
+        token = next((token for token in template.control if token in said), None)
+        if token:
+            raise RefusedError(
+                f"{place}[{index}] holds the control token {token}, which the template alone may write; "
+                "remove it, or break it with a space."
+            )
+
+
 def _refuse_left_out(talk: Talk) -> None:
     """Templates drop what they do not know without a word: tools, system messages, thinking."""
-    if talk.tools and _same_without_tools(talk):
-        raise RefusedError(
-            "the row has tools, but the chat template does not write them, so the model would never see them; "
-            "use a base whose template supports tools, or remove them."
-        )
+    _refuse_dropped_tools(talk.template.render, talk.messages, talk.tools, talk.text)
     for index, message in enumerate(talk.messages):
         said = (message["content"] or "").rpartition("</think>")[2].strip()
         # Tool results are written as JSON text by some templates.
@@ -258,11 +259,20 @@ def _is_about_tools(message: Mapping[str, Any]) -> bool:
     return bool(message.get("tool_calls") or message.get("function_call")) or message["role"] in ("tool", "function")
 
 
-def _same_without_tools(talk: Talk) -> bool:
+def _refuse_dropped_tools(
+    write: Callable[[Sequence[Message]], str], messages: Sequence[Message], tools: Sequence[Message], text: str
+) -> None:
+    """Raises RefusedError where `text`, written with the tools, is what is written without them."""
     try:
-        return talk.template.render(talk.messages) == talk.text
+        dropped = bool(tools) and write(messages) == text
     except RefusedError:
-        return False
+        # A template that insists on tools reads them.
+        return
+    if dropped:
+        raise RefusedError(
+            "the row has tools, but the chat template does not write them, so the model would never see them; "
+            "use a base whose template supports tools, or remove them."
+        )
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:

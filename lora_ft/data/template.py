@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from jinja2 import TemplateError
 
+from lora_ft.data.chats import in_order_of_calls
 from lora_ft.data.tokens import Span, adds_bos
 from lora_ft.data.tools import TOOLS_AS_TEXT, is_extended
 
@@ -46,13 +49,24 @@ answer far worse without."""
 _RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+_THINK_TAGS = ("<think>", "</think>")
 _OPENER = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 # Words no template holds: letters alone pass every filter (trim, tojson, escape) unchanged.
 _USER, _ANSWER, _THOUGHT, _NAME, _KEY, _VALUE = "zqask", "zqanswer", "zqthought", "zqcall", "zqkey", "zqvalue"
+_SYSTEM: Message = {"role": "system", "content": "zqrule"}
 _ASK: Message = {"role": "user", "content": _USER}
 _REPLY: Message = {"role": "assistant", "content": _ANSWER}
 _THINKING_REPLY: Message = {"role": "assistant", "content": f"<think>\n{_THOUGHT}\n</think>\n\n{_ANSWER}"}
+_RESULT: Message = {"role": "tool", "name": _NAME, "tool_call_id": "call00000", "content": _USER + "tool"}
+_TOOL: Message = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": _USER,
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": _USER}}},
+    },
+}
 PROBE: tuple[Message, ...] = (
     _ASK,
     _REPLY,
@@ -129,9 +143,10 @@ class Template:
         """OpenAI's messages in the form this template reads.
 
         Content is text. A developer is system where the template does not name that role, since it is OpenAI's newer
-        word for the same thing; a function is a tool. Tool-call arguments are objects or JSON text, as it wants them.
+        word for the same thing; a function is a tool. Tool-call arguments are objects or JSON text, as it wants them,
+        and results stand in the order of their calls, since many templates do not write the ids.
         """
-        return [self._message(index, message) for index, message in enumerate(messages)]
+        return in_order_of_calls([self._message(index, message) for index, message in enumerate(messages)])
 
     def headers(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """Every text that can stand right before an assistant turn of these messages."""
@@ -144,13 +159,27 @@ class Template:
         """What follows a tool's result where there is no generation prompt ([/TOOL_RESULTS]), else empty."""
         if self._has_generation_prompt:
             return ""
-        result = {"role": "tool", "name": _NAME, "tool_call_id": "call00000", "content": _USER + "tool"}
         arguments: Any = {_KEY: _VALUE} if self._takes_objects else json.dumps({_KEY: _VALUE})
         try:
-            text = self.render([_ASK, _call(arguments), result], prompt=True)
+            text = self.render([_ASK, _call(arguments), _RESULT], prompt=True)
         except RefusedError:
             return ""
         return text[text.rfind(_USER + "tool") + len(_USER + "tool") :]
+
+    @cached_property
+    def control(self) -> tuple[str, ...]:
+        """The tokens, as text, that the template alone may write. A row's own thinking may hold think tags."""
+        text = self.render(PROBE)
+        with suppress(RefusedError):
+            text += self.render([_SYSTEM, *PROBE])
+        ends = (self._tokenizer.bos_token, self._tokenizer.eos_token)
+        written = (token for token in self._added if token in text and token not in _THINK_TAGS)
+        return tuple(dict.fromkeys(token for token in (*ends, *written) if token))
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template has a form of its own for tools or calls, if not for both."""
+        return "tool_calls" in self.source or self.writes_tools
 
     @cached_property
     def writes_calls(self) -> bool:
@@ -164,7 +193,7 @@ class Template:
     def writes_tools(self) -> bool:
         """Whether the tools of a conversation are written."""
         try:
-            return _NAME in self.render([_ASK], [{"type": "function", "function": {"name": _NAME}}])
+            return _NAME in self.render([_ASK], [_TOOL])
         except RefusedError:
             return False
 
@@ -175,9 +204,11 @@ class Template:
         Templates that pass them through `tojson` quote JSON text a second time; those that concatenate need text.
         """
         raised: RefusedError | None = None
-        for as_object in (True, False):
+        # Some templates refuse calls without results, or without words.
+        for as_object, results, words in product((True, False), ((), (_RESULT,)), (None, "")):
             try:
-                text = self.render([_ASK, _call({_KEY: _VALUE} if as_object else json.dumps({_KEY: _VALUE}))])
+                call = _call({_KEY: _VALUE} if as_object else json.dumps({_KEY: _VALUE}), words)
+                text = self.render([_ASK, call, *results])
             except RefusedError as error:
                 raised = error
                 continue
@@ -186,7 +217,7 @@ class Template:
                 if python_text in text:
                     continue
                 return as_object
-        if raised is not None:
+        if raised is not None and "tool_calls" in self.source:
             raise raised
         raise RefusedError(
             "the chat template does not write tool_calls, so such a turn would be trained empty; "
@@ -225,6 +256,11 @@ class Template:
             arguments = json.dumps(arguments or {}, ensure_ascii=False)
         return {**call, "function": {**function, "arguments": arguments}}
 
+    @cached_property
+    def _added(self) -> list[str]:
+        """The vocabulary's own tokens, as text, but for those of white space."""
+        return [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip()]
+
     def _examine(self) -> None:
         asked, prompt = self.render([_ASK]), self.render([_ASK], prompt=True)
         answered, continued = self.render(PROBE[:2]), self.render(PROBE)
@@ -235,11 +271,12 @@ class Template:
         if self.has_tags:
             self._examine_tags()
 
-        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.content.strip()]
-        self.end_of_turn = _end_of_turn(answered[answered.rfind(_ANSWER) + len(_ANSWER) :], added)
+        tail = answered[answered.rfind(_ANSWER) + len(_ANSWER) :]
+        self.end_of_turn = _end_of_turn(tail, self._added)
         self.end_id = self._tokenizer.convert_tokens_to_ids(self.end_of_turn)
+        self._refuse_second_end(asked, tail, continued)
 
-        self.header = prompt[_border(asked, prompt, added) :]
+        self.header = prompt[_border(asked, prompt, self._added) :]
         self._has_generation_prompt = bool(self.header.strip())
         if not self._has_generation_prompt:
             self.header = prompt[prompt.rfind(_USER) + len(_USER) :]
@@ -264,6 +301,26 @@ class Template:
             (TOOLS_AS_TEXT, is_extended(self.source)),
         )
         self.rules = (*(rule for rule, holds in rules if holds), *bos_rules)
+
+    def _refuse_second_end(self, asked: str, tail: str, continued: str) -> None:
+        """Raises RefusedError where another token of the vocabulary's own follows the end of turn, whatever comes next.
+
+        Either may be the one that generation stops at. What opens the next turn is no end: BOS, and the token that the
+        conversation starts with, as a template may write a generation prompt unasked.
+        """
+        before_next = continued.partition(_USER + "again")[0]
+        following = before_next[before_next.rfind(_ANSWER) + len(_ANSWER) :]
+        further = tail[: common_length(tail, following)].partition(self.end_of_turn)[2]
+        bos = self._tokenizer.bos_token or ""
+        start = asked.lstrip().removeprefix(bos).lstrip()
+        for opener in (bos, *(token for token in self._added if start.startswith(token))):
+            further = further.partition(opener)[0] if opener else further
+        second = next((token for token in self._added if token in further), None)
+        if second:
+            raise RefusedError(
+                f"the chat template ends an assistant turn with {self.end_of_turn} and then {second}, so it cannot be "
+                "told at which the model stops; end the turn with one of them."
+            )
 
     def _examine_bos(self, answered: str, continued: str) -> tuple[str, ...]:
         """Sets `bos_count` and returns the rules about BOS, from a conversation before and after it goes on."""
@@ -338,10 +395,10 @@ def _end_of_turn(tail: str, added: Iterable[str]) -> str:
     return found[2]
 
 
-def _call(arguments: Any) -> Message:
+def _call(arguments: Any, words: str | None = None) -> Message:
     function = {"name": _NAME, "arguments": arguments}
     return {
         "role": "assistant",
-        "content": None,
+        "content": words,
         "tool_calls": [{"id": "call00000", "type": "function", "function": function}],
     }

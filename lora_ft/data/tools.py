@@ -4,6 +4,9 @@ Many small instruct models have a template that drops tools and fails on a call.
 template turn tools, calls and results into ordinary messages, in the form that Hermes and Qwen 2.5 made common and
 servers parse. As the lines are part of the template, they are saved with the adapter, and whoever serves it renders
 what training saw. Conversations without tools are rendered as before.
+
+Arguments are compact JSON, as OpenAI's API writes the string that a client sends back: whether a server passes it on or
+parses it first, the text is the same.
 """
 
 from __future__ import annotations
@@ -42,10 +45,10 @@ _PRELUDE = """\
     {%- elif message['tool_calls'] %}
         {%- set calls = namespace(text=message['content'] or '') %}
         {%- for call in message['tool_calls'] %}
-            {%- set given = call['function']['arguments'] %}
+            {%- set given = call['function']['arguments'] or {} %}
             {%- set calls.text = calls.text + ('\\n' if calls.text else '')
                 + '<tool_call>\\n{"name": ' + (call['function']['name'] | tojson) + ', "arguments": '
-                + (given if given is string else (given | tojson)) + '}\\n</tool_call>' %}
+                + (given if given is string else (given | tojson(separators=(',', ':')))) + '}\\n</tool_call>' %}
         {%- endfor %}
         {%- set plain.messages = plain.messages + [{'role': 'assistant', 'content': calls.text}] %}
     {%- elif plain.tools and message['role'] == ROLE %}

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N scored positions, V classes or vocabulary.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch import nn
 
 from lora_ft.data.formats import Example
 from lora_ft.errors import DataError
+
+log = logging.getLogger(__name__)
 
 Features = dict[str, Any]
 """One row for the model: `input_ids`, `labels` and what else the task needs, as lists."""
@@ -53,8 +56,6 @@ class Task:
     """The two ways of finding a conversation's trained text that must agree."""
     cut_rows: int = 0
     """Rows longer than `max_length` among those that `features` has returned."""
-    cut_tokens: int = 0
-    """Tokens left out of those rows in all."""
 
     def learn(self, examples: Sequence[Example]) -> None:
         """Takes what the task must know of all rows before the model is made, such as the set of labels."""
@@ -70,12 +71,11 @@ class Task:
     def prepare(self, tokenizer: Any, max_length: int) -> None:
         """Takes the tokenizer and the longest row, in tokens, that `features` may return; counts cut rows from 0."""
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.cut_rows = self.cut_tokens = 0
+        self.cut_rows = 0
 
     def count_cut(self, tokens: int) -> None:
-        """Notes that a row lost so many tokens."""
+        """Counts a row where it lost tokens."""
         self.cut_rows += tokens > 0
-        self.cut_tokens += tokens
 
     def features(self, example: Example) -> Features:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""
@@ -116,6 +116,12 @@ def featurize(task: Task, examples: Iterable[Example]) -> list[Features]:
     if errors:
         raise type(errors[0])([problem for error in errors for problem in error.problems])
     return rows
+
+
+def tell_of_cut_rows(task: Task) -> None:
+    """Warns where rows were longer than the longest that the task may return."""
+    if task.cut_rows:
+        log.warning("%d rows are longer than data.max-length, %d tokens, and were cut", task.cut_rows, task.max_length)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lora_ft.data.formats import Chat as Conversation
@@ -34,10 +35,16 @@ class Chat(Causal):
     def question(self, example: Example) -> tuple[list[int], str]:
         if isinstance(example, Pair):
             return self.renderer.prompt([{"role": "user", "content": example.prompt}]), example.completion
-        if not isinstance(example, Conversation) or not isinstance(example.messages[-1].get("content"), str):
+        if not isinstance(example, Conversation) or not _is_in_words(example.messages[-1]):
             raise DataError([f"{example.where}: the row does not end in a reply in words to compare with."])
         *asked, reply = example.messages
         return self.renderer.prompt(asked, example.tools), reply["content"]
 
     def end_ids(self) -> list[int]:
         return [self.renderer.end_id]
+
+
+def _is_in_words(message: Mapping[str, Any]) -> bool:
+    """Returns whether a message is the assistant's, of text alone."""
+    has_calls = message.get("tool_calls") or message.get("function_call")
+    return message["role"] == "assistant" and not has_calls and isinstance(message.get("content"), str)
