@@ -40,7 +40,7 @@ def lora_linear(
     if dropout and seed is None:
         seed = new_seed()
     x_MK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y_MN, _ = torch.ops.lora_kernels.lora_linear(x_MK, *weight.flat(), bias, a, b, scaling, dropout, seed or 0)
+    y_MN, _ = torch.ops.lora_kernels.lora_linear.default(x_MK, *weight.flat(), bias, a, b, scaling, dropout, seed or 0)
     return y_MN if x.ndim == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[1])
 
 
@@ -170,7 +170,7 @@ def _gemm_4bit(x_MK: torch.Tensor, weight: Frozen, bias_N: torch.Tensor | None) 
         {"absmax_8bit": blocks.absmax, "absmax_code": nested.code, "absmax_offset": nested.offset} if nested else {}
     )
     shape = list(weight.shape)
-    gemm_4bit = torch.ops.bitsandbytes.gemm_4bit
+    gemm_4bit = torch.ops.bitsandbytes.gemm_4bit.default
     return gemm_4bit(x_MK, packed, shape, absmax, blocks.size, blocks.kind, bias_N, **scales)
 
 
@@ -257,7 +257,7 @@ def _differentiate(ctx: Any, dy_MN: torch.Tensor, _: Any) -> tuple[torch.Tensor 
     tensors = iter(parts)
     flat = [next(tensors) if number is None else number[0] for number in ctx.numbers]
     need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[11]
-    dx_MK, da_RK, db_NR = torch.ops.lora_kernels.lora_linear_backward(
+    dx_MK, da_RK, db_NR = torch.ops.lora_kernels.lora_linear_backward.default(
         dy_MN, x_MK, *flat, a_RK, b_NR, xa_MR, *ctx.adapter, need_dx
     )
     dbias_N = dy_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_dbias else None

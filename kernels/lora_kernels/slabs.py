@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lora_kernels.frozen import Frozen
+from lora_kernels.frozen import Blocks, Frozen
 
 SLAB = 2**21
 """Weights in a slab: 8 MiB of float32, in the cache yet when they are multiplied, and in the heap. Above 32 MiB malloc
@@ -20,25 +20,28 @@ def dense_slabs(weight: Frozen, dtype: torch.dtype) -> Iterator[tuple[slice, tor
     There is one slab, the weight itself, if it is dense and in that dtype already.
     """
     n_rows, columns = weight.shape
-    if weight.blocks is None and weight.data.dtype == dtype:
+    blocks = weight.blocks
+    if blocks is None and weight.data.dtype == dtype:
         yield slice(0, n_rows), weight.data
         return
-    scales, unit = None, 1
-    if weight.blocks is not None:
-        # A slab begins where a block does.
-        scales, unit = _scales(weight), weight.blocks.size // math.gcd(columns, weight.blocks.size)
+    # A slab of blocks begins where a block does.
+    unit = 1 if blocks is None else blocks.size // math.gcd(columns, blocks.size)
     step = max(SLAB // columns // unit, 1) * unit
+    scales = None if blocks is None else _scales(blocks)
     for first in range(0, n_rows, step):
         rows = slice(first, min(first + step, n_rows))
-        yield rows, weight.data[rows].to(dtype) if scales is None else _dequantized(weight, rows, scales, dtype)
+        if scales is None:
+            yield rows, weight.data[rows].to(dtype)
+        else:
+            yield rows, _dequantized(weight, rows, scales, dtype)
 
 
-def _scales(weight: Frozen) -> torch.Tensor:
-    blocks = weight.packed()
-    if blocks.nested is None:
+def _scales(blocks: Blocks) -> torch.Tensor:
+    nested = blocks.nested
+    if nested is None:
         return blocks.absmax
-    nested = (blocks.nested.absmax, blocks.nested.code, blocks.nested.size)
-    return torch.ops.bitsandbytes.dequantize_blockwise(blocks.absmax, *nested, torch.float32) + blocks.nested.offset
+    dequantize = torch.ops.bitsandbytes.dequantize_blockwise.default
+    return dequantize(blocks.absmax, nested.absmax, nested.code, nested.size, torch.float32).add_(nested.offset)
 
 
 def _dequantized(weight: Frozen, rows: slice, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -47,5 +50,5 @@ def _dequantized(weight: Frozen, rows: slice, scales: torch.Tensor, dtype: torch
     first, last = rows.start * columns, rows.stop * columns
     packed = weight.data[first // 2 : -(-last // 2)].unsqueeze(1)
     absmax = scales[first // blocks.size : -(-last // blocks.size)]
-    shape = [rows.stop - rows.start, columns]
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocks.size, blocks.kind, shape, dtype)
+    shape = (rows.stop - rows.start, columns)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, blocks.size, blocks.kind, shape, dtype)

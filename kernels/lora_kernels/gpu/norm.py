@@ -129,27 +129,25 @@ def rms_norm_lora_backward_kernel(
         b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
         b_dot += tl.sum(b_dy * b_weight[None, :] * b_h, axis=1)
     b_dot *= b_rstd
-    if RANK:
-        for first in range(0, RANK, RANKS):
-            m_tile = m_row[:, None] & (first + o_rank < RANK)[None, :]
-            o_xa = columns + first + o_rank[None, :]
-            b_ds = tl.load(p_dy + o_xa, mask=m_tile, other=0.0).to(tl.float32)
-            b_xa = tl.load(p_y + o_row[:, None] * stride_y + o_xa, mask=m_tile, other=0.0).to(tl.float32)
-            b_dot += tl.sum(b_ds * b_xa, axis=1)
+    for first in range(0, RANK, RANKS):
+        m_tile = m_row[:, None] & (first + o_rank < RANK)[None, :]
+        o_xa = columns + first + o_rank[None, :]
+        b_ds = tl.load(p_dy + o_xa, mask=m_tile, other=0.0).to(tl.float32)
+        b_xa = tl.load(p_y + o_row[:, None] * stride_y + o_xa, mask=m_tile, other=0.0).to(tl.float32)
+        b_dot += tl.sum(b_ds * b_xa, axis=1)
     b_mean = b_dot / columns
 
     for column in range(0, columns, COLUMNS):
         m_column = column + o_column < columns
         m_tile = m_row[:, None] & m_column[None, :]
         b_dnorm = tl.load(p_dy + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        if RANK:
-            for first in range(0, RANK, RANKS):
-                m_rank = first + o_rank < RANK
-                o_ds = columns + first + o_rank[None, :]
-                b_ds = tl.load(p_dy + o_ds, mask=m_row[:, None] & m_rank[None, :], other=0.0)
-                o_a = (first + o_rank)[:, None] * stride_a + (column + o_column)[None, :]
-                b_a = tl.load(p_a + o_a, mask=m_rank[:, None] & m_column[None, :], other=0.0)
-                b_dnorm = tl.dot(b_ds, b_a, b_dnorm, input_precision="ieee")
+        for first in range(0, RANK, RANKS):
+            m_rank = first + o_rank < RANK
+            o_ds = columns + first + o_rank[None, :]
+            b_ds = tl.load(p_dy + o_ds, mask=m_row[:, None] & m_rank[None, :], other=0.0)
+            o_a = (first + o_rank)[:, None] * stride_a + (column + o_column)[None, :]
+            b_a = tl.load(p_a + o_a, mask=m_rank[:, None] & m_column[None, :], other=0.0)
+            b_dnorm = tl.dot(b_ds, b_a, b_dnorm, input_precision="ieee")
         b_h = tl.load(p_h + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
         b_unit = b_h * b_rstd[:, None]
         if WEIGHT:
@@ -174,8 +172,7 @@ def forward_into(
     a_RK: torch.Tensor | None,
     eps: float,
 ) -> None:
-    """Writes [norm | norm @ a.T], whose rows may stand further apart than K + R, with h (where there is a residual)
-    and 1 / rms."""
+    """Writes [norm | norm @ a.T], h where there is a residual, and 1 / rms; rows may stand further apart."""
     rows, columns = x_MK.shape
     rank = 0 if a_RK is None else a_RK.shape[0]
     x_MK = rows_apart(x_MK)

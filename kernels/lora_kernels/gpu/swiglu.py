@@ -93,14 +93,13 @@ def swiglu_lora_backward_kernel(
 
     p_dh += o_row[:, None] * stride_dh
     b_dh = tl.load(p_dh + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-    if RANK:
-        for first in range(0, RANK, RANKS):
-            o_rank = first + tl.arange(0, RANKS)
-            m_rank = o_rank < RANK
-            b_ds = tl.load(p_dh + columns + o_rank[None, :], mask=m_row[:, None] & m_rank[None, :], other=0.0)
-            o_a = o_rank[:, None] * stride_a + o_column[None, :]
-            b_a = tl.load(p_a + o_a, mask=m_rank[:, None] & m_column[None, :], other=0.0)
-            b_dh = tl.dot(b_ds, b_a, b_dh, input_precision="ieee")
+    for first in range(0, RANK, RANKS):
+        o_rank = first + tl.arange(0, RANKS)
+        m_rank = o_rank < RANK
+        b_ds = tl.load(p_dh + columns + o_rank[None, :], mask=m_row[:, None] & m_rank[None, :], other=0.0)
+        o_a = o_rank[:, None] * stride_a + o_column[None, :]
+        b_a = tl.load(p_a + o_a, mask=m_rank[:, None] & m_column[None, :], other=0.0)
+        b_dh = tl.dot(b_ds, b_a, b_dh, input_precision="ieee")
 
     dtype = p_dgate.dtype.element_ty
     b_gate = tl.load(p_gate + o_row[:, None] * stride_gate + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
