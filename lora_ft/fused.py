@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import bitsandbytes as bnb
@@ -180,8 +180,7 @@ class Linear(_Fused, lora.Linear):
     ) -> torch.Tensor:
         weight, bias = self.base_layer.weight, self.base_layer.bias
         frozen = Frozen.of(weight.t() if self.transposed else weight)
-        with _without_autocast(x.device):
-            return lora_linear(x.to(dtype), frozen, bias, a, b, **options)
+        return lora_linear(x.to(dtype), frozen, bias, a, b, **options)
 
 
 class TransposedLinear(Linear):
@@ -218,8 +217,7 @@ class Linear4bit(_Fused, lora.Linear4bit):
     ) -> torch.Tensor:
         base = self.base_layer
         frozen = Frozen.of(base.weight, _quant_state(base))
-        with _without_autocast(x.device):
-            return lora_linear(x.to(dtype), frozen, base.bias, a, b, **options).to(x.dtype)
+        return lora_linear(x.to(dtype), frozen, base.bias, a, b, **options).to(x.dtype)
 
 
 class Linear8bitLt(_Fused, lora.Linear8bitLt):
@@ -238,9 +236,9 @@ class Linear8bitLt(_Fused, lora.Linear8bitLt):
     ) -> torch.Tensor:
         scaling = options.pop("scaling")
         y = self.base_layer(x)
-        with _without_autocast(x.device):
-            xa_MR = lora_down(x.to(dtype), a, **options).reshape(-1, len(a))
-            # Under autocast `y` may be of the wider dtype of `x`, and so stays exact.
+        xa_MR = lora_down(x.to(dtype), a, **options).reshape(-1, len(a))
+        # Under autocast `y` may be of the wider dtype of `x`, and is not to be narrowed.
+        with torch.autocast(x.device.type, enabled=False) if _autocast(x.device) else nullcontext():
             y_MN = torch.addmm(y.reshape(-1, len(b)), xa_MR.to(y.dtype), b.to(y.dtype).t(), alpha=scaling)
         return y_MN.view(y.shape)
 
@@ -294,11 +292,6 @@ def _autocast(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Stops autocast within the block, where what is multiplied has its dtype already."""
-    return nullcontext() if _autocast(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def _word(dtype: torch.dtype) -> str:

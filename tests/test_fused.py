@@ -187,6 +187,22 @@ def test_what_is_wider_than_autocast_comes_back_in_the_dtype_that_peft_gives(kin
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv1d", "nf4-nested", "int8"])
+def test_a_backward_pass_within_autocast_is_that_outside_it(kind):
+    ours, _ = both(kind, torch.bfloat16)
+    x, dy = inputs(torch.bfloat16)
+    found = []
+    for within in (True, False):
+        ours.zero_grad()
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = ours(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            y.backward(dy)
+        found.append([x.grad, *(p.grad for p in ours.parameters() if p.requires_grad)])
+    assert all(error(one, other) < 1e-2 and one.dtype == other.dtype for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv1d", "nf4-nested", "int8"])
 @pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, 4, K)])
 def test_any_leading_dimensions(kind, shape):
     ours, plain = both(kind)

@@ -164,14 +164,11 @@ def _gemm_4bit_takes(weight: Frozen) -> bool:
 def _gemm_4bit(x_MK: torch.Tensor, weight: Frozen, bias_N: torch.Tensor | None) -> torch.Tensor:
     blocks = weight.packed()
     nested, packed = blocks.nested, weight.data.reshape(-1, 1)
-    # With nested scales it wants those of the groups first, and the 8-bit ones by name.
+    # Of nested scales it wants those of the groups first, and the 8-bit ones last.
     absmax = nested.absmax if nested else blocks.absmax
-    scales = (
-        {"absmax_8bit": blocks.absmax, "absmax_code": nested.code, "absmax_offset": nested.offset} if nested else {}
-    )
-    shape = list(weight.shape)
+    scales = (blocks.absmax, nested.code, nested.offset) if nested else ()
     gemm_4bit = torch.ops.bitsandbytes.gemm_4bit.default
-    return gemm_4bit(x_MK, packed, shape, absmax, blocks.size, blocks.kind, bias_N, **scales)
+    return gemm_4bit(x_MK, packed, weight.shape, absmax, blocks.size, blocks.kind, bias_N, *scales)
 
 
 @Operator
@@ -243,19 +240,17 @@ def _(dy_MN: torch.Tensor, x_MK: torch.Tensor, *rest: Any) -> tuple[torch.Tensor
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x_MK, *flat, bias, a_RK, b_NR, scaling, dropout, seed = inputs
-    tensors = (x_MK, a_RK, b_NR, output[1])
-    ctx.save_for_backward(*tensors, *(part for part in flat if isinstance(part, torch.Tensor)))
-    ctx.numbers = [None if isinstance(part, torch.Tensor) else (part,) for part in flat]
+    x_MK, data, absmax, code, blocksize, *nested, nested_size, rows, columns, bias, a_RK, b_NR = inputs[:-3]
+    ctx.save_for_backward(x_MK, a_RK, b_NR, output[1], data, absmax, code, *nested)
+    ctx.sizes, ctx.adapter = (blocksize, nested_size, rows, columns), inputs[-3:]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.adapter = (scaling, dropout, seed)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, dy_MN: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    x_MK, a_RK, b_NR, xa_MR, *parts = ctx.saved_tensors
-    tensors = iter(parts)
-    flat = [next(tensors) if number is None else number[0] for number in ctx.numbers]
+    x_MK, a_RK, b_NR, xa_MR, data, absmax, code, *nested = ctx.saved_tensors
+    blocksize, *sizes = ctx.sizes
+    flat = (data, absmax, code, blocksize, *nested, *sizes)
     need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[11]
     dx_MK, da_RK, db_NR = torch.ops.lora_kernels.lora_linear_backward.default(
         dy_MN, x_MK, *flat, a_RK, b_NR, xa_MR, *ctx.adapter, need_dx
