@@ -52,7 +52,8 @@ ENOUGH = 0.95
 PROCESSES = 2
 SPARE_S = 10.0
 """Processor time that a test may take beyond ten times what it took; then it counts as hanging."""
-DEATHS = {number: number.name for number in signal.Signals} | {signal.SIGPROF: "hangs"}
+HANGS = "hangs"
+DEATHS = {number: number.name for number in signal.Signals} | {signal.SIGPROF: HANGS}
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -265,7 +266,8 @@ def described(mutant: Mutant) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the mutants and what is left alone; run nothing")
-    parser.add_argument("--only", nargs="*", help="files, such as gpu/norm.py", default=list(map(name, FILES)))
+    names = list(map(name, FILES))
+    parser.add_argument("--only", nargs="+", metavar="FILE", choices=names, default=names, help="such as gpu/norm.py")
     parser.add_argument("--sample", type=int, help="at most so many mutants of each file")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--json", type=Path, help="write every mutant and what killed it")
@@ -292,8 +294,9 @@ def main() -> None:
     killed_by: dict[Mutant, str | None] = {}
     for mutant, test, death in forked(lambda mutant: killer(mutant, [t for t in tests if t.runs(mutant)]), found):
         killed_by[mutant] = test or death or None
-        if not killed_by[mutant]:
-            print(f"[{len(killed_by)}] survived: {described(mutant)}", flush=True)
+        if not killed_by[mutant] or killed_by[mutant] == HANGS:
+            fate = killed_by[mutant] or "survived"
+            print(f"[{len(killed_by)}] {fate}: {described(mutant)}", flush=True)
     report(killed_by)
     if options.json:
         options.json.write_text(json.dumps({described(mutant): killed_by[mutant] for mutant in killed_by}, indent=1))
