@@ -188,3 +188,20 @@ def test_a_cache_written_in_place_is_the_cache_that_is_copied():
     copy = deepcopy(ours)
     ours.update(torch.ones(6, 3, 1, 8), torch.ones(6, 3, 1, 8))
     assert torch.equal(copy.keys, theirs.keys)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_head_multiplies_states_that_lie_side_by_side(load: Callable[..., Any], architecture: str) -> None:
+    model, tokenizer = load(architecture)
+    head = model.get_output_embeddings()
+    contiguous = []
+    watch = head.register_forward_hook(lambda _, args, __: contiguous.append(args[0].is_contiguous()))
+    generate.generate(model, tokenizer, prompts(common=0), sampling=GREEDY)
+    assert contiguous
+    assert all(contiguous)
+    assert list(head._forward_pre_hooks) == []
+    # What transformers hands over by itself, and would make a processor copy the weight for every row.
+    contiguous.clear()
+    model(input_ids=torch.tensor([prompts()[0][:9]] * 3), logits_to_keep=1)
+    assert contiguous == [False]
+    watch.remove()
