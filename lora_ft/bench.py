@@ -133,7 +133,8 @@ def layers(n: int, k: int, dtype: torch.dtype, on: torch.device, quant: str = "n
     linear = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
     plain = nn.Linear(k, n, bias=False, dtype=dtype)
     if quant == "nf4":
-        linear.load_state_dict(plain.state_dict())
+        # Loading its state would widen it to float32 first, and so all that is dequantized from it.
+        linear.weight.data = plain.weight.data
     stem = nn.Sequential(linear if quant == "nf4" else plain).to(on)
     bases.keep_weights_in_place(stem)
     stem.requires_grad_(False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_ft import base as bases
+from lora_ft.modes import evaluating
 from lora_ft.tasks import Batch, Features, Task
 
 BOOTSTRAP_DRAWS = 2000
@@ -71,27 +71,6 @@ def difference_interval(before: Losses, after: Losses, seed: int = 0) -> tuple[f
         changes.append(difference[drawn].sum(axis=1) / before.count[drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(changes), [2.5, 97.5])
     return float(low), float(high)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Runs the block in evaluation mode, without gradients, in the dtype training computes in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), mixed_precision(model):
-            yield
-    finally:
-        model.train(was_training)
-
-
-def mixed_precision(model: nn.Module) -> torch.autocast:
-    """Returns the autocast that lets float32 adapters and heads work on a 16-bit base; else off."""
-    frozen = next(p for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
-    half = frozen.dtype if frozen.dtype in (torch.bfloat16, torch.float16) else None
-    if getattr(model, "computes_in_float32", False):
-        half = None
-    return torch.autocast(frozen.device.type, dtype=half, enabled=half is not None)
 
 
 def to(batch: Batch, device: torch.device) -> Batch:

@@ -13,6 +13,7 @@ from torch import nn
 from lora_ft import losses
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import ProofError
+from lora_ft.modes import evaluating
 from lora_ft.tasks import Batch, Features, Task
 
 KEPT_CLASSES = 20
@@ -63,7 +64,7 @@ def _window(row: Features, length: int, window: slice) -> Features:
 def ask(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
     """Returns the logits [N, V] at the scored positions of each batch, on the processor."""
     device = next(model.parameters()).device
-    with losses.evaluating(model):
+    with evaluating(model):
         return [task.score(model, losses.to(batch, device)).logits_NV.cpu() for batch in batches]
 
 

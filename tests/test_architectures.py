@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from lora_ft import adapters, base, losses, merge, seal
+from lora_ft import adapters, base, merge, modes, seal
 from lora_ft.errors import AdapterError, ProofError
 from tests import tiny
 
@@ -160,5 +160,5 @@ def _equal_in_plain_peft(run: tiny.Run, quant: str) -> None:
 
 def _logits(run: tiny.Run, model: Any) -> torch.Tensor:
     model.requires_grad_(False)
-    with losses.evaluating(model):
+    with modes.evaluating(model):
         return run.task.score(model, run.task.collate(run.rows)).logits_NV

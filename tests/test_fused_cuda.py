@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from lora_ft import adapters, config, fused, losses, tasks
+from lora_ft import adapters, config, fused, modes, tasks
 from lora_kernels import dispatch, lora
 from tests import fake_gpu, tiny
 from tests.test_fused import on_base
@@ -52,7 +52,7 @@ def test_a_training_step(folders, architecture, quant, dtype, way):
         fake_gpu.move(model)
         learned = adapters.trained(model)
         optimizer = torch.optim.AdamW(learned.values())
-        with losses.mixed_precision(model):
+        with modes.mixed_precision(model):
             logits = model.train()(**{name: fake_gpu.like(value) for name, value in batch.items()}).logits
         fake_gpu.backward(logits.float().logsumexp(dim=-1).sum())
         for name, parameter in learned.items():
@@ -70,7 +70,7 @@ def test_a_tensor_left_on_the_processor_is_seen(folders, monkeypatch):
     with fake_gpu.fake_gpu():
         fake_gpu.move(model)
         batch = torch.ones(2, 5, dtype=torch.long, device="cuda")
-        with losses.mixed_precision(model), pytest.raises(Exception, match="device"):
+        with modes.mixed_precision(model), pytest.raises(Exception, match="device"):
             model(input_ids=batch)
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
 
-from lora_ft import adapters, base, config, generate, losses, metrics, tasks
+from lora_ft import adapters, base, config, generate, losses, metrics, modes, tasks
 from lora_ft.errors import DataError
 from lora_ft.generate import Sampling
 from tests import tiny
@@ -100,7 +100,7 @@ def test_habits_of_the_base_change_no_reply(
     model, tokenizer = load(architecture, adapted)
     asked = prompts(count=4)
     plain = generate.generate(model, tokenizer, asked, sampling=GREEDY)
-    inner = tasks.unwrapped(model)
+    inner = modes.unwrapped(model)
     inner.generation_config.update(**habit)
     assert generate.generate(model, tokenizer, asked, sampling=GREEDY) == plain
     assert all(getattr(inner.generation_config, key) == value for key, value in habit.items())

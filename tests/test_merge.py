@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, config, losses, merge, replies, saved, seal, tasks
+from lora_ft import adapters, base, config, merge, modes, replies, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from lora_ft.weights import Weights
 from tests import tiny
@@ -482,7 +482,7 @@ def test_memory_is_that_of_one_shard_and_not_of_the_model(tmp_path: Path) -> Non
 
 def _logits(run: tiny.Run, model: Any) -> torch.Tensor:
     model.requires_grad_(False)
-    with losses.evaluating(model):
+    with modes.evaluating(model):
         return run.task.score(model, run.task.collate(run.rows)).logits_NV
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, environment, losses, merge, replies, saved, seal, tasks
+from lora_ft import adapters, base, environment, merge, modes, replies, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError
 from tests import tiny
 
@@ -321,7 +321,7 @@ def test_what_is_trained_is_float32_on_a_base_of_16_bits(
         assert adapters.trained(model).keys() == adapters.trained(run.model).keys()
         assert {p.dtype for p in adapters.trained(model).values()} == {torch.float32}
         assert next(p for p in model.parameters() if not p.requires_grad).dtype == torch.bfloat16
-        with losses.evaluating(model):
+        with modes.evaluating(model):
             said.append(run.task.score(model, batch).logits_NV)
     assert torch.equal(*said)
     assert seal.verify(run.folder, device="cpu").passed
@@ -345,7 +345,7 @@ def test_a_small_step_of_a_head_is_not_rounded_away(tmp_path: Path, dtype: str) 
     )  # fmt: skip
     task.tokenizer = loaded.tokenizer
     model = adapters.attach(loaded, adapters.LoraConfig(rank=4), peft_task="SEQ_CLS")
-    with losses.evaluating(model):
+    with modes.evaluating(model):
         assert task.score(model, task.collate(tiny.rows("classify"))).logits_NV.isfinite().all()
     head = next(p for name, p in adapters.trained(model).items() if "classifier" in name and p.ndim == 2)
     torch.nn.init.ones_(head)

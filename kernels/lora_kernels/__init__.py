@@ -7,6 +7,7 @@ twin of each, which says what the operation computes.
 Imports torch, and triton where there is one; knows nothing of models.
 """
 
+from lora_kernels.attention import packed_attention
 from lora_kernels.cross_entropy import linear_cross_entropy
 from lora_kernels.dropout import keep_mask, new_seed
 from lora_kernels.frozen import Frozen
@@ -26,6 +27,7 @@ __all__ = [
     "lora_linear",
     "new_seed",
     "nf4_dequant",
+    "packed_attention",
     "rms_norm_lora",
     "rope",
     "swiglu_lora",

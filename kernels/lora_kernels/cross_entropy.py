@@ -13,6 +13,9 @@ import torch
 from lora_kernels import backend
 from lora_kernels.matmul import matmul_float32
 
+ROWS_IN_CACHE = 16
+"""Rows whose softmax a CPU computes at a time: in float32 those of 49,152 words are 3 MiB."""
+
 FEWEST_ROWS = 256
 """Rows of a chunk, at least: with fewer, reading the weight takes longer than multiplying by it. A product of n rows
 does n operations for each byte of a 16-bit weight; an RTX 3090 can do 76 in the time that it reads one, a 4090 164."""
@@ -106,9 +109,9 @@ def _linear_cross_entropy(
             torch.addmm(bias_V, h_CK, weight_VK.t(), out=logits_CV)
         nll_T[place_C] = _differentiate_logits(rows_CP, words, labels_T[place_C], scale, softcap, need_any)
         if need_h:
-            dh_TK[place_C] = matmul_float32(logits_CV, weight_VK)
+            dh_TK[place_C] = _product(logits_CV, weight_VK)
         if need_weight:
-            dweight_VK += matmul_float32(logits_CV.t(), h_CK)
+            dweight_VK += _product(logits_CV.t(), h_CK)
         if need_bias:
             dbias_V += logits_CV.sum(0, dtype=torch.float32)
     return nll_T.sum(), nll_T, dh_TK, dweight_VK, dbias_V
@@ -125,24 +128,43 @@ def _differentiate_logits(
         from lora_kernels.gpu import cross_entropy
 
         return cross_entropy.differentiate_logits(rows_CP, words, labels_C, scale, softcap, need_gradient)
-    logits_CV = rows_CP[:, :words]
-    z_CV = logits_CV.float()  # the logits themselves where they are float32, so all that follows is in place
+    nll_C = rows_CP.new_empty(len(rows_CP), dtype=torch.float32)
+    for first in range(0, len(rows_CP), ROWS_IN_CACHE):
+        rows = slice(first, first + ROWS_IN_CACHE)
+        nll_C[rows] = _differentiate_rows(rows_CP[rows, :words], labels_C[rows], scale, softcap, need_gradient)
+    return nll_C
+
+
+def _differentiate_rows(
+    logits_CV: torch.Tensor, labels_C: torch.Tensor, scale: float, softcap: float, need_gradient: bool
+) -> torch.Tensor:
+    slope_CV, scaled = None, scale != 1.0 or softcap != 0.0
+    z_CV = logits_CV.float() if scaled else logits_CV
     if scale != 1.0:
-        z_CV *= scale
-    slope_CV = None
+        z_CV = z_CV * scale
     if softcap:
-        z_CV.div_(softcap).tanh_()
+        z_CV = z_CV.div(softcap).tanh_()
         slope_CV = 1 - z_CV.square() if need_gradient else None
         z_CV *= softcap
-    z_CV -= z_CV.amax(1, keepdim=True)
-    z_C1 = z_CV.gather(1, labels_C[:, None])
-    total_C1 = z_CV.exp_().sum(1, keepdim=True)
+    logp_CV = torch.log_softmax(z_CV, 1, dtype=torch.float32)
+    nll_C = -logp_CV.gather(1, labels_C[:, None]).squeeze(1)
     if need_gradient:
-        z_CV.div_(total_C1).scatter_add_(1, labels_C[:, None], torch.full_like(z_C1, -1.0))
+        dz_CV = logp_CV.exp_().scatter_add_(1, labels_C[:, None], logp_CV.new_full((len(labels_C), 1), -1.0))
         if slope_CV is not None:
-            z_CV *= slope_CV
-        torch.mul(z_CV, scale, out=logits_CV)
-    return (total_C1.log() - z_C1).squeeze(1)
+            dz_CV *= slope_CV
+        torch.mul(dz_CV, scale, out=logits_CV)
+    return nll_C
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns left @ right in float32.
+
+    Nothing is rounded on the way but on a CPU that multiplies 16-bit numbers itself, where products come out rounded
+    and one in float32 takes four times as long; what 16 bits have lost of the logits by then is far more.
+    """
+    if left.device.type == "cpu" and left.dtype != torch.float32 and not backend.is_triton(left):
+        return torch.mm(left, right).float()
+    return matmul_float32(left, right)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -5,6 +5,8 @@ M rows of activations, N outputs and K inputs of a weight, R the rank of an adap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lora_kernels.frozen import Frozen
@@ -81,6 +83,30 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
         return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
     return rotated(q), rotated(k)
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """softmax(cap(scale * q k.T)) v, each query among the keys of its example, up to its own and `window` of them."""
+    place = torch.arange(q.shape[1], device=q.device)
+    example = torch.bucketize(place, torch.tensor(bounds[1:], device=q.device), right=True)
+    seen = (example[:, None] == example) & (place <= place[:, None])
+    if window:
+        seen &= place > place[:, None] - window
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    z = q @ k.mT * scale
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    return z.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def linear_cross_entropy(

@@ -93,9 +93,21 @@ class Task:
         """Returns rows padded to one length, with `labels` -100 wherever nothing is scored."""
         raise NotImplementedError
 
+    def end_to_end(self, rows: Sequence[Features]) -> Batch | None:
+        """Returns rows one after the other in a single one without padding; None where the task's cannot share one.
+
+        Only `loss` takes such a batch, of a model in which no example sees another (`lora_ft.attention`).
+        """
+        return None
+
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Returns the logits at the scored positions only, so that those of a whole batch never exist."""
         raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Returns the negative log-likelihood summed over the scored positions of a batch, 0-d float32, to train on."""
+        scores = self.score(model, batch)
+        return nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="sum")
 
 
 def get(name: str, facts: dict[str, Any] | None = None) -> Task:
@@ -124,12 +136,13 @@ def tell_of_cut_rows(task: Task) -> None:
         log.warning("%d rows are longer than data.max-length, %d tokens, and were cut", task.cut_rows, task.max_length)
 
 
+def tokens(batch: Batch) -> int:
+    """Returns how many tokens a batch holds, padding not counted."""
+    mask = batch["attention_mask"]
+    return batch["input_ids"].numel() if mask.ndim == 4 else int(mask.sum())
+
+
 def pad(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Returns rows of token ids as int64 [B, T], the shorter ones filled on the right with `value`."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
-
-
-def unwrapped(model: Any) -> Any:
-    """Returns the transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -6,11 +6,15 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lora_ft import attention
 from lora_ft.data.render import IGNORE
-from lora_ft.tasks import Batch, Features, Scores, Task, pad, unwrapped
+from lora_ft.head import Head, states
+from lora_ft.modes import unwrapped
+from lora_ft.tasks import Batch, Features, Scores, Task, pad
 
 
 class Causal(Task):
@@ -26,6 +30,11 @@ class Causal(Task):
             "labels": pad([row["labels"] for row in rows], IGNORE),
         }
 
+    def end_to_end(self, rows: Sequence[Features]) -> Batch:
+        ids = [torch.tensor(row["input_ids"]) for row in rows]
+        labels = torch.tensor([label for row in rows for label in (IGNORE, *row["labels"][1:])])
+        return {**attention.row(ids), "labels": labels[None]}
+
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         targets_BT = batch["labels"][:, 1:]
         # The head runs only where some row of the batch has a label; the model's own forward does it, so that
@@ -39,6 +48,17 @@ class Causal(Task):
         targets_BK = targets_BT[:, kept_K]
         row_N, column_N = (targets_BK != IGNORE).nonzero(as_tuple=True)
         return Scores(logits_BKV[row_N, column_N], targets_BK[row_N, column_N], row_N)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        inner = unwrapped(model)
+        head = Head.of(inner)
+        if head is None:
+            return super().loss(model, batch)
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        # The state of a token says the next one.
+        targets_BT = batch["labels"][:, 1:]
+        labelled_BT = targets_BT != IGNORE
+        return head.loss(states(inner, inputs)[:, :-1][labelled_BT], targets_BT[labelled_BT])
 
 
 def _keeps_logits(model: Any) -> bool:

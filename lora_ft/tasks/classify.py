@@ -11,7 +11,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from lora_ft.data.formats import Example, Labelled
 from lora_ft.errors import DataError, UnsupportedModelError
-from lora_ft.tasks import Batch, Features, Scores, Task, pad, unwrapped
+from lora_ft.modes import unwrapped
+from lora_ft.tasks import Batch, Features, Scores, Task, pad
 
 
 class Classify(Task):

@@ -10,7 +10,8 @@ from transformers import AutoModelForSeq2SeqLM
 from lora_ft.data.formats import Example, Pair
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError
-from lora_ft.tasks import Batch, Features, Scores, Task, pad, unwrapped
+from lora_ft.modes import unwrapped
+from lora_ft.tasks import Batch, Features, Scores, Task, pad
 
 
 class Seq2Seq(Task):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners import lora
 
-from lora_ft import adapters, config, fused, losses, tasks
+from lora_ft import adapters, config, fused, losses, modes, tasks
 from tests import tiny
 from tests.kernel_ops.accuracy import error
 from tests.test_fused import on_base, plainly
@@ -56,7 +56,7 @@ def fit(task: tasks.Task, model: peft.PeftModel) -> Training:
     curve = []
     for step in range(STEPS):
         start = step * BATCH % len(rows)
-        with losses.mixed_precision(model):
+        with modes.mixed_precision(model):
             nll_B, count_B, _ = losses.row_losses(task, model, task.collate(rows[start : start + BATCH]))
         loss = nll_B.sum() / count_B.sum()
         optimizer.zero_grad()

@@ -1,0 +1,176 @@
+"""Causal attention over examples that lie end to end in one sequence, none of which sees another.
+
+H heads of queries, J heads of keys and values, G = H / J queries to a key, T tokens, D width of a head, S examples;
+within an example a block of Q queries meets L keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from lora_kernels import backend
+from lora_kernels.operators import Operator
+
+BLOCK = 128
+"""Queries in a block. Scores of a block stay in the cache, and keys after it are never multiplied; with smaller blocks
+more time goes into starting products than into them (SmolLM2-135M, 512 tokens, two cores with AVX512-BF16)."""
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Returns softmax(cap(scale * q k.T)) v within each example, [H, T, D] in the dtype of `q`; no T x T mask is made.
+
+    Scores are float32; where `softcap` is not 0 they are softcap * tanh(score / softcap). The backward pass computes
+    them again from q, k and v, which are all that is kept. Grouped heads follow one another, as PyTorch's do.
+
+    Args:
+        q: [H, T, D].
+        k, v: [J, T, D] where J divides H.
+        bounds: Where examples begin, and T: S + 1 numbers, the first of them 0.
+        window: Keys that a query sees, itself the last of them; None for all before it.
+
+    Raises:
+        ValueError: the bounds do not go up from 0 to T.
+    """
+    found = list(bounds)
+    if found[0] != 0 or found[-1] != q.shape[1] or any(a >= b for a, b in pairwise(found)):
+        raise ValueError(f"packed_attention: bounds must go up from 0 to {q.shape[1]}, the tokens; got {found}")
+    return torch.ops.lora_kernels.packed_attention.default(q, k, v, found, scale, window or 0, softcap)
+
+
+def _blocks(bounds: Sequence[int], window: int, device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Yields the queries of each block, the keys that any of them sees, and what hides keys from a query.
+
+    That is float32 [Q, L], -inf where a key comes after the query or before its window, else 0. It is added, as filling
+    by a mask that is the same for all heads takes longer than a product.
+    """
+    for begin, end in pairwise(bounds):
+        for first in range(begin, end, BLOCK):
+            last = min(first + BLOCK, end)
+            start = max(begin, first - window + 1) if window else begin
+            hidden_QL = torch.full((last - first, last - start), -math.inf, device=device)
+            after_QL = hidden_QL.triu(first - start + 1)
+            if window:
+                after_QL += hidden_QL.tril(first - start - window)
+            yield slice(first, last), slice(start, last), after_QL
+
+
+class _Block:
+    """The probabilities of one block, and what it takes to differentiate them."""
+
+    def __init__(
+        self, q_JGQD: torch.Tensor, k_JLD: torch.Tensor, hidden_QL: torch.Tensor, scale: float, softcap: float
+    ) -> None:
+        heads, group, rows, width = q_JGQD.shape
+        self.q_JRD = q_JGQD.reshape(heads, group * rows, width)
+        self.k_JLD, self.scale = k_JLD, scale
+        scores_JRL = torch.bmm(self.q_JRD, k_JLD.transpose(1, 2)).float().mul_(scale)
+        self.slope_JRL: torch.Tensor | None = None
+        if softcap:
+            scores_JRL.div_(softcap).tanh_()
+            self.slope_JRL = 1 - scores_JRL.square()
+            scores_JRL.mul_(softcap)
+        scores_JRL.view(heads, group, rows, -1).add_(hidden_QL)
+        self.p_JRL = torch.softmax(scores_JRL, -1)
+
+    def times(self, v_JLD: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self.p_JRL.to(v_JLD.dtype), v_JLD)
+
+    def gradients(self, do_JRD: torch.Tensor, v_JLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns what the gradient of the block's output gives to its queries, keys and values."""
+        p_JRL = self.p_JRL
+        dv_JLD = torch.bmm(p_JRL.to(v_JLD.dtype).transpose(1, 2), do_JRD)
+        ds_JRL = torch.bmm(do_JRD, v_JLD.transpose(1, 2)).float()
+        ds_JRL = torch.ops.aten._softmax_backward_data(ds_JRL, p_JRL, -1, torch.float32)
+        if self.slope_JRL is not None:
+            ds_JRL.mul_(self.slope_JRL)
+        ds_JRL = ds_JRL.mul_(self.scale).to(v_JLD.dtype)
+        return torch.bmm(ds_JRL, self.k_JLD), torch.bmm(ds_JRL.transpose(1, 2), self.q_JRD), dv_JLD
+
+
+def _in_product_dtype(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields each tensor in the dtype that its device multiplies in, rows side by side."""
+    dtype = backend.product_dtype(tensors[0])
+    for tensor in tensors:
+        yield tensor.to(dtype).contiguous()
+
+
+@Operator
+def _packed_attention(
+    q_HTD: torch.Tensor,
+    k_JTD: torch.Tensor,
+    v_JTD: torch.Tensor,
+    bounds: Sequence[int],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    out_HTD = q_HTD.new_empty(q_HTD.shape)
+    q, k, v = _in_product_dtype(q_HTD, k_JTD, v_JTD)
+    q_JGTD, out_JGTD = (x.view(len(k), -1, *x.shape[1:]) for x in (q, out_HTD))
+    for queries, keys, hidden_QL in _blocks(bounds, window, q.device):
+        block = _Block(q_JGTD[:, :, queries], k[:, keys], hidden_QL, scale, softcap)
+        out_JGTD[:, :, queries] = block.times(v[:, keys]).view_as(out_JGTD[:, :, queries])
+    return out_HTD
+
+
+@_packed_attention.register_fake
+def _(q_HTD: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return q_HTD.new_empty(q_HTD.shape)
+
+
+@Operator
+def _packed_attention_backward(
+    do_HTD: torch.Tensor,
+    q_HTD: torch.Tensor,
+    k_JTD: torch.Tensor,
+    v_JTD: torch.Tensor,
+    bounds: Sequence[int],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    do, q, k, v = _in_product_dtype(do_HTD, q_HTD, k_JTD, v_JTD)
+    dq_HTD = q_HTD.new_empty(q_HTD.shape)
+    # A key is seen from several blocks.
+    dk_JTD, dv_JTD = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
+    q_JGTD, do_JGTD, dq_JGTD = (x.view(len(k), -1, *x.shape[1:]) for x in (q, do, dq_HTD))
+    for queries, keys, hidden_QL in _blocks(bounds, window, q.device):
+        block = _Block(q_JGTD[:, :, queries], k[:, keys], hidden_QL, scale, softcap)
+        dq, dk, dv = block.gradients(do_JGTD[:, :, queries].reshape(block.q_JRD.shape), v[:, keys])
+        dq_JGTD[:, :, queries] = dq.view_as(dq_JGTD[:, :, queries])
+        dk_JTD[:, keys] += dk
+        dv_JTD[:, keys] += dv
+    return dq_HTD, dk_JTD.to(k_JTD.dtype), dv_JTD.to(v_JTD.dtype)
+
+
+@_packed_attention_backward.register_fake
+def _(do_HTD: torch.Tensor, *qkv: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q_HTD, k_JTD, v_JTD = qkv[:3]
+    return q_HTD.new_empty(q_HTD.shape), k_JTD.new_empty(k_JTD.shape), v_JTD.new_empty(v_JTD.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _differentiate(ctx: Any, do_HTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    backward = torch.ops.lora_kernels.packed_attention_backward.default
+    return (*backward(do_HTD, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+
+
+_packed_attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
