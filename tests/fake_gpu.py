@@ -145,7 +145,8 @@ def _call(node: Any, given: dict[int, torch.Tensor]) -> list[torch.Tensor | None
         for i, output in enumerate(outputs):
             if gradients[i] is None:
                 gradients[i] = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
-        return [g for g, needed in zip(node.apply(*gradients), node.needs_input_grad, strict=True) if needed]
+        # One of torch's own answers for each number of a list too, after its tensors.
+        return [g for g, needed in zip(node.apply(*gradients), node.needs_input_grad, strict=False) if needed]
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from transformers import AttentionInterface
 
 from lora_ft import adapters, attention, base, config, modes, tasks
 from lora_ft.head import Head
-from tests import tiny
+from lora_kernels import reference
+from tests import fake_gpu, tiny
 
 SMALL = {"vocab_size": tiny.VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.25}
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -171,3 +172,44 @@ def test_an_adapter_on_a_quantized_base_and_under_autocast(tmp_path: Any) -> Non
     assert loss == pytest.approx(wanted_loss, rel=2e-2)
     off = [float((found[n] - g).norm() / g.norm()) for n, g in wanted.items()]
     assert sorted(off)[len(off) // 2] < 0.1
+
+
+def documented_varlen(q: Any, k: Any, v: Any, begins: Any, _: Any, longest: int, *rest: Any, **options: Any) -> Any:
+    """Computes what the documentation of `torch.nn.attention.varlen.varlen_attn` says, for tensors [T, H, D]."""
+    left, right = options["window_size"]
+    assert right == 0
+    assert options["enable_gqa"]
+    assert begins.dtype == torch.int32
+    assert longest >= int(begins.diff().max())
+    heads = (x.transpose(0, 1) for x in (q, k, v))
+    window = left + 1 if left >= 0 else None
+    return reference.packed_attention(*heads, begins.tolist(), scale=options["scale"], window=window).transpose(0, 1)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_on_a_gpu_the_kernel_of_torch_is_told_the_same(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", documented_varlen)
+    lengths = (4, 9, 1)
+    q, k, v = (torch.randn(1, sum(lengths), heads, 8).transpose(1, 2) for heads in (4, 2, 2))
+    ends = attention.bounds(lengths)
+    wanted, _ = attention._attend(None, q, k, v, ends, scaling=0.3, sliding_window=window)
+    found = attention._on_gpu(q, k, v, ends, 0.3, window)
+    torch.testing.assert_close(found, wanted)
+    assert found.shape == (1, sum(lengths), 4, 8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves run")
+@pytest.mark.filterwarnings("ignore")
+def test_a_packed_step_on_a_gpu_that_is_not_there(tmp_path: Any) -> None:
+    loaded = base.load(str(tiny.model_folder(tmp_path, dtype="bfloat16")), dtype="bfloat16", device="cpu")
+    model = adapters.attach(loaded, config.LoraConfig(rank=4), peft_task="CAUSAL_LM")
+    batch = task().end_to_end(rows())
+    with fake_gpu.fake_gpu(), attention.packed(model):
+        fake_gpu.move(model)
+        inputs = {key: fake_gpu.like(value) for key, value in batch.items() if key != "labels"}
+        with modes.mixed_precision(model):
+            states = modes.unwrapped(model).base_model(**inputs, use_cache=False)[0]
+        fake_gpu.backward(states.float().sum())
+        for name, parameter in adapters.trained(model).items():
+            assert parameter.grad is not None, name
+            assert (parameter.grad.dtype, parameter.grad.device.type) == (torch.float32, "cuda"), name
