@@ -70,41 +70,37 @@ def _empty_gradients(
 def _swiglu_lora_backward(
     dh_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dgate_MN, dup_MN, da_RN = _empty_gradients(dh_MS, gate_MN, up_MN, a_RN)
-    h_MN = None if a_RN is None else gate_MN.new_empty(gate_MN.shape)
     a = None if a_RN is None else a_RN.to(gate_MN.dtype)
     if backend.is_triton(dh_MS):
         from lora_kernels.gpu import swiglu
 
+        dgate_MN, dup_MN = gate_MN.new_empty(gate_MN.shape), gate_MN.new_empty(gate_MN.shape)
+        h_MN = None if a is None else gate_MN.new_empty(gate_MN.shape)
         swiglu.backward_into(dgate_MN, dup_MN, h_MN, dh_MS, gate_MN, up_MN, a)
     else:
-        _backward_on_cpu(dgate_MN, dup_MN, h_MN, dh_MS, gate_MN, up_MN, a)
-    if h_MN is not None:
-        da_RN.copy_(matmul_float32(dh_MS[:, gate_MN.shape[1] :].T, h_MN))
-    return dgate_MN, dup_MN, da_RN
+        dgate_MN, dup_MN, h_MN = _backward_on_cpu(dh_MS, gate_MN, up_MN, a)
+    if a_RN is None or h_MN is None:
+        return dgate_MN, dup_MN, gate_MN.new_empty(0)
+    return dgate_MN, dup_MN, matmul_float32(dh_MS[:, gate_MN.shape[1] :].T, h_MN).to(a_RN.dtype)
 
 
 _swiglu_lora_backward.register_fake(_empty_gradients)
 
 
 def _backward_on_cpu(
-    dgate_MN: torch.Tensor,
-    dup_MN: torch.Tensor,
-    h_MN: torch.Tensor | None,
-    dh_MS: torch.Tensor,
-    gate_MN: torch.Tensor,
-    up_MN: torch.Tensor,
-    a_RN: torch.Tensor | None,
-) -> None:
-    columns = gate_MN.shape[1]
+    dh_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Returns dgate and dup in the dtype of `gate`, and h in float32 where there is an adapter."""
+    columns, dtype = gate_MN.shape[1], gate_MN.dtype
     dh_MN, gate_MN = dh_MS[:, :columns].float(), gate_MN.float()
     if a_RN is not None:
         dh_MN = torch.addmm(dh_MN, dh_MS[:, columns:].float(), a_RN.float())
     silu_MN = torch.nn.functional.silu(gate_MN)
-    torch.mul(dh_MN, silu_MN, out=dup_MN)
-    if h_MN is not None:
-        torch.mul(silu_MN, up_MN, out=h_MN)
-    dgate_MN.copy_(torch.ops.aten.silu_backward(dh_MN * up_MN, gate_MN))
+    dup_MN = (dh_MN * silu_MN).to(dtype)
+    if a_RN is None:
+        return torch.ops.aten.silu_backward(dh_MN * up_MN, gate_MN).to(dtype), dup_MN, None
+    dgate_MN = torch.ops.aten.silu_backward(dh_MN.mul_(up_MN), gate_MN).to(dtype)
+    return dgate_MN, dup_MN, silu_MN.mul_(up_MN)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
