@@ -11,6 +11,7 @@ import torch
 
 from lora_kernels import backend
 from lora_kernels.matmul import matmul_float32
+from lora_kernels.operators import Operator
 
 
 def rms_norm_lora(
@@ -51,7 +52,7 @@ def _empty_outputs(
     return y_MS, h_MK, x_MK.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("lora_kernels::rms_norm_lora", mutates_args=())
+@Operator
 def _rms_norm_lora(
     x_MK: torch.Tensor, residual_MK: torch.Tensor | None, weight_K: torch.Tensor, a_RK: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,7 +105,7 @@ def _empty_gradients(
     return h_MK.new_empty(h_MK.shape), da_RK, weight_K.new_empty(weight_K.shape if want_weight else 0)
 
 
-@torch.library.custom_op("lora_kernels::rms_norm_lora_backward", mutates_args=())
+@Operator
 def _rms_norm_lora_backward(
     dy_MS: torch.Tensor,
     dh_MK: torch.Tensor | None,

@@ -11,6 +11,7 @@ import torch
 
 from lora_kernels import backend
 from lora_kernels.matmul import matmul_float32
+from lora_kernels.operators import Operator
 
 
 def swiglu_lora(gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
@@ -34,7 +35,7 @@ def _empty_output(gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor
     return gate_MN.new_empty((rows, columns + (0 if a_RN is None else a_RN.shape[0])))
 
 
-@torch.library.custom_op("lora_kernels::swiglu_lora", mutates_args=())
+@Operator
 def _swiglu_lora(gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> torch.Tensor:
     h_MS = _empty_output(gate_MN, up_MN, a_RN)
     a_RN = None if a_RN is None else a_RN.to(gate_MN.dtype)
@@ -66,7 +67,7 @@ def _empty_gradients(
     return gate_MN.new_empty(gate_MN.shape), up_MN.new_empty(up_MN.shape), da_RN
 
 
-@torch.library.custom_op("lora_kernels::swiglu_lora_backward", mutates_args=())
+@Operator
 def _swiglu_lora_backward(
     dh_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_kernels
 from lora_kernels import backend, reference
-from tests.kernel_ops.compare import assert_like_its_twin
+from tests.kernel_ops.compare import assert_like_its_twin, outputs_and_gradients
 
 EPS = 1e-5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -120,6 +120,15 @@ def test_master_weights_get_gradients_of_their_own_dtype():
     assert da_wide.dtype == FP32
     assert torch.equal(da_wide.bfloat16(), da)
     assert not torch.equal(da_wide.bfloat16().float(), da_wide)
+
+
+def test_autocast_changes_nothing_inside():
+    tensors = inputs(7, 130, 16, FP32)
+    upstream = [torch.randn(7, 146), torch.randn(7, 130)]
+    plain = outputs_and_gradients(op, tensors, upstream)
+    with torch.autocast(upstream[0].device.type, BF16):
+        inside = outputs_and_gradients(op, tensors, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(inside, plain, strict=True))
 
 
 def test_a_residual_of_another_dtype_is_refused():

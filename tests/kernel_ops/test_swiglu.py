@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora_kernels
 from lora_kernels import backend, reference
-from tests.kernel_ops.compare import assert_like_its_twin
+from tests.kernel_ops.compare import assert_like_its_twin, outputs_and_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # M, N, R, dtype: each off the tile of 16 rows, 128 (in float32 64) columns and 16 to 64 ranks somewhere.
@@ -98,6 +98,14 @@ def test_master_weights_get_gradients_of_their_own_dtype():
     assert da_wide.dtype == FP32
     assert torch.equal(da_wide.bfloat16(), da)
     assert not torch.equal(da_wide.bfloat16().float(), da_wide)
+
+
+def test_autocast_changes_nothing_inside():
+    tensors, upstream = inputs(7, 130, 16, FP32), [torch.randn(7, 146)]
+    plain = outputs_and_gradients(lora_kernels.swiglu_lora, tensors, upstream)
+    with torch.autocast(upstream[0].device.type, BF16):
+        inside = outputs_and_gradients(lora_kernels.swiglu_lora, tensors, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(inside, plain, strict=True))
 
 
 def test_the_operators_keep_the_rules_of_torch_library():
