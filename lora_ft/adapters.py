@@ -15,7 +15,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, set_seed
 
-from lora_ft import environment, fused
+from lora_ft import blocks, environment, fused
 from lora_ft.base import Base
 from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
@@ -89,7 +89,9 @@ def attach(
             raise AdapterError(
                 f"lora.init={config.init} starts linear layers only: leave embeddings out of lora.targets."
             )
+    blocks.compute_whole(model)
     fused.tell(model.get_base_model())
+    blocks.tell(model.get_base_model())
     return model
 
 

@@ -22,6 +22,7 @@ LAYERS = [
     {"environment", "tasks"},
     {"losses", "metrics", "weights"},
     {"fused"},
+    {"blocks"},
     {"adapters"},
     {"saved"},
     {"train", "generate", "progress"},
