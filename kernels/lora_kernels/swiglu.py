@@ -12,6 +12,7 @@ import torch
 from lora_kernels import backend
 from lora_kernels.matmul import matmul_float32
 from lora_kernels.operators import Operator
+from lora_kernels.slabs import row_blocks
 
 
 def swiglu_lora(gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
@@ -52,8 +53,11 @@ _swiglu_lora.register_fake(_empty_output)
 
 
 def _forward_on_cpu(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> None:
+    """Reads gate and up and writes h once: less than torch, which writes silu(gate) in between."""
     columns = gate_MN.shape[1]
-    h_MN = torch.mul(torch.nn.functional.silu(gate_MN.float()), up_MN, out=h_MS[:, :columns])
+    h_MN = h_MS[:, :columns]
+    for rows in row_blocks(*gate_MN.shape):
+        torch.mul(torch.nn.functional.silu(gate_MN[rows].float()), up_MN[rows], out=h_MN[rows])
     if a_RN is not None:
         dtype = backend.product_dtype(h_MN)
         h_MS[:, columns:] = h_MN.to(dtype) @ a_RN.to(dtype).T
@@ -72,36 +76,49 @@ def _swiglu_lora_backward(
     dh_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     a = None if a_RN is None else a_RN.to(gate_MN.dtype)
-    if backend.is_triton(dh_MS):
+    dgate_MN, dup_MN = gate_MN.new_empty(gate_MN.shape), gate_MN.new_empty(gate_MN.shape)
+    if not backend.is_triton(dh_MS):
+        da_RN = _backward_on_cpu(dgate_MN, dup_MN, dh_MS, gate_MN, up_MN, a)
+    else:
         from lora_kernels.gpu import swiglu
 
-        dgate_MN, dup_MN = gate_MN.new_empty(gate_MN.shape), gate_MN.new_empty(gate_MN.shape)
         h_MN = None if a is None else gate_MN.new_empty(gate_MN.shape)
         swiglu.backward_into(dgate_MN, dup_MN, h_MN, dh_MS, gate_MN, up_MN, a)
-    else:
-        dgate_MN, dup_MN, h_MN = _backward_on_cpu(dh_MS, gate_MN, up_MN, a)
-    if a_RN is None or h_MN is None:
+        da_RN = None if h_MN is None else matmul_float32(dh_MS[:, gate_MN.shape[1] :].T, h_MN)
+    if a_RN is None or da_RN is None:
         return dgate_MN, dup_MN, gate_MN.new_empty(0)
-    return dgate_MN, dup_MN, matmul_float32(dh_MS[:, gate_MN.shape[1] :].T, h_MN).to(a_RN.dtype)
+    return dgate_MN, dup_MN, da_RN.to(a_RN.dtype)
 
 
 _swiglu_lora_backward.register_fake(_empty_gradients)
 
 
 def _backward_on_cpu(
-    dh_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Returns dgate and dup in the dtype of `gate`, and h in float32 where there is an adapter."""
-    columns, dtype = gate_MN.shape[1], gate_MN.dtype
-    dh_MN, gate_MN = dh_MS[:, :columns].float(), gate_MN.float()
-    if a_RN is not None:
-        dh_MN = torch.addmm(dh_MN, dh_MS[:, columns:].float(), a_RN.float())
-    silu_MN = torch.nn.functional.silu(gate_MN)
-    dup_MN = (dh_MN * silu_MN).to(dtype)
-    if a_RN is None:
-        return torch.ops.aten.silu_backward(dh_MN * up_MN, gate_MN).to(dtype), dup_MN, None
-    dgate_MN = torch.ops.aten.silu_backward(dh_MN.mul_(up_MN), gate_MN).to(dtype)
-    return dgate_MN, dup_MN, silu_MN.mul_(up_MN)
+    dgate_MN: torch.Tensor,
+    dup_MN: torch.Tensor,
+    dh_MS: torch.Tensor,
+    gate_MN: torch.Tensor,
+    up_MN: torch.Tensor,
+    a_RN: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Writes the gradients of gate and up, and returns that of `a` in float32, None where there is no `a`.
+
+    Reads three matrices and writes two, once each; h is made again, used, and gone.
+    """
+    columns = gate_MN.shape[1]
+    a_RN = None if a_RN is None else a_RN.float()
+    da_RN = None if a_RN is None else torch.zeros_like(a_RN)
+    for rows in row_blocks(*gate_MN.shape):
+        dh_BN, ds_BR = dh_MS[rows, :columns].float(), dh_MS[rows, columns:].float()
+        gate_BN, up_BN = gate_MN[rows].float(), up_MN[rows]
+        if a_RN is not None:
+            dh_BN = torch.addmm(dh_BN, ds_BR, a_RN)
+        silu_BN = torch.nn.functional.silu(gate_BN)
+        torch.mul(dh_BN, silu_BN, out=dup_MN[rows])
+        dgate_MN[rows] = torch.ops.aten.silu_backward(dh_BN * up_BN, gate_BN)
+        if da_RN is not None:
+            da_RN.addmm_(ds_BR.t(), silu_BN.mul_(up_BN))
+    return da_RN
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

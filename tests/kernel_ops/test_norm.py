@@ -87,6 +87,12 @@ def test_only_one_output_may_be_used(used):
     assert_like_its_twin(op, twin, tensors, upstream)
 
 
+@pytest.mark.parametrize("block", [1, 300])
+def test_a_cpu_takes_a_block_of_rows_at_a_time(block, monkeypatch):
+    monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
+    assert_like_its_twin(op, twin, inputs(7, 130, 16, FP32))
+
+
 def test_rows_may_stand_apart():
     x, residual = torch.randn(7, 150).bfloat16()[:, :130], torch.randn(7, 160).bfloat16()[:, :130]
     weight, a = torch.randn(260).bfloat16()[::2], (torch.randn(20, 170) / 11).bfloat16()[:, :130]

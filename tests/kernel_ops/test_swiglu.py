@@ -57,6 +57,12 @@ def test_it_is_what_llama_does_between_its_products():
     torch.testing.assert_close(mlp.down_proj(h), mlp(x))
 
 
+@pytest.mark.parametrize("block", [1, 300])
+def test_a_cpu_takes_a_block_of_rows_at_a_time(block, monkeypatch):
+    monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
+    assert_like_its_twin(lora_kernels.swiglu_lora, reference.swiglu_lora, inputs(7, 130, 16, FP32))
+
+
 def test_rows_may_stand_apart():
     gate, up = torch.randn(7, 150).bfloat16()[:, :130], torch.randn(7, 160).bfloat16()[:, :130]
     a, upstream = (torch.randn(20, 170) / 11).bfloat16()[:, :130], torch.randn(7, 180).bfloat16()[:, :150]
