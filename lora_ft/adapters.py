@@ -11,12 +11,11 @@ from contextlib import contextmanager
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, set_seed
 
-from lora_ft import environment, fused
-from lora_ft.base import Base
+from lora_ft import blocks, environment, fused
+from lora_ft.base import Base, unpacked
 from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
 from lora_ft.weights import Weights, require
@@ -89,7 +88,9 @@ def attach(
             raise AdapterError(
                 f"lora.init={config.init} starts linear layers only: leave embeddings out of lora.targets."
             )
+    blocks.compute_whole(model)
     fused.tell(model.get_base_model())
+    blocks.tell(model.get_base_model())
     return model
 
 
@@ -231,7 +232,8 @@ def _correct_quantization_error(model: peft.PeftModel, base: Base) -> None:
     with weights.opened() as reader, torch.no_grad():
         for name, layer in layers.items():
             whole = reader.original(f"{name}.weight").to(base.device).float()
-            stored = dequantize_module_weight(layer.get_base_layer()).float()
+            packed = layer.get_base_layer().weight
+            stored = unpacked(packed, packed.quant_state).float()
             rank, scaling = layer.r["default"], layer.scaling["default"]
             error = (whole.T if name in weights.transposed else whole) - stored
             # More directions than are kept, for accuracy (Halko et al. 2011, arXiv 0909.4061, section 4.2).

@@ -148,7 +148,7 @@ def refusal(model: Any) -> str | None:
     """Returns why examples cannot share a row in this model, None where it has been seen that they can.
 
     It is run on random tokens: an example after others must be answered as alone, within rounding; and with other
-    tokens before it, to the bit as before.
+    tokens before it as before, to the bit unless the model has experts.
     """
     config = unwrapped(model).config
     layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -167,10 +167,13 @@ def refusal(model: Any) -> str | None:
                 together, beside_others = (_logits(model, **row([*before, last])) for before in (others, changed))
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
             return f"it does not take where examples begin ({str(error).splitlines()[0]})"
-    together, beside_others = together[-len(last) :], beside_others[-len(last) :]
-    if not torch.equal(together, beside_others):
+    together, beside_others = (logits[-len(last) :].float() for logits in (together, beside_others))
+    # Experts multiply the tokens that were sent to them together, and how many those are may round them otherwise.
+    routed = any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    moved = float((together - beside_others).norm() / together.norm())
+    if not moved <= (ROUNDING / 5 if routed else 0.0):
         return "an example sees those before it"
-    off = float((together.float() - alone.float()).norm() / alone.float().norm())
+    off = float((together - alone.float()).norm() / alone.float().norm())
     if not off <= ROUNDING:
         return f"an example is not answered as alone (relative error {off:.2g})"
     return None

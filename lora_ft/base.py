@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 from lora_ft.config import Quant
 from lora_ft.errors import SourceError, UnsupportedModelError
 from lora_ft.sources import Source, resolve
+from lora_kernels import Frozen, nf4_dequant
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +192,14 @@ def keep_weights_in_place(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
 
 
+def unpacked(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    """Returns the numbers [N, K] that a weight packed by bitsandbytes stands for, in the dtype of its `QuantState`.
+
+    Its own `dequantize_4bit` (0.50.2) is wrong without a word where blocks cross rows and the processor has AVX512.
+    """
+    return nf4_dequant(Frozen.of(weight, state), state.dtype)
+
+
 class Dequantized(nn.Linear):
     """The dense stand-in of a 4-bit layer, of the very numbers that the layer would dequantize to."""
 
@@ -202,8 +211,8 @@ class Dequantized(nn.Linear):
     def of(cls, layer: bnb.nn.Linear4bit) -> Dequantized:
         """Returns the stand-in of `layer`, in the dtype that it computes in."""
         dense = cls(layer.in_features, layer.out_features, bias=False, device="meta")
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        dense.weight = nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
+        weight = unpacked(layer.weight, layer.weight.quant_state).to(layer.compute_dtype)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
         dense.bias, dense.compute_dtype = layer.bias, layer.compute_dtype
         return dense.train(layer.training)
 

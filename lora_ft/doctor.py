@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_ft import environment, fused, sources
+from lora_ft import blocks, environment, fused, sources
 from lora_ft.base import choose_dtype
 
 
@@ -30,6 +30,7 @@ def examine() -> dict[str, Any]:
         found["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     found["nf4"] = _nf4_works(device)
     found["kernels"] = fused.implementation(torch.device(device))
+    found["decoder_layers"] = blocks.implementation(torch.device(device))
     found["hub"] = _hub_answers()
     found["cache"] = sorted(p.name for p in (sources.cache_home() / "wheels").glob("*") if p.is_dir())
     found["trackers"] = [name for name in ("tensorboard", "wandb") if _installed(name)]

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -26,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft import tuning
 from lora_ft.base import Dequantized
-from lora_kernels import Frozen, lora_down, lora_linear, new_seed
+from lora_kernels import Frozen, Projection, lora_down, lora_linear, new_seed
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,29 @@ def tell(model: nn.Module) -> None:
 
 def implementation(device: torch.device) -> str:
     """Returns what computes fused layers on a device: the Triton kernels, the CPU form, or PEFT and why."""
-    refusal = _refusal_of(device)
+    refusal = refusal_of_device(device)
     if refusal is not None:
         return f"through PEFT: {refusal}"
     if device.type != "cuda":
         return "fused: CPU form, as there is no GPU"
     major, minor = torch.cuda.get_device_capability(device)
     return f"fused: Triton {importlib.metadata.version('triton')} on sm_{major}{minor}"
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a layer multiplies by as it stands: the frozen weight and the one adapter that is active."""
+
+    projection: Projection
+    a: torch.Tensor
+    """[rank, K]."""
+    dropout: float
+    """0 in evaluation."""
+
+
+def draw_seed(x: torch.Tensor, dropout: float) -> int:
+    """Returns a seed for the mask of `x`. No number can be read from fake tensors, and on them nothing is dropped."""
+    return new_seed() if dropout and not isinstance(x, FakeTensor) else 0
 
 
 class _Fused:
@@ -107,30 +124,37 @@ class _Fused:
             return f"the adapter is made of {type(a).__name__}, {type(b).__name__} and {type(dropout).__name__}"
         if b.bias is not None:
             return "the adapter has a bias"
-        if _is_watched(base) or _is_watched(a) or _is_watched(b) or _is_watched(dropout):
+        if is_watched(base) or is_watched(a) or is_watched(b) or is_watched(dropout):
             return "a hook watches a part of the layer"
-        return _refusal_of(a.weight.device) or self._refusal_of_base(base)
+        return refusal_of_device(a.weight.device) or self._refusal_of_base(base)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Returns what PEFT's `forward` does, in the same dtype; other arguments than `x` are for PEFT alone."""
         if args or kwargs or self.refusal() is not None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        name = next(name for name in self.active_adapters if name in self.lora_A)
-        a, b, dropout = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
-        dtype = self._dtype(x, a, b)
-        if dtype is None:
+        name, a, b, dropout = self.active()
+        dtype = self.product_dtype(x)
+        if dtype is None or x.shape[-1] != a.shape[1] or not x.numel():
             return super().forward(x)  # type: ignore[misc]
-        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        # No number can be read from fake tensors, and on them nothing is dropped.
-        seed = new_seed() if p and not isinstance(x, FakeTensor) else 0
-        return self._compute(x, dtype, a, b, scaling=self.scaling[name], dropout=p, seed=seed)
+        options = {"scaling": self.scaling[name], "dropout": dropout, "seed": draw_seed(x, dropout)}
+        return self._compute(x, dtype, a, b, **options)
 
-    def _dtype(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.dtype | None:
-        """Returns the one dtype in which PEFT would multiply `x`, or None where there is none, having said so once."""
+    def active(self) -> tuple[str, torch.Tensor, torch.Tensor, float]:
+        """Returns the name of the active adapter, its A and B, and what share of its input it drops now."""
+        name = next(name for name in self.active_adapters if name in self.lora_A)
+        dropout = self.lora_dropout[name]
+        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return name, self.lora_A[name].weight, self.lora_B[name].weight, p
+
+    def product_dtype(self, x: torch.Tensor) -> torch.dtype | None:
+        """Returns the one dtype in which PEFT would multiply a tensor of the dtype and device of `x`.
+
+        None where there is none, which is said once, or where PEFT would raise.
+        """
+        _, a, b, _ = self.active()
         autocast = _autocast(x.device)
         base, adapter = self._dtype_of_base(x, autocast), autocast or a.dtype
-        here = x.device == a.device == self.base_layer.weight.device
-        if base is None or not here or x.shape[-1] != a.shape[1] or not x.numel():
+        if base is None or not x.device == a.device == self.base_layer.weight.device:
             return None  # PEFT raises what is to be raised
         alike = base == adapter and (autocast is not None or a.dtype == b.dtype)
         if alike and base in DTYPES and x.dtype in DTYPES and a.dtype in DTYPES and b.dtype in DTYPES:
@@ -175,12 +199,15 @@ class Linear(_Fused, lora.Linear):
     def _dtype_of_base(self, x: torch.Tensor, autocast: torch.dtype | None) -> torch.dtype | None:
         return autocast or (x.dtype if x.dtype == self.base_layer.weight.dtype else None)
 
+    def operands(self) -> Operands:
+        """Returns what the layer multiplies by; there has to be no `refusal`."""
+        weight = self.base_layer.weight
+        return _operands(self, Frozen.of(weight.t() if self.transposed else weight))
+
     def _compute(
         self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        frozen = Frozen.of(weight.t() if self.transposed else weight)
-        return lora_linear(x.to(dtype), frozen, bias, a, b, **options)
+        return lora_linear(x.to(dtype), self.operands().projection.weight, self.base_layer.bias, a, b, **options)
 
 
 class TransposedLinear(Linear):
@@ -212,12 +239,15 @@ class Linear4bit(_Fused, lora.Linear4bit):
     def _dtype_of_base(self, x: torch.Tensor, autocast: torch.dtype | None) -> torch.dtype:
         return self.base_layer.compute_dtype or x.dtype
 
+    def operands(self) -> Operands:
+        """Returns what the layer multiplies by; there has to be no `refusal`."""
+        return _operands(self, Frozen.of(self.base_layer.weight, _quant_state(self.base_layer)))
+
     def _compute(
         self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        base = self.base_layer
-        frozen = Frozen.of(base.weight, _quant_state(base))
-        return lora_linear(x.to(dtype), frozen, base.bias, a, b, **options).to(x.dtype)
+        weight = self.operands().projection.weight
+        return lora_linear(x.to(dtype), weight, self.base_layer.bias, a, b, **options).to(x.dtype)
 
 
 class Linear8bitLt(_Fused, lora.Linear8bitLt):
@@ -243,6 +273,11 @@ class Linear8bitLt(_Fused, lora.Linear8bitLt):
         return y_MN.view(y.shape)
 
 
+def _operands(layer: Linear | Linear4bit, weight: Frozen) -> Operands:
+    name, a, b, dropout = layer.active()
+    return Operands(Projection(weight, layer.base_layer.bias, b, layer.scaling[name]), a, dropout)
+
+
 def _path(layer: Any) -> str:
     if not isinstance(layer, _Fused):
         return f"through PEFT, there is no kernel for {type(layer.get_base_layer()).__name__}"
@@ -251,7 +286,7 @@ def _path(layer: Any) -> str:
 
 
 @functools.cache
-def _refusal_of(device: torch.device) -> str | None:
+def refusal_of_device(device: torch.device) -> str | None:
     """Returns why there are no kernels on a device, or None."""
     if device.type in ("cpu", "meta"):
         return None
@@ -276,7 +311,7 @@ def _quant_state(base: Any) -> Any:
     return getattr(base.weight, "quant_state", None) or base.quant_state
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Returns whether calls of a module are looked at, or replaced: in a fused layer they do not happen."""
     return bool(
         module._forward_pre_hooks

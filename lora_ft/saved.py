@@ -15,7 +15,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, environment, fused, sources, tasks
+from lora_ft import adapters, blocks, environment, fused, sources, tasks
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import Quant, RunConfig, from_yaml
@@ -120,6 +120,7 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     _fill(model, folder)
     model.eval()
     bases.keep_weights_in_place(model)
+    blocks.compute_whole(model)
     return Loaded(folder, base, model, task, config, record)
 
 

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import sources
+from lora_ft.base import unpacked
 from lora_ft.errors import UnsupportedModelError
 
 # What bitsandbytes keeps beside a quantized weight.
@@ -146,7 +147,7 @@ class _Reader:
         if statistics:
             tensors = {short: self._read(full) for short, full in statistics.items()}
             weight = bnb.nn.Params4bit.from_prequantized(stored, tensors, device="cpu")
-            return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            return unpacked(weight, weight.quant_state)
         scale_name = f"{key.removesuffix('weight')}SCB"
         if scale_name not in self.weights.place:
             return stored
@@ -162,7 +163,7 @@ def round_trip(weight_MK: torch.Tensor, quant: str) -> torch.Tensor:
         packed, state = bnb.functional.quantize_4bit(
             weight_MK.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
         )
-        return bnb.functional.dequantize_4bit(packed, state)
+        return unpacked(packed, state)
     # Rows are scaled by their largest absolute value, found in float16 whatever the run computes in.
     rows, scale_M, _ = bnb.functional.int8_vectorwise_quant(weight_MK.contiguous().to(torch.float16))
     return bnb.functional.int8_vectorwise_dequant(rows, scale_M)

@@ -54,6 +54,8 @@ def fake_gpu() -> Iterator[list[str]]:
         # Or `torch.autocast` would switch itself off.
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        # Or each tensor that a checkpointed part kept would have it computed again: to torch no backward pass runs.
+        patch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
         # Values are not there to be looked at.
         patch.setattr(Blocks, "kind", "nf4")
         with FakeTensorMode(shape_env=ShapeEnv()):
@@ -174,7 +176,9 @@ def _checked(body: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[.
 
     def checked(*args: Any) -> Any:
         found, told = body(*args), shapes(*args)
-        for one, other in zip(*(out if isinstance(out, tuple) else (out,) for out in (found, told)), strict=True):
+        for one, other in zip(
+            *(out if isinstance(out, tuple | list) else (out,) for out in (found, told)), strict=True
+        ):
             assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
         return found
 

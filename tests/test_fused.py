@@ -431,7 +431,7 @@ def test_a_device_without_kernels_is_named(device, change, said, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     for name, value in change.items():
         monkeypatch.setattr(name, value)
-    found = fused._refusal_of.__wrapped__(torch.device(device))
+    found = fused.refusal_of_device.__wrapped__(torch.device(device))
     assert found is None if said is None else found.startswith(said)
 
 
@@ -439,9 +439,9 @@ def test_doctor_says_what_computes_here(monkeypatch):
     monkeypatch.setattr(doctor, "_hub_answers", lambda: "answers")
     if not torch.cuda.is_available():
         assert doctor.examine()["kernels"] == "fused: CPU form, as there is no GPU"
-    monkeypatch.setattr(fused, "_refusal_of", lambda device: "triton is not installed")
+    monkeypatch.setattr(fused, "refusal_of_device", lambda device: "triton is not installed")
     assert fused.implementation(torch.device("cuda")) == "through PEFT: triton is not installed"
-    monkeypatch.setattr(fused, "_refusal_of", lambda device: None)
+    monkeypatch.setattr(fused, "refusal_of_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.7.1")
     assert fused.implementation(torch.device("cuda")) == "fused: Triton 3.7.1 on sm_89"

@@ -62,7 +62,8 @@ def test_the_held_out_loss_falls_on_more_rows(file, rows, held_out, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2() -> bases.Base:
-    return bases.load("smollm2-135m")
+    # In 16 bits the likeliest two words can be closer than rounding.
+    return bases.load("smollm2-135m", dtype="float32")
 
 
 def test_the_base_knows_a_capital(smollm2):

@@ -24,6 +24,7 @@ LAYERS = [
     {"environment", "tasks"},
     {"losses", "metrics", "weights"},
     {"fused"},
+    {"blocks"},
     {"adapters"},
     {"saved"},
     {"train", "generate", "progress"},

@@ -49,6 +49,10 @@ _T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),
     "llama-untied": ("LlamaForCausalLM", "LlamaConfig", {**_LLAMA, "tie_word_embeddings": False}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _LLAMA),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 32}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {**_LLAMA, "residual_multiplier": 0.3}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT),
     "openai-gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT),
     "bert": ("BertModel", "BertConfig", _BERT),

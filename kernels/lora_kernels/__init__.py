@@ -11,6 +11,7 @@ from lora_kernels.attention import packed_attention
 from lora_kernels.cross_entropy import linear_cross_entropy
 from lora_kernels.dropout import keep_mask, new_seed
 from lora_kernels.frozen import Frozen
+from lora_kernels.group import Projection, lora_group, stacked
 from lora_kernels.linear import lora_linear
 from lora_kernels.lora import lora_bwd_up, lora_down
 from lora_kernels.nf4 import nf4_dequant
@@ -20,15 +21,18 @@ from lora_kernels.swiglu import swiglu_lora
 
 __all__ = [
     "Frozen",
+    "Projection",
     "keep_mask",
     "linear_cross_entropy",
     "lora_bwd_up",
     "lora_down",
+    "lora_group",
     "lora_linear",
     "new_seed",
     "nf4_dequant",
     "packed_attention",
     "rms_norm_lora",
     "rope",
+    "stacked",
     "swiglu_lora",
 ]

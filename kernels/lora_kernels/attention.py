@@ -168,9 +168,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
     ctx.options = inputs[3:]
 
 
-def _differentiate(ctx: Any, do_HTD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, do_HTD: torch.Tensor) -> tuple[Any, ...]:
     backward = torch.ops.lora_kernels.packed_attention_backward.default
-    return (*backward(do_HTD, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+    bounds, *_ = ctx.options
+    return (*backward(do_HTD, *ctx.saved_tensors, *ctx.options), [None] * len(bounds), None, None, None)
 
 
 _packed_attention.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -59,30 +59,42 @@ def _forward(
     dropout: float,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = backend.product_dtype(x_MK)
-    x_MK, b_RN = x_MK.to(dtype), b_NR.to(dtype).t()
+    x_MK = x_MK.to(backend.product_dtype(x_MK))
     xa_MR = lora.down(x_MK, a_RK, dropout, seed)
-    path = _path(x_MK, weight)
+    return product(x_MK, weight, bias_N, xa_MR, b_NR, scaling), xa_MR
+
+
+def product(
+    x_MK: torch.Tensor,
+    weight: Frozen,
+    bias_N: torch.Tensor | None,
+    xa_MR: torch.Tensor,
+    b_NR: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Returns x @ W.T + bias + scaling * xa @ b.T, [M, N] in the dtype of `x` and `xa`, which can be multiplied."""
+    dtype, b_RN = x_MK.dtype, b_NR.to(x_MK.dtype).t()
+    path = choose_path(x_MK, weight)
     if path == "triton_4bit":
         from lora_kernels.gpu import nf4_linear
 
-        return nf4_linear.adapted_product(x_MK, weight, xa_MR, b_RN, bias_N, scaling, forward=True), xa_MR
+        return nf4_linear.adapted_product(x_MK, weight, xa_MR, b_RN, bias_N, scaling, forward=True)
     if path == "triton":
         from lora_kernels.gpu import linear
 
-        return linear.adapted_product(x_MK, dense(weight, dtype).t(), xa_MR, b_RN, bias_N, scaling), xa_MR
+        return linear.adapted_product(x_MK, dense(weight, dtype).t(), xa_MR, b_RN, bias_N, scaling)
     bias_N = None if bias_N is None else bias_N.to(dtype)
     if path == "gemm_4bit":
-        return _gemm_4bit(x_MK, weight, bias_N).addmm_(xa_MR, b_RN, alpha=scaling), xa_MR
+        return _gemm_4bit(x_MK, weight, bias_N).addmm_(xa_MR, b_RN, alpha=scaling)
     # The narrow product first: then the wide one reads and rounds it, instead of being read and rounded again itself.
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
     if bias_N is None:
         y_MN.addmm_(xa_MR, b_RN, beta=0, alpha=scaling)
     else:
         torch.addmm(bias_N, xa_MR, b_RN, alpha=scaling, out=y_MN)
-    for rows, w in _parts(weight, dtype, x_MK):
+    for rows, w in parts(weight, dtype, x_MK):
         y_MN[:, rows].addmm_(x_MK, w.t())
-    return y_MN, xa_MR
+    return y_MN
 
 
 def _backward(
@@ -103,13 +115,13 @@ def _backward(
         # The gradient of a sum: one copy here, or one in each of the three products below.
         dy_MN = dy_MN.contiguous()
     ds_MR, db_NR = lora.up_backward(dy_MN, b_NR, xa_MR, scaling)
-    path = _path(x_MK, weight)
+    path = choose_path(x_MK, weight)
     fused = need_dx and path in ("triton", "triton_4bit")
     dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx and not fused)
     if fused:
         dx_MK = _fused_dx(path, dy_MN, weight, ds_MR, a_RK.to(dtype), dropout, seed)
     elif dx_MK is not None:
-        for rows, w in _parts(weight, dtype, x_MK):
+        for rows, w in parts(weight, dtype, x_MK):
             dx_MK.addmm_(dy_MN[:, rows], w)
     return dx_MK, da_RK, db_NR
 
@@ -132,14 +144,14 @@ def _fused_dx(
     return product(ds_MR, a_RK, None, 1.0, dropout=dropout, seed=seed)
 
 
-def _parts(weight: Frozen, dtype: torch.dtype, x_MK: torch.Tensor) -> Iterable[tuple[slice, torch.Tensor]]:
+def parts(weight: Frozen, dtype: torch.dtype, x_MK: torch.Tensor) -> Iterable[tuple[slice, torch.Tensor]]:
     """Returns rows of the weight and what they are in `dtype`: all of them on a GPU, a slab at a time on a CPU."""
     if backend.is_triton(x_MK):
         return [(slice(0, weight.shape[0]), dense(weight, dtype))]
     return dense_slabs(weight, dtype)
 
 
-def _path(x_MK: torch.Tensor, weight: Frozen) -> Path:
+def choose_path(x_MK: torch.Tensor, weight: Frozen) -> Path:
     """Returns the way chosen for these rows, or `dequant` where the weight is not one that it takes."""
     if not backend.is_triton(x_MK):
         return "dequant"

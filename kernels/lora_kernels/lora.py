@@ -43,10 +43,8 @@ def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> t
 
         return lora.down(x_MK, a_RK.to(x_MK.dtype), dropout, seed)
     dtype = backend.product_dtype(x_MK)
-    x_MK, a_RK = x_MK.to(dtype), a_RK.to(dtype)
-    if not dropout:
-        return torch.mm(x_MK, a_RK.t())
-    return torch.mm(ones_and_zeros(x_MK, dropout, seed).mul_(x_MK), a_RK.t()).mul_(1 / (1 - dropout))
+    x_MK, a_RK = x_MK.to(dtype), _scaled(a_RK, 1 / (1 - dropout), dtype)
+    return torch.mm(ones_and_zeros(x_MK, dropout, seed).mul_(x_MK) if dropout else x_MK, a_RK.t())
 
 
 def up_backward(
@@ -58,31 +56,36 @@ def up_backward(
 
         return lora.up_backward(dy_MN, b_NR.to(dy_MN.dtype), xa_MR, scaling)
     dtype = backend.product_dtype(dy_MN)
-    dy_MN, sxa_MR = dy_MN.to(dtype), xa_MR.to(dtype) * scaling
+    dy_MN, xa_MR = dy_MN.to(dtype), xa_MR.to(dtype)
     ds_MR = torch.mm(dy_MN, b_NR.to(dtype)).mul_(scaling)
     if len(dy_MN) < MANY:
-        return ds_MR, torch.mm(dy_MN.t(), sxa_MR).to(torch.float32)
-    return ds_MR, torch.mm(sxa_MR.t(), dy_MN).to(torch.float32).t().contiguous()
+        return ds_MR, torch.mm(dy_MN.t(), xa_MR).to(torch.float32).mul_(scaling)
+    return ds_MR, torch.mm(xa_MR.t(), dy_MN).to(torch.float32).mul_(scaling).t().contiguous()
 
 
 def down_backward(
     ds_MR: torch.Tensor, x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int, need_dx: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Returns dropout(ds @ a), [M, K] in the dtype of `ds`, and ds.T @ dropout(x), [R, K] float32."""
-    a_RK = a_RK.to(ds_MR.dtype)
     if backend.is_triton(x_MK):
         from lora_kernels.gpu import lora
 
+        a_RK = a_RK.to(ds_MR.dtype)
         dx_MK = lora.down_input_gradient(ds_MR, a_RK, dropout, seed) if need_dx else None
         return dx_MK, lora.down_weight_gradient(ds_MR, x_MK, dropout, seed)
-    x_MK, mask_MK = x_MK.to(ds_MR.dtype), None
+    x_MK, scale, mask_MK = x_MK.to(ds_MR.dtype), 1 / (1 - dropout), None
     if dropout:
         mask_MK = ones_and_zeros(x_MK, dropout, seed)
-        ds_MR, x_MK = ds_MR * (1 / (1 - dropout)), x_MK * mask_MK
-    dx_MK = torch.mm(ds_MR, a_RK) if need_dx else None
+        x_MK = x_MK * mask_MK
+    dx_MK = torch.mm(ds_MR, _scaled(a_RK, scale, ds_MR.dtype)) if need_dx else None
     if dx_MK is not None and mask_MK is not None:
         dx_MK.mul_(mask_MK)
-    return dx_MK, torch.mm(ds_MR.t(), x_MK).to(torch.float32)
+    return dx_MK, torch.mm(ds_MR.t(), x_MK).to(torch.float32).mul_(scale)
+
+
+def _scaled(narrow: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the matrix of an adapter times `scale`, rounded once."""
+    return narrow.to(dtype) if scale == 1.0 else narrow.to(torch.float32).mul(scale).to(dtype)
 
 
 @Operator

@@ -11,6 +11,8 @@ import torch
 
 from lora_kernels import backend
 from lora_kernels.matmul import matmul_float32
+from lora_kernels.operators import Operator
+from lora_kernels.slabs import row_blocks
 
 
 def rms_norm_lora(
@@ -51,7 +53,7 @@ def _empty_outputs(
     return y_MS, h_MK, x_MK.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op("lora_kernels::rms_norm_lora", mutates_args=())
+@Operator
 def _rms_norm_lora(
     x_MK: torch.Tensor, residual_MK: torch.Tensor | None, weight_K: torch.Tensor, a_RK: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,14 +81,17 @@ def _forward_on_cpu(
     a_RK: torch.Tensor | None,
     eps: float,
 ) -> None:
-    h_MK = x_MK if residual_MK is None else torch.add(x_MK, residual_MK, out=h_MK)
-    wide_MK, columns = h_MK.float(), h_MK.shape[1]
-    # As LlamaRMSNorm computes it, so that not one bit differs.
-    torch.rsqrt(wide_MK.pow(2).mean(-1) + eps, out=rstd_M)
-    y_MK = torch.mul((wide_MK * rstd_M[:, None]).to(h_MK.dtype), weight_K, out=y_MS[:, :columns])
+    h_MK, columns = x_MK if residual_MK is None else h_MK, x_MK.shape[1]
+    for rows in row_blocks(*x_MK.shape):
+        if residual_MK is not None:
+            torch.add(x_MK[rows], residual_MK[rows], out=h_MK[rows])
+        # As LlamaRMSNorm computes it, so that not one bit differs.
+        wide_BK = h_MK[rows].float()
+        rstd_B = torch.rsqrt(wide_BK.pow(2).mean(-1) + eps, out=rstd_M[rows])
+        torch.mul((wide_BK * rstd_B[:, None]).to(h_MK.dtype), weight_K, out=y_MS[rows, :columns])
     if a_RK is not None:
-        dtype = backend.product_dtype(y_MK)
-        y_MS[:, columns:] = y_MK.to(dtype) @ a_RK.to(dtype).T
+        dtype = backend.product_dtype(y_MS)
+        y_MS[:, columns:] = y_MS[:, :columns].to(dtype) @ a_RK.to(dtype).T
 
 
 def _empty_gradients(
@@ -104,7 +109,7 @@ def _empty_gradients(
     return h_MK.new_empty(h_MK.shape), da_RK, weight_K.new_empty(weight_K.shape if want_weight else 0)
 
 
-@torch.library.custom_op("lora_kernels::rms_norm_lora_backward", mutates_args=())
+@Operator
 def _rms_norm_lora_backward(
     dy_MS: torch.Tensor,
     dh_MK: torch.Tensor | None,
@@ -143,17 +148,22 @@ def _backward_on_cpu(
     want_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     columns = h_MK.shape[1]
-    dy_MK = dy_MS[:, :columns].float()
-    if a_RK is not None:
-        dy_MK = torch.addmm(dy_MK, dy_MS[:, columns:].float(), a_RK.float())
-    unit_MK = h_MK.float() * rstd_M[:, None]
-    dweight_K = (dy_MK * unit_MK).sum(0) if want_weight else rstd_M.new_empty(0)
-    dx_MK = dy_MK * weight_K
-    mean_M1 = torch.linalg.vecdot(dx_MK, unit_MK)[:, None] / columns
-    dx_MK.addcmul_(unit_MK, mean_M1, value=-1).mul_(rstd_M[:, None])
-    if dh_MK is not None:
-        dx_MK += dh_MK
-    return dx_MK.to(h_MK.dtype), dweight_K
+    a_RK, dx_MK = None if a_RK is None else a_RK.float(), h_MK.new_empty(h_MK.shape)
+    dweight_K = rstd_M.new_zeros(columns if want_weight else 0)
+    for rows in row_blocks(*h_MK.shape):
+        dy_BK, rstd_B1 = dy_MS[rows, :columns].float(), rstd_M[rows, None]
+        if a_RK is not None:
+            dy_BK = torch.addmm(dy_BK, dy_MS[rows, columns:].float(), a_RK)
+        unit_BK = h_MK[rows].float() * rstd_B1
+        if want_weight:
+            dweight_K += (dy_BK * unit_BK).sum(0)
+        dx_BK = dy_BK * weight_K
+        mean_B1 = torch.linalg.vecdot(dx_BK, unit_BK)[:, None] / columns
+        dx_BK.addcmul_(unit_BK, mean_B1, value=-1).mul_(rstd_B1)
+        if dh_MK is not None:
+            dx_BK += dh_MK[rows]
+        dx_MK[rows] = dx_BK
+    return dx_MK, dweight_K
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

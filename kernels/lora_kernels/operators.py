@@ -6,7 +6,8 @@ seventeen of `lora_linear`, that is longer than multiplying one row by a small w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ _library = torch.library.Library("lora_kernels", "FRAGMENT")
 class Operator:
     """An operator that changes none of its inputs, registered as by `torch.library.custom_op` and with its methods.
 
-    Its first argument is a tensor. It computes in the dtypes it is given, inside autocast as outside.
+    Its first argument is a tensor. Others may be lists; their gradients are lists of the same lengths. What it gives is
+    a tensor, a tuple of them, or a list. It computes in the dtypes it is given, inside autocast as outside.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._name, self._function = function.__name__.lstrip("_"), function
         self._differentiable: type[torch.autograd.Function] | None = None
         schema = torch.library.infer_schema(function, mutates_args=())
+        arguments, _, result = schema.partition(" -> ")
+        self._takes_lists, self._gives_list = "[]" in arguments, result == "Tensor[]"
         _library.define(self._name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self._name, self._compute, "CompositeExplicitAutograd")
         _library.impl(self._name, self._record, "Autograd")
@@ -40,24 +44,31 @@ class Operator:
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *inputs: Any) -> Any:
+            def forward(ctx: Any, *spread: Any) -> Any:
+                *inputs, ctx.lengths = spread
+                inputs = inputs if ctx.lengths is None else _gathered(inputs, ctx.lengths)
                 output = below_autograd(*inputs)
-                setup_context(ctx, inputs, output)
-                return output
+                setup_context(ctx, tuple(inputs), output)
+                return tuple(output) if isinstance(output, list) else output
 
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:
-                return backward(ctx, *gradients)
+                found = backward(ctx, *gradients)
+                return (*(found if ctx.lengths is None else _spread(found)), None)
 
         self._differentiable = Differentiable
 
     def _record(self, *inputs: Any) -> Any:
-        wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        spread = _spread(inputs) if self._takes_lists else inputs
+        wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in spread)
         if not wanted:
             return self._below_autograd(*inputs)
         if self._differentiable is None:
             raise NotImplementedError(f"lora_kernels::{self._name} has no gradient, nor its caller a second one.")
-        return self._differentiable.apply(*inputs)
+        # A function of autograd sees no tensor inside a list.
+        lengths = [len(x) if isinstance(x, list) else None for x in inputs] if self._takes_lists else None
+        output = self._differentiable.apply(*spread, lengths)
+        return list(output) if self._gives_list else output
 
     def _below_autograd(self, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -69,3 +80,14 @@ class Operator:
             return self._function(*inputs)
         with torch.autocast(device, enabled=False):
             return self._function(*inputs)
+
+
+def _spread(inputs: Sequence[Any]) -> list[Any]:
+    """Returns the inputs with those of a list one by one."""
+    return [part for x in inputs for part in (x if isinstance(x, list) else (x,))]
+
+
+def _gathered(spread: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    """Returns what `_spread` was given; `lengths` holds those of the lists, and None for what was none."""
+    rest = iter(spread)
+    return [next(rest) if length is None else list(itertools.islice(rest, length)) for length in lengths]

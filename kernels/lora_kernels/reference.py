@@ -58,6 +58,27 @@ def lora_linear(
     return y_MN if bias_N is None else y_MN + bias_N
 
 
+def lora_group(
+    x: torch.Tensor,
+    a_RK: torch.Tensor | None,
+    layers: Sequence[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, float]],
+    dropout: float = 0.0,
+    keep_MK: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """y = x @ w.T + bias + scaling * xa @ b.T for each w, bias, b and scaling, where xa is its columns of x @ a.T."""
+    columns = layers[0][0].shape[1]
+    x_MK, xa_MR = x[:, :columns], x[:, columns:]
+    if a_RK is not None:
+        xa_MR = lora_down(x_MK, a_RK, dropout, keep_MK)
+    outputs, first = [], 0
+    for w_NK, bias_N, b_NR, scaling in layers:
+        rank = b_NR.shape[1]
+        y_MN = x_MK @ w_NK.T + scaling * xa_MR[:, first : first + rank] @ b_NR.T
+        outputs.append(y_MN if bias_N is None else y_MN + bias_N)
+        first += rank
+    return outputs
+
+
 def rms_norm_lora(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, a: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

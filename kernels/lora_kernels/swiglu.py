@@ -11,6 +11,8 @@ import torch
 
 from lora_kernels import backend
 from lora_kernels.matmul import matmul_float32
+from lora_kernels.operators import Operator
+from lora_kernels.slabs import row_blocks
 
 
 def swiglu_lora(gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor | None) -> torch.Tensor:
@@ -34,7 +36,7 @@ def _empty_output(gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor
     return gate_MN.new_empty((rows, columns + (0 if a_RN is None else a_RN.shape[0])))
 
 
-@torch.library.custom_op("lora_kernels::swiglu_lora", mutates_args=())
+@Operator
 def _swiglu_lora(gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> torch.Tensor:
     h_MS = _empty_output(gate_MN, up_MN, a_RN)
     a_RN = None if a_RN is None else a_RN.to(gate_MN.dtype)
@@ -51,8 +53,11 @@ _swiglu_lora.register_fake(_empty_output)
 
 
 def _forward_on_cpu(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> None:
+    """Reads gate and up and writes h once: less than torch, which writes silu(gate) in between."""
     columns = gate_MN.shape[1]
-    h_MN = torch.mul(torch.nn.functional.silu(gate_MN.float()), up_MN, out=h_MS[:, :columns])
+    h_MN = h_MS[:, :columns]
+    for rows in row_blocks(*gate_MN.shape):
+        torch.mul(torch.nn.functional.silu(gate_MN[rows].float()), up_MN[rows], out=h_MN[rows])
     if a_RN is not None:
         dtype = backend.product_dtype(h_MN)
         h_MS[:, columns:] = h_MN.to(dtype) @ a_RN.to(dtype).T
@@ -66,22 +71,23 @@ def _empty_gradients(
     return gate_MN.new_empty(gate_MN.shape), up_MN.new_empty(up_MN.shape), da_RN
 
 
-@torch.library.custom_op("lora_kernels::swiglu_lora_backward", mutates_args=())
+@Operator
 def _swiglu_lora_backward(
     dh_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dgate_MN, dup_MN, da_RN = _empty_gradients(dh_MS, gate_MN, up_MN, a_RN)
-    h_MN = None if a_RN is None else gate_MN.new_empty(gate_MN.shape)
     a = None if a_RN is None else a_RN.to(gate_MN.dtype)
-    if backend.is_triton(dh_MS):
+    dgate_MN, dup_MN = gate_MN.new_empty(gate_MN.shape), gate_MN.new_empty(gate_MN.shape)
+    if not backend.is_triton(dh_MS):
+        da_RN = _backward_on_cpu(dgate_MN, dup_MN, dh_MS, gate_MN, up_MN, a)
+    else:
         from lora_kernels.gpu import swiglu
 
+        h_MN = None if a is None else gate_MN.new_empty(gate_MN.shape)
         swiglu.backward_into(dgate_MN, dup_MN, h_MN, dh_MS, gate_MN, up_MN, a)
-    else:
-        _backward_on_cpu(dgate_MN, dup_MN, h_MN, dh_MS, gate_MN, up_MN, a)
-    if h_MN is not None:
-        da_RN.copy_(matmul_float32(dh_MS[:, gate_MN.shape[1] :].T, h_MN))
-    return dgate_MN, dup_MN, da_RN
+        da_RN = None if h_MN is None else matmul_float32(dh_MS[:, gate_MN.shape[1] :].T, h_MN)
+    if a_RN is None or da_RN is None:
+        return dgate_MN, dup_MN, gate_MN.new_empty(0)
+    return dgate_MN, dup_MN, da_RN.to(a_RN.dtype)
 
 
 _swiglu_lora_backward.register_fake(_empty_gradients)
@@ -90,21 +96,29 @@ _swiglu_lora_backward.register_fake(_empty_gradients)
 def _backward_on_cpu(
     dgate_MN: torch.Tensor,
     dup_MN: torch.Tensor,
-    h_MN: torch.Tensor | None,
     dh_MS: torch.Tensor,
     gate_MN: torch.Tensor,
     up_MN: torch.Tensor,
     a_RN: torch.Tensor | None,
-) -> None:
+) -> torch.Tensor | None:
+    """Writes the gradients of gate and up, and returns that of `a` in float32, None where there is no `a`.
+
+    Reads three matrices and writes two, once each; h is made again, used, and gone.
+    """
     columns = gate_MN.shape[1]
-    dh_MN, gate_MN = dh_MS[:, :columns].float(), gate_MN.float()
-    if a_RN is not None:
-        dh_MN = torch.addmm(dh_MN, dh_MS[:, columns:].float(), a_RN.float())
-    silu_MN = torch.nn.functional.silu(gate_MN)
-    torch.mul(dh_MN, silu_MN, out=dup_MN)
-    if h_MN is not None:
-        torch.mul(silu_MN, up_MN, out=h_MN)
-    dgate_MN.copy_(torch.ops.aten.silu_backward(dh_MN * up_MN, gate_MN))
+    a_RN = None if a_RN is None else a_RN.float()
+    da_RN = None if a_RN is None else torch.zeros_like(a_RN)
+    for rows in row_blocks(*gate_MN.shape):
+        dh_BN, ds_BR = dh_MS[rows, :columns].float(), dh_MS[rows, columns:].float()
+        gate_BN, up_BN = gate_MN[rows].float(), up_MN[rows]
+        if a_RN is not None:
+            dh_BN = torch.addmm(dh_BN, ds_BR, a_RN)
+        silu_BN = torch.nn.functional.silu(gate_BN)
+        torch.mul(dh_BN, silu_BN, out=dup_MN[rows])
+        dgate_MN[rows] = torch.ops.aten.silu_backward(dh_BN * up_BN, gate_BN)
+        if da_RN is not None:
+            da_RN.addmm_(ds_BR.t(), silu_BN.mul_(up_BN))
+    return da_RN
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A hundred steps with fused layers end where a hundred steps with PEFT's own layers do."""
+"""A hundred steps with fused layers, whole decoder layers where there are some, end where PEFT's own layers do."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners import lora
 
-from lora_ft import adapters, config, fused, losses, modes, tasks
+from lora_ft import adapters, blocks, config, fused, losses, modes, tasks
 from tests import tiny
 from tests.kernel_ops.accuracy import error
 from tests.test_fused import on_base, plainly
@@ -16,6 +16,7 @@ from tests.test_fused import on_base, plainly
 STEPS, BATCH = 100, 6
 MODELS = {
     "llama": ("nf4", {}),
+    "qwen3": ("none", {}),
     # Without the dropout that these draw: in another dtype it would draw another mask.
     "gpt2": ("none", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "bert": ("none", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
@@ -44,6 +45,8 @@ def train(request, tmp_path_factory) -> Callable[[bool, str], Training]:
         layers = [module for module in model.modules() if isinstance(module, lora.LoraLayer)]
         assert layers
         assert all(isinstance(layer, fused._Fused) == ours for layer in layers)
+        whole = ours and name in blocks.FAMILIES
+        assert (set(blocks.paths(model)) == {"whole"}) == whole
         return fit(task, model)
 
     return run

@@ -56,6 +56,15 @@ def test_the_cpu_form_writes_the_same_bits():
     assert torch.equal(lora_kernels.nf4_dequant(weight, torch.float32), wanted)
 
 
+@pytest.mark.parametrize(("shape", "blocksize"), [((64, 96), 64), ((128, 32), 64), ((5, 192), 128), ((96, 64), 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpu_form_is_right_where_blocks_cross_rows(shape, blocksize, dtype):
+    """On processors with AVX512, bitsandbytes 0.50.2 is not."""
+    packed, state = bnb.quantize_4bit(torch.randn(shape), quant_type="nf4", blocksize=blocksize)
+    weight = Frozen.of(packed, state)
+    assert torch.equal(lora_kernels.nf4_dequant(weight, dtype), reference.nf4_dequant(weight, dtype))
+
+
 def test_a_dense_weight_is_refused():
     with pytest.raises(ValueError, match="dense already"):
         lora_kernels.nf4_dequant(Frozen.of(torch.ones(2, 2)), torch.float32)

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_kernels
 from lora_kernels import backend, reference
-from tests.kernel_ops.compare import assert_like_its_twin
+from tests.kernel_ops.compare import assert_like_its_twin, outputs_and_gradients
 
 EPS = 1e-5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -87,6 +87,12 @@ def test_only_one_output_may_be_used(used):
     assert_like_its_twin(op, twin, tensors, upstream)
 
 
+@pytest.mark.parametrize("block", [1, 300])
+def test_a_cpu_takes_a_block_of_rows_at_a_time(block, monkeypatch):
+    monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
+    assert_like_its_twin(op, twin, inputs(7, 130, 16, FP32))
+
+
 def test_rows_may_stand_apart():
     x, residual = torch.randn(7, 150).bfloat16()[:, :130], torch.randn(7, 160).bfloat16()[:, :130]
     weight, a = torch.randn(260).bfloat16()[::2], (torch.randn(20, 170) / 11).bfloat16()[:, :130]
@@ -120,6 +126,15 @@ def test_master_weights_get_gradients_of_their_own_dtype():
     assert da_wide.dtype == FP32
     assert torch.equal(da_wide.bfloat16(), da)
     assert not torch.equal(da_wide.bfloat16().float(), da_wide)
+
+
+def test_autocast_changes_nothing_inside():
+    tensors = inputs(7, 130, 16, FP32)
+    upstream = [torch.randn(7, 146), torch.randn(7, 130)]
+    plain = outputs_and_gradients(op, tensors, upstream)
+    with torch.autocast(upstream[0].device.type, BF16):
+        inside = outputs_and_gradients(op, tensors, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(inside, plain, strict=True))
 
 
 def test_a_residual_of_another_dtype_is_refused():

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora_kernels
 from lora_kernels import backend, reference
-from tests.kernel_ops.compare import assert_like_its_twin
+from tests.kernel_ops.compare import assert_like_its_twin, outputs_and_gradients
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # M, N, R, dtype: each off the tile of 16 rows, 128 (in float32 64) columns and 16 to 64 ranks somewhere.
@@ -57,6 +57,12 @@ def test_it_is_what_llama_does_between_its_products():
     torch.testing.assert_close(mlp.down_proj(h), mlp(x))
 
 
+@pytest.mark.parametrize("block", [1, 300])
+def test_a_cpu_takes_a_block_of_rows_at_a_time(block, monkeypatch):
+    monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
+    assert_like_its_twin(lora_kernels.swiglu_lora, reference.swiglu_lora, inputs(7, 130, 16, FP32))
+
+
 def test_rows_may_stand_apart():
     gate, up = torch.randn(7, 150).bfloat16()[:, :130], torch.randn(7, 160).bfloat16()[:, :130]
     a, upstream = (torch.randn(20, 170) / 11).bfloat16()[:, :130], torch.randn(7, 180).bfloat16()[:, :150]
@@ -98,6 +104,14 @@ def test_master_weights_get_gradients_of_their_own_dtype():
     assert da_wide.dtype == FP32
     assert torch.equal(da_wide.bfloat16(), da)
     assert not torch.equal(da_wide.bfloat16().float(), da_wide)
+
+
+def test_autocast_changes_nothing_inside():
+    tensors, upstream = inputs(7, 130, 16, FP32), [torch.randn(7, 146)]
+    plain = outputs_and_gradients(lora_kernels.swiglu_lora, tensors, upstream)
+    with torch.autocast(upstream[0].device.type, BF16):
+        inside = outputs_and_gradients(lora_kernels.swiglu_lora, tensors, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(inside, plain, strict=True))
 
 
 def test_the_operators_keep_the_rules_of_torch_library():
