@@ -83,6 +83,24 @@ def operations() -> tuple[Operation, ...]:
         Pass(2 * x + narrow, 2 * M * K * R),
         Pass(x + narrow, 2 * M * K * R),
     )
+    # Queries, keys and values of Llama-3-8B, with x @ a.T brought by the norm: each weight is multiplied, and written,
+    # with its adapter behind it. Backward their gradients are put side by side first.
+    ranks, outputs = 3 * R, N + N // 4 + N // 4
+    wide, tails, qkv = 2 * M * (K + ranks), 2 * R * outputs, 2 * M * outputs
+    grouped = tuple(
+        step
+        for n in (N, N // 4, N // 4)
+        for step in (
+            Pass(PACKED * n * K + 2 * n * (K + ranks)),
+            Pass(wide + 2 * n * (K + ranks) + 2 * M * n, 2 * M * n * (K + ranks)),
+        )
+    )
+    grouped_back = (
+        Pass((PACKED + 2) * outputs * K),
+        Pass(qkv + tails + 3 * 2 * narrow + 2 * 4 * (M // 128) * outputs * R, 4 * M * outputs * R),
+        Pass(2 * qkv),
+        Pass(qkv + 2 * outputs * K + x, 2 * M * outputs * K),
+    )
     chunk = 2 * M * V
     loss = (Pass(x + 2 * V * K + chunk, 2 * M * V * K), Pass(3 * chunk), Pass(chunk + 2 * V * K + x, 2 * M * V * K))
     return (
@@ -91,6 +109,8 @@ def operations() -> tuple[Operation, ...]:
         Operation("lora_bwd_up", y + 2 * N * R + 2 * narrow + 4 * N * R, (backward[1],)),
         Operation("lora_linear, forward", packed + x + y + adapter, forward),
         Operation("lora_linear, backward", packed + y + 2 * x + 2 * adapter, backward),
+        Operation("lora_group of q, k, v, forward", PACKED * outputs * K + wide + tails + qkv, grouped),
+        Operation("lora_group of q, k, v, backward", PACKED * outputs * K + wide + 2 * tails + qkv, grouped_back),
         Operation("rms_norm_lora", 2 * x + 2 * R * K + narrow, (Pass(3 * x + 2 * R * K + narrow, 2 * M * K * R),)),
         Operation("swiglu_lora", 3 * y + 2 * R * N + narrow, (Pass(3 * y + 2 * R * N + narrow, 2 * M * N * R),)),
         Operation("rope", 2 * (x + x // 4), (Pass(2 * (x + x // 4)),)),

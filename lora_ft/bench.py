@@ -21,10 +21,12 @@ from lora_ft import base as bases
 from lora_ft import fused, tuning
 from lora_kernels import (
     Frozen,
+    Projection,
     dispatch,
     linear_cross_entropy,
     lora_bwd_up,
     lora_down,
+    lora_group,
     lora_linear,
     nf4_dequant,
     reference,
@@ -103,6 +105,17 @@ def check(on: torch.device, dtype: torch.dtype) -> Iterator[Checked]:
                 return lora_linear(x_MK, weight, *rest[:3], scaling=rest[3])
 
         yield _compared(f"lora_linear, {way}", adapted, reference.lora_linear, x_MK, w_NK, bias_N, a_RK, b_NR, 0.5)
+
+        def grouped(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any, way: Any = way) -> tuple[torch.Tensor, ...]:
+            with dispatch.forced(way):
+                return tuple(lora_group(x_MK, a_RK, [Projection(weight, bias_N, b_NR, 0.5) for b_NR in b]))
+
+        def its_twin(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any) -> tuple[torch.Tensor, ...]:
+            layers = [(w_NK, bias_N.to(x_MK.dtype), b_NR, 0.5) for b_NR in b]
+            return tuple(reference.lora_group(x_MK, a_RK, layers))
+
+        halves = b_NR.split(RANK // 2, dim=1)
+        yield _compared(f"lora_group, {way}", grouped, its_twin, x_MK, w_NK, a_RK, *halves)
     yield _compared("rms_norm_lora", rms_norm_lora, reference.rms_norm_lora, x_MK, None, draw(k), a_RK, 1e-5)
     yield _compared("swiglu_lora", swiglu_lora, reference.swiglu_lora, x_MK, draw(m, k), a_RK)
     heads = (draw(2, 4, 33, 64), draw(2, 2, 33, 64), draw(1, 33, 64), draw(1, 33, 64))

@@ -82,7 +82,8 @@ def paths(model: nn.Module) -> dict[str, list[str]]:
     for name, layer in model.named_modules():
         family = _family(type(layer))
         if family:
-            against = layer.refusal() if isinstance(layer, _Whole) else _unlike(layer, family) or "never proven"
+            whole = isinstance(layer, _Whole)
+            against = layer.refusal() or layer.unfit if whole else _unlike(layer, family) or "never proven"
             found.setdefault(f"a part at a time, {against}" if against else "whole", []).append(name)
     return found
 
@@ -119,6 +120,8 @@ class _Whole(nn.Module):
     family: Family
     unproven: str | None = None
     """Why the probe did not prove the layer."""
+    unfit: str | None = None
+    """What stood against the input of the last forward pass."""
 
     def refusal(self) -> str | None:
         """Returns why the layer is computed a part at a time as it stands, or None where it is computed whole."""
@@ -153,8 +156,13 @@ class _Whole(nn.Module):
     ) -> torch.Tensor:
         """Returns what the layer's own `forward` does."""
         given, angles = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}, position_embeddings
-        if angles is not None and self.refusal() is None and self._takes(hidden_states, angles):
-            return self._whole(hidden_states, angles, attention_mask, past_key_values, given)
+        if self.refusal() is None:
+            unfit = self._misfit(hidden_states, angles)
+            if angles is not None and unfit is None:
+                self.unfit = None
+                return self._whole(hidden_states, angles, attention_mask, past_key_values, given)
+            self.unfit = unfit
+            _say_once(str(unfit))
         return super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -163,13 +171,19 @@ class _Whole(nn.Module):
             **given,
         )
 
-    def _takes(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Returns whether all is in one dtype, and a head rotated as a whole."""
-        if x.ndim != 3 or not x.numel() or angles[0].ndim != 3 or angles[0].shape[-1] != self.self_attn.head_dim:
-            return False
-        return all(norm.weight.dtype == x.dtype for norm in _norms(self)) and all(
-            layer.product_dtype(x) == x.dtype for layer in _projections(self).values()
-        )
+    def _misfit(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> str | None:
+        """Returns why the layer does not take an input and what rotates its heads, or None where it does."""
+        if angles is None or x.ndim != 3 or not x.numel():
+            return "there are no rows, or no rotation of them"
+        if angles[0].ndim != 3 or angles[0].shape[-1] != self.self_attn.head_dim:
+            return "heads are not rotated as a whole"
+        for norm in _norms(self):
+            if norm.weight.dtype != x.dtype:
+                return f"the input is {_word(x.dtype)} and a norm {_word(norm.weight.dtype)}"
+        for name, layer in _projections(self).items():
+            if layer.product_dtype(x) != x.dtype:
+                return f"{name} does not compute in {_word(x.dtype)}, as the input is"
+        return None
 
     def _whole(
         self,
@@ -213,7 +227,7 @@ def _project(
     """Returns the projections of norm(x + residual), and x + residual."""
     operands = [layer.operands() for layer in layers]
     a, dropout = stacked([one.a for one in operands]), operands[0].dropout
-    # What is dropped out of the norm is not yet known to be dropped where the norm is written.
+    # With dropout the low-rank image is of what is left of the norm's result, which the norm does not know.
     y, h = rms_norm_lora(x, residual, norm.weight, None if dropout else a, norm.variance_epsilon)
     seed = fused.draw_seed(x, dropout)
     projections = [one.projection for one in operands]
@@ -222,6 +236,15 @@ def _project(
 
 def _head_norm(norm: Any, x_BTHD: torch.Tensor) -> torch.Tensor:
     return rms_norm_lora(x_BTHD, None, norm.weight, None, norm.variance_epsilon)[0]
+
+
+@functools.cache
+def _say_once(unfit: str) -> None:
+    log.info("a decoder layer is computed a part at a time: %s", unfit)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
@@ -302,9 +325,7 @@ def _difference(layer: Any) -> str | None:
     layer.eval()
     try:
         with torch.no_grad():
-            against = layer.refusal()
-            if against is None and not layer._takes(x, turns):
-                against = f"its parts do not all compute in {str(like.dtype).removeprefix('torch.')}"
+            against = layer.refusal() or layer._misfit(x, turns)
             if against is not None:
                 return f"it was not proven: {against}"
             wanted = super(_Whole, layer).forward(x, position_embeddings=turns)

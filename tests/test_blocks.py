@@ -271,10 +271,28 @@ def test_a_batch_of_several_adapters_is_computed_in_parts(folders):
     assert is_whole(model)
 
 
-def test_dtypes_that_do_not_meet_are_computed_in_parts(folders):
+def test_an_input_that_does_not_fit_is_computed_in_parts_and_said_once(folders, caplog):
+    caplog.set_level(logging.INFO, "lora_ft.blocks")
+    blocks._say_once.cache_clear()
     model = adapted(folders["llama"], "nf4", "bfloat16").eval()
+    caplog.clear()
     with torch.no_grad():
+        # Without autocast the adapters are in float32.
         assert torch.equal(model(**batch()).logits, in_parts(model)(**batch()).logits)
+        said = "q_proj does not compute in bfloat16, as the input is"
+        assert set(blocks.paths(model)) == {f"a part at a time, {said}"}
+        assert [record.message for record in caplog.records] == [
+            f"a decoder layer is computed a part at a time: {said}"
+        ]
+        with losses.mixed_precision(model):
+            model(**batch())
+            assert is_whole(model)
+            (layer,) = layers(model)[:1]
+            x, angles = torch.randn(1, 4, 64), torch.randn(2, 1, 4, 16).bfloat16()
+            assert layer._misfit(x, angles) == "the input is float32 and a norm bfloat16"
+            assert layer._misfit(x.bfloat16(), angles[..., :8]) == "heads are not rotated as a whole"
+            assert layer._misfit(x.bfloat16(), None) == "there are no rows, or no rotation of them"
+            assert layer(x, position_embeddings=tuple(angles)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

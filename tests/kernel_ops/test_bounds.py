@@ -98,6 +98,20 @@ def linear(path: dispatch.Path, weight: Frozen, rows: int, rank: int, dropout: f
         differentiated(run, apart(rows, inputs), apart(outputs), apart(rank, inputs), apart(outputs, rank))
 
 
+def group(path: dispatch.Path, outputs: list[int], inputs: int, brought: bool) -> None:
+    """Ranks of 3 and then 4, so that no part of x @ a.T is aligned."""
+
+    def run(x: torch.Tensor, a: torch.Tensor | None, *b: torch.Tensor) -> list[torch.Tensor]:
+        projections = [lora_kernels.Projection(*parts, 2.0) for parts in zip(weights, biases, b, strict=True)]
+        return lora_kernels.lora_group(x, a, projections)
+
+    weights, biases = [quantized(n, inputs) for n in outputs], [apart(n) for n in outputs]
+    rank = 3 + 4 * (len(outputs) - 1)
+    x, a = (apart(7, inputs + rank), None) if brought else (apart(7, inputs), apart(rank, inputs))
+    with dispatch.forced(path):
+        differentiated(run, x, a, *(apart(n, 3 if i == 0 else 4) for i, n in enumerate(outputs)))
+
+
 def cross_entropy(softcap: float) -> None:
     labels = torch.tensor([0, -100, 128, 5, 64, -100, 1])
 
@@ -119,6 +133,9 @@ IN_BOUNDS: dict[str, Callable[[], object]] = {
     "linear triton rows": lambda: linear("triton", Frozen.of(apart(66, 33).t()), rows=130, rank=72, dropout=0.0),
     "linear 4-bit": lambda: linear("triton_4bit", quantized(65, 192), rows=7, rank=4, dropout=0.5),
     "linear 4-bit rows": lambda: linear("triton_4bit", quantized(67, 128, nested=False), rows=63, rank=16, dropout=0.0),
+    "group": lambda: group("dequant", [65, 33, 17], 130, brought=True),
+    "group joint": lambda: group("dequant", [33, 17], 130, brought=False),
+    "group 4-bit": lambda: group("triton_4bit", [65, 33], 192, brought=True),
     "keep_mask": lambda: lora_kernels.keep_mask(apart(7, 130), 0.5, 1),
     "rms_norm_lora": lambda: differentiated(
         lora_kernels.rms_norm_lora, apart(7, 130), apart(7, 130), apart(130), apart(20, 130), eps=1e-5
