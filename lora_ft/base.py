@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from lora_ft.config import Quant
-from lora_ft.errors import SourceError, UnsupportedModelError
-from lora_ft.sources import Source, resolve
+from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
+from lora_ft.foreign.model import check_config, check_tokenizer
+from lora_ft.sources import Source, resolve, safetensors_files, safetensors_header
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 # Bytes of dense weights that a 4-bit model may hold beside its own: 0.4 GiB for SmolLM2-135M in float32.
 DENSE_LIMIT = 1 << 30
+
+NO_CODE = "it needs code of its own, and no code from a base is ever run"
+
+# Numbers that the files may lack: the new head of a task, or embeddings tied to those they hold.
+MADE_ANEW = 1 << 24
 
 # Sub-configurations that mark a model as one of images, sound or video.
 OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config", "num_mel_bins")
@@ -120,7 +127,8 @@ def load(
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     stored = _stored_quant(config, source, quant)
-    output, task_heads = heads(config, model_class)
+    skeleton = _skeleton(source, config, model_class)
+    output, task_heads = heads(skeleton)
     set_seed(seed)
     disable_progress_bar()  # one bar a tensor, gone in seconds
     with _large_blocks_returned():
@@ -153,10 +161,13 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
 
     That is safe here because masks are made by position, never by comparing ids.
     """
+    check_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {error}") from None
+    # Not only OSError and ValueError: `tokenizers` raises Exception itself, and wrong types in the files anything.
+    except Exception as error:
+        reason = NO_CODE if "custom code" in str(error) else f"{error}".rstrip(".")
+        raise SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {reason}.") from None
     # From a folder without one, transformers makes a tokenizer of its special tokens and, at most, a space.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise SourceError(f"{folder.name}: the base has no tokenizer: add its files, such as tokenizer.json.")
@@ -232,13 +243,11 @@ def dequantized(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, layer)
 
 
-def heads(config: PreTrainedConfig, model_class: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def heads(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the names of the output embeddings and of the task's own heads; neither is ever quantized.
 
     The first are tied to the input embeddings or as sensitive as they are; the second are trained whole.
     """
-    with torch.device("meta"):
-        model = model_class.from_config(config)
     embeddings = model.get_output_embeddings()
     output = tuple(n for n, m in model.named_modules() if embeddings is not None and m is embeddings)
     if not hasattr(model, model.base_model_prefix):
@@ -259,6 +268,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     `attn_implementation` and `experts_implementation` can name a kernel on the hub, which loading the model downloads
     and imports; which one to use is for this machine to say, not for the base.
     """
+    check_config(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config._attn_implementation not in ("eager", "sdpa"):
         config._attn_implementation = None
@@ -269,10 +279,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
     try:
         config = read_config(source.folder)
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LoraFtError:
+        raise
+    # Not only ValueError: a number where a list should be makes a configuration raise anything.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "custom code" in reason:
-            reason = "it needs code of its own, and no code from a base is ever run"
+            reason = NO_CODE
         raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {reason}") from None
     other = next((name for name in OTHER_MODALITIES if getattr(config, name, None) is not None), None)
     if other is not None:
@@ -292,6 +305,30 @@ def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
             "a task that fits it, such as classify, or a base that generates."
         )
     return config
+
+
+def _skeleton(source: Source, config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
+    """Returns the model on the meta device, having compared its size with that of the files.
+
+    A weight that the files lack, or hold in another shape, is made anew by transformers, as large as the
+    configuration says.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = model_class.from_config(config)
+    # As above: sizes that do not go together raise what the arithmetic does.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"{source.name}: config.json describes no model: {reason}.") from None
+    called_for = sum(parameter.numel() for parameter in skeleton.parameters())
+    specs = [s for file in safetensors_files(source.folder) for s in safetensors_header(file)[1].values()]
+    held = sum(math.prod(spec["shape"]) * (2 if spec["dtype"] == "U8" else 1) for spec in specs)
+    if called_for > 2 * held + MADE_ANEW:
+        raise SourceError(
+            f"{source.name}: config.json calls for {called_for:,} numbers, but the weight files hold {held:,}: they "
+            "are not of one model; fetch the base again."
+        )
+    return skeleton
 
 
 def _stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> bool:

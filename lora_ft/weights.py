@@ -64,8 +64,6 @@ class Weights:
         sizes: dict[str, int] = {}
         for file, header in headers.items():
             for name, spec in header.items():
-                if name == "__metadata__":
-                    continue
                 self.place[name] = file
                 begin, end = spec["data_offsets"]
                 sizes[spec["dtype"]] = sizes.get(spec["dtype"], 0) + end - begin
