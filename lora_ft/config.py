@@ -65,8 +65,9 @@ class LoraConfig:
     """Tokens already in the vocabulary whose embedding rows are trained too."""
 
     def __post_init__(self) -> None:
-        # What is saved must be loaded again, and an adapter that moved its base is saved at twice its rank.
-        twice = 2 if self.init in ("pissa", "olora") else 1
+        # What is saved must be loaded again. An adapter that moved its base is saved at twice its rank, and EVA gives
+        # some layers up to twice the rank.
+        twice = 2 if self.init in ("pissa", "olora", "eva") else 1
         ranks = {"lora.rank": self.rank} | {f"lora.rank-pattern {k}": v for k, v in self.rank_pattern.items()}
         for name, rank in ranks.items():
             _at_least(name, rank, 1)
