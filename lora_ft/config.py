@@ -362,8 +362,14 @@ def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
             yield f"{flag}={value}"
 
 
+def _finite(name: str, value: float) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
 def _at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
+    _finite(name, value)
+    if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
@@ -373,5 +379,6 @@ def _at_most(name: str, value: float, most: float) -> None:
 
 
 def _above(name: str, value: float, bound: float) -> None:
-    if not bound < value < math.inf:
+    _finite(name, value)
+    if value <= bound:
         raise ValueError(f"{name} must be above {bound}, got {value}.")
