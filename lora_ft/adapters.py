@@ -18,6 +18,7 @@ from lora_ft import blocks, environment, fused
 from lora_ft.base import Base, unpacked
 from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
+from lora_ft.foreign.adapter import refuse_patterns
 from lora_ft.weights import Weights, require
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def attach(
     if config.dora and base.quant == "int8" and base.device.type == "cpu":
         # PEFT 0.21 moves the weight to read it, upon which bitsandbytes 0.50 loses its scales.
         raise AdapterError("lora.dora does not work on an int8 base on a CPU: use --quant nf4 or --quant none.")
-    token_rows = _token_rows(base, special_tokens, config.train_tokens)
+    token_rows = _token_rows(base, special_tokens, config.train_tokens, config.save_modules)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -65,6 +66,7 @@ def attach(
         base_model_name_or_path=base.source.repo or base.source.name,
         revision=base.source.revision,
     )
+    refuse_patterns(vars(settings), [name for name, _ in base.model.named_modules()], base.source.name)
     fused.register(settings)
     # PEFT would write the folder that the weights were read from.
     base.model.name_or_path = settings.base_model_name_or_path
@@ -188,7 +190,7 @@ def _targets(base: Base, targets: tuple[str, ...]) -> str | list[str]:
 
 
 def _token_rows(
-    base: Base, added: tuple[str, ...], trained_tokens: tuple[str, ...]
+    base: Base, added: tuple[str, ...], trained_tokens: tuple[str, ...], saved_whole: tuple[str, ...]
 ) -> list[int] | dict[str, list[int]] | None:
     """Returns the ids of the embedding rows to train, having enlarged vocabulary and embeddings for those added.
 
@@ -205,6 +207,13 @@ def _token_rows(
         # `add_special_tokens` would replace the list of those the tokenizer has.
         tokenizer.add_tokens(list(added), special_tokens=True)
         enlarge(base.model, len(tokenizer))
+    embedding = base.model.get_input_embeddings()
+    whole = [name for name, module in base.model.named_modules() if module is embedding and name.endswith(saved_whole)]
+    if whole and (added or trained_tokens):
+        raise AdapterError(
+            f"lora.save-modules trains all of {whole[0]}, so no rows of it can be trained alone: leave it out, or "
+            "leave out lora.train-tokens and data.special-tokens."
+        )
     rows = sorted(set(tokenizer.convert_tokens_to_ids([*added, *trained_tokens])))
     output = base.model.get_output_embeddings()
     if not rows or not added or output is None or environment.embeddings_are_tied(base.model):

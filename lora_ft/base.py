@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -30,8 +32,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from lora_ft.config import Quant
-from lora_ft.errors import SourceError, UnsupportedModelError
-from lora_ft.sources import Source, resolve
+from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
+from lora_ft.foreign.model import check_config, check_tokenizer
+from lora_ft.sources import Source, resolve, safetensors_files, safetensors_header
 from lora_kernels import Frozen, nf4_dequant
 
 log = logging.getLogger(__name__)
@@ -55,8 +58,16 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
 # Parameters of mallopt, from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
+# Weights that share a scale in NF4.
+BLOCK = 64
+
 # Bytes of dense weights that a 4-bit model may hold beside its own: 0.4 GiB for SmolLM2-135M in float32.
 DENSE_LIMIT = 1 << 30
+
+NO_CODE = "it needs code of its own, and no code from a base is ever run"
+
+# Numbers that the files may lack: the new head of a task, or embeddings tied to those they hold.
+MADE_ANEW = 1 << 24
 
 # Sub-configurations that mark a model as one of images, sound or video.
 OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config", "num_mel_bins")
@@ -121,7 +132,14 @@ def load(
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     stored = _stored_quant(config, source, quant)
-    output, task_heads = heads(config, model_class)
+    skeleton = _skeleton(source, config, model_class)
+    output, task_heads = heads(skeleton)
+    misread = _misread(skeleton) if quant == "nf4" and device == "cpu" else ()
+    if misread:
+        rule = "bitsandbytes misreads 4-bit weights on this processor where rows are no multiple of 64"
+        if stored:
+            raise UnsupportedModelError(f"{source.name}: {rule}, as in {misread[0]}: use the unquantized model.")
+        log.info("%s; %d layers stay whole", rule, len(misread))
     set_seed(seed)
     disable_progress_bar()  # one bar a tensor, gone in seconds
     with _large_blocks_returned():
@@ -133,7 +151,7 @@ def load(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            quantization_config=None if stored else _quantization(quant, compute_dtype, output + task_heads),
+            quantization_config=None if stored else _quantization(quant, compute_dtype, output + task_heads + misread),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -154,10 +172,13 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
 
     That is safe here because masks are made by position, never by comparing ids.
     """
+    check_tokenizer(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {error}") from None
+    # Not only OSError and ValueError: `tokenizers` raises Exception itself, and wrong types in the files anything.
+    except Exception as error:
+        reason = NO_CODE if "custom code" in str(error) else f"{error}".rstrip(".")
+        raise SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {reason}.") from None
     # From a folder without one, transformers makes a tokenizer of its special tokens and, at most, a space.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise SourceError(f"{folder.name}: the base has no tokenizer: add its files, such as tokenizer.json.")
@@ -241,13 +262,11 @@ def dequantized(model: nn.Module) -> Iterator[None]:
             setattr(parent, name, layer)
 
 
-def heads(config: PreTrainedConfig, model_class: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def heads(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the names of the output embeddings and of the task's own heads; neither is ever quantized.
 
     The first are tied to the input embeddings or as sensitive as they are; the second are trained whole.
     """
-    with torch.device("meta"):
-        model = model_class.from_config(config)
     embeddings = model.get_output_embeddings()
     output = tuple(n for n, m in model.named_modules() if embeddings is not None and m is embeddings)
     if not hasattr(model, model.base_model_prefix):
@@ -255,6 +274,25 @@ def heads(config: PreTrainedConfig, model_class: Any) -> tuple[tuple[str, ...], 
     body = model.base_model_prefix
     on_top = (n for n, m in model.named_children() if n != body and any(True for _ in m.parameters()))
     return output, tuple(n for n in on_top if not any(name.split(".")[0] == n for name in output))
+
+
+def _misread(skeleton: PreTrainedModel) -> tuple[str, ...]:
+    """Returns the linear layers that bitsandbytes, in 4 bits, would multiply by other numbers than it was given."""
+    if not _misreads_crossed_blocks():
+        return ()
+    inputs = {
+        name: module.nx if isinstance(module, Conv1D) else module.in_features
+        for name, module in skeleton.named_modules()
+        if isinstance(module, Conv1D | nn.Linear)
+    }
+    return tuple(name for name, columns in inputs.items() if columns % BLOCK)
+
+
+@functools.cache
+def _misreads_crossed_blocks() -> bool:
+    """Returns whether `dequantize_4bit` is wrong on this processor where blocks cross rows (`unpacked`)."""
+    packed, state = bnb.functional.quantize_4bit(torch.linspace(-1, 1, 64 * 96).view(64, 96), quant_type="nf4")
+    return not torch.equal(bnb.functional.dequantize_4bit(packed, state), unpacked(packed, state))
 
 
 def whole_linears(model: nn.Module) -> tuple[str, ...]:
@@ -268,6 +306,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     `attn_implementation` and `experts_implementation` can name a kernel on the hub, which loading the model downloads
     and imports; which one to use is for this machine to say, not for the base.
     """
+    check_config(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config._attn_implementation not in ("eager", "sdpa"):
         config._attn_implementation = None
@@ -278,10 +317,13 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
     try:
         config = read_config(source.folder)
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LoraFtError:
+        raise
+    # Not only ValueError: a number where a list should be makes a configuration raise anything.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "custom code" in reason:
-            reason = "it needs code of its own, and no code from a base is ever run"
+            reason = NO_CODE
         raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {reason}") from None
     other = next((name for name in OTHER_MODALITIES if getattr(config, name, None) is not None), None)
     if other is not None:
@@ -301,6 +343,30 @@ def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
             "a task that fits it, such as classify, or a base that generates."
         )
     return config
+
+
+def _skeleton(source: Source, config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
+    """Returns the model on the meta device, having compared its size with that of the files.
+
+    A weight that the files lack, or hold in another shape, is made anew by transformers, as large as the
+    configuration says.
+    """
+    try:
+        with torch.device("meta"):
+            skeleton = model_class.from_config(config)
+    # As above: sizes that do not go together raise what the arithmetic does.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"{source.name}: config.json describes no model: {reason}.") from None
+    called_for = sum(parameter.numel() for parameter in skeleton.parameters())
+    specs = [s for file in safetensors_files(source.folder) for s in safetensors_header(file)[1].values()]
+    held = sum(math.prod(spec["shape"]) * (2 if spec["dtype"] == "U8" else 1) for spec in specs)
+    if called_for > 2 * held + MADE_ANEW:
+        raise SourceError(
+            f"{source.name}: config.json calls for {called_for:,} numbers, but the weight files hold {held:,}: they "
+            "are not of one model; fetch the base again."
+        )
+    return skeleton
 
 
 def _stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> bool:

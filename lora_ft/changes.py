@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import saved
-from lora_ft.errors import ProofError, UnsupportedModelError
+from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
+from lora_ft.foreign import tensors
 
 PREFIX = "base_model.model."
 
@@ -109,14 +108,11 @@ def read(folder: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
         ProofError: a tensor of the adapter has no place in the model, or one that it should have is missing.
         UnsupportedModelError: the adapter is of a kind that cannot be merged file by file.
     """
-    tensors = load_file(folder / saved.WEIGHTS)
     settings = saved.lora_settings(folder)
-    # Else PEFT warns that it renames the base.
-    skeleton.name_or_path = settings.base_model_name_or_path
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        inner = peft.get_peft_model(skeleton, settings).get_base_model()
-    taken = _Taken(tensors)
+        inner = saved.inject(skeleton, settings, folder).get_base_model()
+    taken = _Taken(tensors.load(folder / saved.WEIGHTS, AdapterError))
     found: dict[str, Change] = {}
     tied: list[tuple[str, Any]] = []
     token_changes: dict[int, Change] = {}
@@ -142,8 +138,8 @@ def read(folder: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
 class _Taken:
     """The adapter's tensors, each to be taken once."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.left = dict(tensors)
+    def __init__(self, held: dict[str, torch.Tensor]) -> None:
+        self.left = dict(held)
         self.missing: list[str] = []
 
     def __call__(self, name: str) -> torch.Tensor:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import tyro
 
-from lora_ft import __version__
+from lora_ft import __version__, redaction
 from lora_ft.config import Metric, RunConfig, TaskName, cli
 from lora_ft.errors import Interrupted, LoraFtError
+from lora_ft.redaction import redacted
 
 Adapter = tyro.conf.Positional[Path]
 
@@ -144,12 +145,12 @@ def train(config: RunConfig) -> None:
     from lora_ft import runs
 
     if config.dry_run:
-        print(json.dumps(runs.dry_run(config), indent=2))
+        _say(json.dumps(runs.dry_run(config), indent=2))
         return
     finished = runs.run(config)
     finished.prove()
-    print(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
-    print(finished.summary())
+    _say(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
+    _say(finished.summary())
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -166,7 +167,7 @@ def evaluate(config: EvaluateConfig) -> None:
         loaded.task, loaded.model, examples, rows, names=config.metrics, batch_size=config.batch_size
     )
     if config.json:
-        print(json.dumps({**found.adapter, "base": found.base}))
+        _say(json.dumps({**found.adapter, "base": found.base}))
         return
     _table(["", "base", "adapter"], [[key, found.base.get(key), value] for key, value in found.adapter.items()])
 
@@ -192,11 +193,11 @@ def chat(config: ChatConfig) -> None:
         return reply[0]
 
     if config.prompt is not None:
-        print(answer(config.prompt))
+        _say(answer(config.prompt))
         return
     print("Type a message; an empty line or Ctrl-D ends the conversation.", file=sys.stderr)
     while text := _ask():
-        print(answer(text))
+        _say(answer(text))
 
 
 def verify(config: VerifyConfig) -> None:
@@ -204,10 +205,10 @@ def verify(config: VerifyConfig) -> None:
 
     verdict = seal.verify(config.adapter, model_folder=config.model, base_name=config.base)
     if config.json:
-        print(json.dumps(verdict.as_dict()))
+        _say(json.dumps(verdict.as_dict()))
     else:
         for check in verdict.checks:
-            print(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}; {check.rule}")
+            _say(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}; {check.rule}")
     verdict.require(config.model or config.adapter)
 
 
@@ -217,8 +218,8 @@ def merge(config: MergeConfig) -> None:
     done = merge_adapter(config.adapter, config.out, onto=config.onto, dtype=config.dtype, base_name=config.base)
     for name, candidate in done["candidates"].items():
         distance = "not a number" if candidate["kl"] is None else f"{candidate['kl']:.3g} nats"
-        print(f"onto {name}: KL to the adapter {distance}")
-    print(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
+        _say(f"onto {name}: KL to the adapter {distance}")
+    _say(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
 
 
 def data_check(config: DataCheckConfig) -> None:
@@ -246,7 +247,7 @@ def data_check(config: DataCheckConfig) -> None:
         "rules": list(task.rules),
     }
     if config.json:
-        print(json.dumps(found))
+        _say(json.dumps(found))
         return
     console = Console()
     for example, row in list(zip(examples, rows, strict=True))[: config.show]:
@@ -256,11 +257,11 @@ def data_check(config: DataCheckConfig) -> None:
         else:
             console.print(coloured(tokenizer, Rendered(example.where, row["input_ids"], row["labels"])))
     for rule in task.rules:
-        print(f"the chat template {rule}")
+        _say(f"the chat template {rule}")
     cut = f", {task.cut_rows} cut at {config.max_length}" if task.cut_rows else ""
     masked = f"; mask found by {' and '.join(task.ways)}" if task.ways else ""
     counted = f"{len(rows)} {config.task} rows, {found['tokens']} tokens, longest {found['longest_row']}"
-    print(f"{found['file']}: {counted}{cut}{masked}; all good")
+    _say(f"{found['file']}: {counted}{cut}{masked}; all good")
 
 
 def doctor(config: DoctorConfig) -> None:
@@ -268,10 +269,10 @@ def doctor(config: DoctorConfig) -> None:
 
     found = examine()
     if config.json:
-        print(json.dumps(found, indent=2))
+        _say(json.dumps(found, indent=2))
         return
     for key, value in found.items():
-        print(f"{key:<20} {json.dumps(value) if isinstance(value, dict | list) else value}")
+        _say(f"{key:<20} {json.dumps(value) if isinstance(value, dict | list) else value}")
 
 
 def bench_kernels(config: BenchConfig) -> None:
@@ -284,7 +285,7 @@ def bench_kernels(config: BenchConfig) -> None:
         checks, timed, written = bench.kernels(status.update)
     if config.json:
         found = {"checks": [asdict(one) for one in checks], "times": [asdict(one) for one in timed], "tuned": written}
-        print(json.dumps(found))
+        _say(json.dumps(found))
     else:
         _table(
             ["operation", "error", "its twin's", ""],
@@ -300,7 +301,7 @@ def bench_kernels(config: BenchConfig) -> None:
             ],
         )
         if written:
-            print(f"The fastest way of each shape is in {written}, and used from now on.")
+            _say(f"The fastest way of each shape is in {written}, and used from now on.")
     wrong = [one.op for one in checks if not one.passed]
     if wrong:
         raise ProofError(f"{', '.join(wrong)}: further from float64 than {bench.WORST} times the plain way.")
@@ -377,9 +378,15 @@ def _quiet() -> None:
     """Lets our own messages through, and of the libraries' only errors."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    redaction.install()
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     logging.getLogger("lora_ft").setLevel(logging.INFO)
     warnings.simplefilter("ignore")
+
+
+def _say(text: str) -> None:
+    """Prints a line of the answer, without the secrets that a path or a library's words may have brought in."""
+    print(redacted(text))
 
 
 def _ask() -> str:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import sys
 import typing
@@ -22,6 +23,10 @@ import tyro
 import yaml
 
 from lora_ft.errors import ConfigError
+from lora_ft.foreign import strictyaml
+from lora_ft.foreign.adapter import MAX_ALPHA, MAX_RANK, is_pattern
+from lora_ft.foreign.files import text_of
+from lora_ft.redaction import holds_secret, redacted
 
 TaskName = Literal["chat", "complete", "classify", "seq2seq"]
 Quant = Literal["nf4", "int8", "none"]
@@ -60,10 +65,20 @@ class LoraConfig:
     """Tokens already in the vocabulary whose embedding rows are trained too."""
 
     def __post_init__(self) -> None:
-        _at_least("lora.rank", self.rank, 1)
-        for name, rank in self.rank_pattern.items():
-            _at_least(f"lora.rank-pattern {name}", rank, 1)
-        _above("lora.alpha", self.alpha, 0)
+        # What is saved must be loaded again. An adapter that moved its base is saved at twice its rank, and EVA gives
+        # some layers up to twice the rank.
+        twice = 2 if self.init in ("pissa", "olora", "eva") else 1
+        ranks = {"lora.rank": self.rank} | {f"lora.rank-pattern {k}": v for k, v in self.rank_pattern.items()}
+        for name, rank in ranks.items():
+            _at_least(name, rank, 1)
+            _at_most(name, rank, MAX_RANK // twice)
+        alphas = {"lora.alpha": self.alpha} | {f"lora.alpha-pattern {k}": v for k, v in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            _above(name, alpha, 0)
+            _at_most(name, alpha, MAX_ALPHA / twice)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            if not is_pattern(pattern):
+                raise ValueError(f"lora.rank-pattern and alpha-pattern take regular expressions; {pattern!r} is none.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
         if self.plus_ratio is not None:
@@ -169,7 +184,7 @@ class TrainConfig:
         _at_least("train.log-steps", self.log_steps, 1)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup must be in [0, 1), got {self.warmup}.")
-        if self.weight_decay < 0 or self.clip < 0:
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.clip < math.inf):
             raise ValueError("train.weight-decay and train.clip must be at least 0.")
         if self.patience is not None and self.eval_steps is None:
             raise ValueError("train.patience needs train.eval-steps: it counts evaluations during training.")
@@ -230,6 +245,7 @@ def cli(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None
         path = Path(joined or typed[at + 1])
         del typed[at : at + (1 if joined else 2)]
         saved += _flags(cls, _read_yaml(path), path)
+    _refuse_secrets(saved + typed)
     return tyro.cli(cls, args=saved + typed, prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
@@ -262,7 +278,7 @@ def to_yaml(config: RunConfig) -> str:
         resume=False,
         dry_run=False,
     )
-    return yaml.safe_dump(plain(fresh), sort_keys=False)
+    return redacted(yaml.safe_dump(plain(fresh), sort_keys=False))
 
 
 def from_yaml(cls: type[T], path: Path) -> T:
@@ -281,6 +297,17 @@ def from_yaml(cls: type[T], path: Path) -> T:
         raise ConfigError(f"{path}: {' '.join(reason.split())}") from None
 
 
+def _refuse_secrets(words: Sequence[str]) -> None:
+    """Raises ConfigError where a secret is typed: it would stand in the shell's history and in files of the run."""
+    for number, word in enumerate(words):
+        if holds_secret(word):
+            flag = next((w.partition("=")[0] for w in reversed(words[: number + 1]) if w.startswith("--")), "a word")
+            raise ConfigError(
+                f"{flag} holds a secret. Tokens are never options: set HF_TOKEN, or log in with `hf auth login`, and "
+                "take this one out; it may stand in the history of your shell."
+            )
+
+
 def _portable(name: str) -> str:
     path = Path(name)
     if not path.is_absolute():
@@ -294,11 +321,11 @@ def _config_flag(argv: Sequence[str]) -> int | None:
 
 
 def _read_yaml(path: Path) -> Any:
+    if not path.exists():
+        raise ConfigError(f"--config: there is no file {path}.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--config: there is no file {path}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        tree = strictyaml.loads(text_of(path, strictyaml.MAX_BYTES, ConfigError))
+    except strictyaml.YamlError as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     return {} if tree is None else tree
 
@@ -335,11 +362,23 @@ def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
             yield f"{flag}={value}"
 
 
+def _finite(name: str, value: float) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
 def _at_least(name: str, value: float, least: float) -> None:
+    _finite(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
+def _at_most(name: str, value: float, most: float) -> None:
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:g}, got {value}.")
+
+
 def _above(name: str, value: float, bound: float) -> None:
+    _finite(name, value)
     if value <= bound:
         raise ValueError(f"{name} must be above {bound}, got {value}.")

@@ -13,6 +13,8 @@ import torch
 
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError
+from lora_ft.foreign.files import object_of
+from lora_ft.redaction import redacted
 
 FILE = "environment.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "tokenizers", "safetensors")
@@ -34,20 +36,17 @@ def describe(base: Base, **more: Any) -> dict[str, Any]:
 
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Writes the record of a run into its adapter folder."""
-    (folder / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(redacted(json.dumps(record, indent=2)) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> dict[str, Any]:
     """Returns the record of the run that made an adapter folder. Raises AdapterError where there is none."""
-    try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / FILE).exists():
         raise AdapterError(
             f"{folder}: there is no {FILE}, so nothing says which weights this adapter was made on; "
             "it was not written by lora-ft, or it is incomplete."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{folder / FILE}: cannot be read: {error}.") from None
+        )
+    return object_of(folder / FILE, AdapterError)
 
 
 def versions() -> dict[str, str]:

@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_ft.redaction import redacted
+
+
+def printable(text: str) -> str:
+    """Returns `text` with escapes for what does not print: a file's words must not steer the terminal, or turn it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class LoraFtError(Exception):
     """Something the user can mend; the command prints the message alone and exits with `exit_status`."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return printable(redacted(super().__str__()))
 
 
 class ConfigError(LoraFtError, ValueError):

@@ -24,7 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lora_ft import adapters, changes, environment, saved, seal
 from lora_ft import base as bases
 from lora_ft.changes import Change, Whole
-from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
+from lora_ft.errors import AdapterError, LoraFtError, ProofError, UnsupportedModelError
+from lora_ft.redaction import redacted
 from lora_ft.seal import Seal
 from lora_ft.sources import Source
 from lora_ft.tasks import Task
@@ -84,7 +85,7 @@ def merge(
         chosen = min(kinds, key=lambda kind: math.inf if candidates[kind]["kl"] is None else candidates[kind]["kl"])
         report = _report(parts, chosen, saved_dtype, candidates, survivals[chosen])
         made = Path(scratch) / chosen
-        (made / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (made / REPORT).write_text(redacted(json.dumps(report, indent=2)) + "\n", encoding="utf-8")
         if out.exists():
             out.rmdir()
         made.rename(out)
@@ -123,11 +124,13 @@ class _Parts:
         record = saved.read_record(folder)
         saved.lora_settings(folder)
         sealed = seal.read(folder)
-        source = saved.find_base(record["base"], base_name)
+        source = saved.find_base(folder, record["base"], base_name)
         _, task = saved.read_task(folder, record)
         tokenizer = bases.load_tokenizer(folder)
         try:
             config = bases.read_config(source.folder)
+        except LoraFtError:
+            raise
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {reason}") from None

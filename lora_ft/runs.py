@@ -27,6 +27,7 @@ from lora_ft.data import formats
 from lora_ft.data.formats import Example
 from lora_ft.errors import ConfigError, DataError, Interrupted, LoraFtError
 from lora_ft.progress import Bar
+from lora_ft.redaction import redacted
 from lora_ft.tasks import Features, Task
 from lora_ft.train import Streamed
 
@@ -334,7 +335,7 @@ def _keep_or_compare(config: RunConfig, rows: Rows, source: sources.Source) -> N
     started = json.loads(json.dumps(started))
     if not config.resume:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
+        path.write_text(redacted(json.dumps(started, indent=2)) + "\n", encoding="utf-8")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [key for key in started.keys() | before.keys() if started.get(key) != before.get(key)]

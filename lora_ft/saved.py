@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import peft
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from lora_ft import adapters, blocks, environment, fused, sources, tasks
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import Quant, RunConfig, from_yaml
 from lora_ft.errors import AdapterError
+from lora_ft.foreign import adapter as foreign
+from lora_ft.foreign import tensors
+from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, object_of, refuse_links_out
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +102,9 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     """
     record = read_record(folder)
     settings = lora_settings(folder)
+    foreign.refuse_names(tensors.header(folder / WEIGHTS, AdapterError)[1], folder / WEIGHTS)
     config, task = read_task(folder, record)
-    source = find_base(record["base"], base_name)
+    source = find_base(folder, record["base"], base_name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     base = bases.load(
         source,
@@ -112,10 +117,8 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     )
     base.tokenizer = bases.load_tokenizer(folder)
     adapters.enlarge(base.model, len(base.tokenizer))
-    base.model.name_or_path = settings.base_model_name_or_path
     fused.register(settings)
-    with _named(folder / CONFIG):
-        model = peft.get_peft_model(base.model, settings)
+    model = inject(base.model, settings, folder)
     adapters.in_float32(model)
     _fill(model, folder)
     model.eval()
@@ -143,6 +146,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     problems = unlike(record, RECORD)
     if isinstance(record.get("base"), dict):
         problems += unlike(record["base"], BASE_RECORD, "base.")
+    digest = record["base"].get("weights_sha256") if isinstance(record.get("base"), dict) else None
+    # It becomes the name of a file that is looked for.
+    if isinstance(digest, str) and not re.fullmatch("[0-9a-f]{64}", digest):
+        problems.append(f"base.weights_sha256 is {digest!r}, not 64 hexadecimal digits")
     problems += [
         f"{key} is {record[key]!r}, not one of {', '.join(allowed)}"
         for key, allowed in (("dtype", DTYPES), ("quant", get_args(Quant)))
@@ -198,8 +205,11 @@ def _named(file: Path) -> Iterator[None]:
         raise AdapterError(f"{file}: PEFT cannot use it: {type(error).__name__}: {error}") from None
 
 
-def find_base(record: dict[str, Any], base_name: str | None = None) -> sources.Source:
+def find_base(folder: Path, record: dict[str, Any], base_name: str | None = None) -> sources.Source:
     """Returns the source of the base that an adapter is bound to, having compared the digest of its weights.
+
+    Args:
+        record: the part `base` of the record in `folder`.
 
     Raises:
         AdapterError: the weights found are not those the adapter was trained on.
@@ -208,12 +218,37 @@ def find_base(record: dict[str, Any], base_name: str | None = None) -> sources.S
     source = sources.recall(record) if base_name is None else sources.resolve(base_name)
     digest = sources.weights_digest(source.folder)
     if digest != record["weights_sha256"]:
+        differing = "".join(f"\n  {line}" for line in _differences(folder, source.folder))
         raise AdapterError(
             f"This adapter belongs to {record['name']} ({record['origin']}) with weights "
             f"{record['weights_sha256'][:16]}, but {source.name} ({source.origin}) has weights {digest[:16]}: "
-            "an adapter works on its own base only."
+            f"an adapter works on its own base only. What differs:{differing}"
         )
     return source
+
+
+def _differences(folder: Path, base: Path) -> list[str]:
+    """Returns in what the base differs from the one that the adapter was made on, as far as the files tell."""
+    held: dict[str, list[int]] = {}
+    for file in sources.safetensors_files(base):
+        held |= {name: spec["shape"] for name, spec in sources.safetensors_header(file)[1].items()}
+    made = {name: spec["shape"] for name, spec in tensors.header(folder / WEIGHTS, AdapterError)[1].items()}
+    found = []
+    for name, shape in sorted(made.items()):
+        module, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        # Some files leave out the first part of a name.
+        stored = next((held[n] for n in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if n in held), None)
+        width, side = (shape[1], "inputs") if part == "A.weight" else (shape[0], "outputs")
+        if stored is None:
+            found.append(f"{module}: the adapter changes it, and this base has none")
+        elif width not in stored:
+            found.append(f"{module}: the adapter is made for {width} {side}, this base's weight is {stored}")
+    found = list(dict.fromkeys(found))
+    if not found:
+        return ["the numbers in the weights; the layers that the adapter changes have the same names and sizes"]
+    return [*found[:8], *([f"... and {len(found) - 8} more"] if found[8:] else [])]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -222,14 +257,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder}: there is no such folder.")
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         missing = CONFIG if (folder / WEIGHTS).is_file() else WEIGHTS
-        raise AdapterError(f"{folder}: there is no {missing}, so this is not an adapter folder.")
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{folder / CONFIG}: cannot be read: {error}.") from None
-    if not isinstance(settings, dict):
-        raise AdapterError(f"{folder / CONFIG}: it holds a {type(settings).__name__}, not an object.")
-    return settings
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES) if missing == WEIGHTS else []
+        only = f" It holds {pickles[0]}, {WHY_NO_PICKLE}: only safetensors are loaded." if pickles else ""
+        raise AdapterError(f"{folder}: there is no {missing}, so this is not an adapter folder.{only}")
+    refuse_links_out(folder, AdapterError)
+    return object_of(folder / CONFIG, AdapterError)
 
 
 def lora_settings(folder: Path) -> peft.LoraConfig:
@@ -244,45 +276,59 @@ def lora_settings(folder: Path) -> peft.LoraConfig:
         problems.append(f"peft_type is {settings['peft_type']!r}, not LORA")
     if problems:
         raise AdapterError(f"{folder / CONFIG}: {'; '.join(problems)}: the file was damaged, or is not of lora-ft.")
-    # `megatron_config` makes PEFT import whatever module `megatron_core` names.
-    left_out = ("runtime_config", "megatron_config", "megatron_core")
-    known = {k: v for k, v in settings.items() if k in peft.LoraConfig.__dataclass_fields__ and k not in left_out}
+    known = foreign.checked(settings, folder / CONFIG)
     # What is loaded is split into frozen and trained as it was in training; PEFT saves it as all frozen.
     with _named(folder / CONFIG):
         return peft.LoraConfig(**{**known, "init_lora_weights": True, "inference_mode": False})
 
 
+def inject(model: PreTrainedModel, settings: peft.LoraConfig, folder: Path) -> peft.PeftModel:
+    """Returns the model with the adapter that the settings of `folder` describe in it, not filled yet.
+
+    Raises:
+        AdapterError: PEFT cannot use the settings with this model, or would take forever to.
+    """
+    foreign.refuse_patterns(vars(settings), [name for name, _ in model.named_modules()], str(folder / CONFIG))
+    # Else PEFT warns that it renames the base.
+    model.name_or_path = settings.base_model_name_or_path
+    with _named(folder / CONFIG):
+        return peft.get_peft_model(model, settings)
+
+
 def _fill(model: peft.PeftModel, folder: Path) -> None:
-    """Copies the tensors of the folder into the model; every name and shape must fit, none may be missing."""
-    try:
-        found = load_file(folder / WEIGHTS)
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS}: cannot be read: {error}.") from None
+    """Copies the tensors of the folder into the model; every name and shape must fit, every number be finite."""
     wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} has no place in the model" for name in sorted(found.keys() - wanted.keys())]
+    # The header alone, so that nothing is read of a file that does not fit.
+    shapes = {name: tuple(spec["shape"]) for name, spec in tensors.header(folder / WEIGHTS, AdapterError)[1].items()}
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
+    problems += [f"{name} has no place in the model" for name in sorted(shapes.keys() - wanted.keys())]
     problems += [
-        f"{name} is {tuple(found[name].shape)}, the model needs {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name].shape != found[name].shape
+        f"{name} is {shapes[name]}, the model needs {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & shapes.keys())
+        if tuple(wanted[name].shape) != shapes[name]
     ]
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:8])
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise AdapterError(f"{folder / WEIGHTS} does not fit its base, {len(problems)} tensors differ:\n{shown}{more}")
+    found = tensors.load(folder / WEIGHTS, AdapterError)
+    broken = [name for name, tensor in sorted(found.items()) if not torch.isfinite(tensor).all()]
+    if broken:
+        more = f" and {len(broken) - 1} more tensors" if broken[1:] else ""
+        raise AdapterError(f"{folder / WEIGHTS}: {broken[0]}{more} are not finite: the file was damaged.")
     peft.set_peft_model_state_dict(model, found)
 
 
 def _save_difference(start: dict[str, torch.Tensor], folder: Path, settings: dict[str, Any]) -> None:
     """Rewrites an adapter that moved its base as a plain one of twice the rank: [B, -B0] @ [A; A0]."""
-    tensors = load_file(folder / WEIGHTS)
+    held = load_file(folder / WEIGHTS)
     for name, begun in start.items():
-        begun = begun.to(tensors[name])
+        begun = begun.to(held[name])
         if ".lora_A" in name:
-            tensors[name] = torch.cat([tensors[name], begun], dim=0)
+            held[name] = torch.cat([held[name], begun], dim=0)
         else:
-            tensors[name] = torch.cat([tensors[name], -begun], dim=1)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            held[name] = torch.cat([held[name], -begun], dim=1)
+    save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
     growth = 2**0.5 if settings["use_rslora"] else 2
     settings.update(r=2 * settings["r"], lora_alpha=growth * settings["lora_alpha"])
     settings["rank_pattern"] = {name: 2 * rank for name, rank in settings["rank_pattern"].items()}

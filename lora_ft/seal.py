@@ -9,6 +9,7 @@ import collections
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from lora_ft import adapters, environment, saved, sources
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError, ConfigError, ProofError, SourceError
+from lora_ft.foreign import tensors
+from lora_ft.foreign.files import object_of
 from lora_ft.replies import ask, canaries, distance, kl_kept, likeliest, of_classes
 from lora_ft.tasks import Batch, Features, Task
 
@@ -54,6 +57,7 @@ RECORD: dict[str, Any] = {
     "tokenizer_sha256": str,
     "seal_sha256": str,
 }
+BATCH = re.compile(r"batch[0-9]{1,4}\.[a-z_]{1,40}")
 TENSORS = ("adapter_ids", "adapter_logp", "base_logp", "base_ids", "base_own_logp")
 
 
@@ -146,14 +150,14 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
             f"{effect:.2g} nats, and must be above {LEAST_EFFECT:g}. Train for more steps or at a higher --train.lr, "
             "and look in metrics.jsonl whether the loss moved."
         )
-    tensors = {
+    kept = {
         "adapter_ids": adapter_ids,
         "adapter_logp": adapter_logp,
         "base_logp": base_logp,
         "base_ids": base_ids,
         "base_own_logp": base_own_logp,
     }
-    stored = {**tensors, **{f"batch{i}.{key}": t for i, batch in enumerate(batches) for key, t in batch.items()}}
+    stored = {**kept, **{f"batch{i}.{key}": t for i, batch in enumerate(batches) for key, t in batch.items()}}
     safetensors.torch.save_file({key: t.contiguous() for key, t in stored.items()}, folder / FILES[0])
     record = {
         "format": FORMAT,
@@ -172,7 +176,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
         "seal_sha256": environment.file_sha256(folder / FILES[0]),
     }
     (folder / FILES[1]).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return Seal(record, batches, **tensors)
+    return Seal(record, batches, **kept)
 
 
 def read(folder: Path) -> Seal:
@@ -180,13 +184,9 @@ def read(folder: Path) -> Seal:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise AdapterError(f"{folder}: there is no {' and no '.join(missing)}, so nothing says what the adapter does.")
-    try:
-        record = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
-        known = record["format"] == FORMAT
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise AdapterError(f"{folder / FILES[1]}: cannot be read: {error!r}.") from None
-    if not known:
-        raise AdapterError(f"{folder / FILES[1]}: format {record['format']!r}; this version reads format {FORMAT}.")
+    record = object_of(folder / FILES[1], AdapterError)
+    if record.get("format") != FORMAT:
+        raise AdapterError(f"{folder / FILES[1]}: format {record.get('format')!r}; this version reads format {FORMAT}.")
     problems = saved.unlike(record, RECORD)
     if problems:
         raise AdapterError(f"{folder / FILES[1]}: {'; '.join(problems)}: the file was damaged.")
@@ -196,9 +196,9 @@ def read(folder: Path) -> Seal:
             f"{folder / FILES[0]}: its sha256 is {digest[:16]}, {FILES[1]} says {record['seal_sha256'][:16]}: "
             "the seal was altered after it was made."
         )
-    stored = safetensors.torch.load_file(folder / FILES[0])
+    stored = tensors.load(folder / FILES[0], AdapterError)
     batches: dict[int, Batch] = {}
-    for name in [name for name in stored if name.startswith("batch")]:
+    for name in [name for name in stored if BATCH.fullmatch(name)]:
         number, key = name.removeprefix("batch").split(".")
         batches.setdefault(int(number), {})[key] = stored.pop(name)
     if stored.keys() != set(TENSORS) or not batches:
@@ -251,6 +251,7 @@ def load_merged(task: Task, folder: Path, device: str | None = None) -> tuple[An
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        sources.check_files(folder)
         model, info = task.model_class.from_pretrained(
             folder,
             config=bases.read_config(folder),
@@ -349,8 +350,8 @@ def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
     rule = "the adapter file has the tensors that were sealed, of the same shapes"
     try:
         found = _shapes(path)
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        loaded = tensors.load(path, AdapterError)
+    except (OSError, AdapterError) as error:
         checks.add("tensors", False, f"{path.name} cannot be read: {error}", rule)
         return
     wanted = sealed.record["adapter_tensors"]
@@ -366,9 +367,9 @@ def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
     absent = [head for head in heads if not any(f".{head}." in name for name in found)]
     checks.add("heads", not absent, f"no tensor of {_some(absent)}" if absent else _some(heads) or "the task has none",
                "every head that the task trains is in the adapter file")  # fmt: skip
-    broken = [name for name, t in sorted(tensors.items()) if not torch.isfinite(t).all()]
+    broken = [name for name, t in sorted(loaded.items()) if not torch.isfinite(t).all()]
     checks.add("finite", not broken, _some(broken) or "all", "every number of the adapter is finite")
-    outputs = [t for name, t in tensors.items() if ".lora_B" in name or ".lora_embedding_B" in name]
+    outputs = [t for name, t in loaded.items() if ".lora_B" in name or ".lora_embedding_B" in name]
     moved = sum(bool(t.any()) for t in outputs)
     checks.add("lora_B", moved > 0 or not outputs, f"{moved} of {len(outputs)} are not zero",
                "some lora_B is not zero: with B zero the adapter adds nothing")  # fmt: skip
@@ -381,7 +382,7 @@ def _verify_adapter(checks: _Checks, sealed: Seal, folder: Path, base_name: str 
         record = saved.read_record(folder)["base"]
         if record["weights_sha256"] != sealed.record["base_sha256"]:
             raise AdapterError(f"{environment.FILE} names another base than the seal does.")
-        saved.find_base(record, base_name)
+        saved.find_base(folder, record, base_name)
 
     checks.attempt("base", "the base has the weights that the adapter was trained on", same_base)
     loaded = checks.attempt(
@@ -470,7 +471,7 @@ def _check_replay(checks: _Checks, kl_live: float, effect: float) -> None:
 
 def _shapes(file: Path) -> dict[str, list[int]]:
     """Returns the shape of each tensor of a safetensors file."""
-    return {k: spec["shape"] for k, spec in sources.safetensors_header(file)[1].items() if k != "__metadata__"}
+    return {k: spec["shape"] for k, spec in sources.safetensors_header(file)[1].items()}
 
 
 def _some(items: Sequence[str], shown: int = 4) -> str:

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_ft.errors import SourceError, UnsupportedModelError
+from lora_ft.foreign import gguf, tensors
+from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, is_plain_name, object_of, refuse_links_out
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
+# The index of a model of 100,000 tensors has some 10 MB.
+MAX_INDEX_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ def resolve(name: str, revision: str | None = None) -> Source:
     path = Path(name).expanduser()
     if name in ALIASES:
         return _from_alias(name, ALIASES[name], revision)
+    if path.suffix in PICKLES and not path.is_dir():
+        raise SourceError(f"{path.name}: it is {WHY_NO_PICKLE}. Take a folder or a repository that holds safetensors.")
     if path.suffix == ".gguf" or path.is_dir() or _looks_local(name):
         if revision is not None:
             raise SourceError(f"{path.name}: a local base has no revision; leave out --revision {revision}.")
@@ -159,6 +165,9 @@ def weights_digest(folder: Path) -> str:
     """Returns the sha256 of a model's weights: names, dtypes, shapes and bytes of all tensors in name order.
 
     How the tensors are split over files does not change it. Remembered by size and time of the files.
+
+    Raises:
+        SourceError: a file is missing or damaged, or a number in it is none.
     """
     files = safetensors_files(folder)
     stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -171,7 +180,7 @@ def weights_digest(folder: Path) -> str:
     entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in files:
         start, header = safetensors_header(file)
-        entries.update({name: (file, start, spec) for name, spec in header.items() if name != "__metadata__"})
+        entries.update({name: (file, start, spec) for name, spec in header.items()})
     digest = hashlib.sha256()
     for name in sorted(entries):
         file, start, spec = entries[name]
@@ -180,7 +189,10 @@ def weights_digest(folder: Path) -> str:
         with file.open("rb") as stream:
             stream.seek(start + begin)
             for offset in range(begin, end, CHUNK_BYTES):
-                digest.update(stream.read(min(CHUNK_BYTES, end - offset)))
+                chunk = stream.read(min(CHUNK_BYTES, end - offset))
+                if tensors.has_nan(chunk, spec["dtype"]):
+                    raise SourceError(f"{file.name}: {name} holds what is no number: fetch the base again.")
+                digest.update(chunk)
     _remember(memo, digest.hexdigest())
     _remember(cache_home() / "bases" / digest.hexdigest(), str(folder.resolve()))
     return digest.hexdigest()
@@ -194,17 +206,19 @@ def safetensors_files(folder: Path) -> list[Path]:
     Raises:
         SourceError: there is none, or the index names a file that is absent or outside the folder.
     """
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: there is no such folder.")
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise SourceError(f"{folder.name}: {index.name} is not an index: it needs a `weight_map` object.") from None
+        weight_map = object_of(index, SourceError, MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SourceError(f"{folder.name}: {index.name} is not an index: it needs a `weight_map` object.")
+        names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            found = sorted(f.name for f in folder.glob("*.bin")) + sorted(f.name for f in folder.glob("*.pt*"))
-            pickles = f" It holds {found[0]}, a pickle, which can run code when opened." if found else ""
+        if not is_plain_name(name) or not name.endswith(".safetensors") or not (folder / name).is_file():
+            found = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+            pickles = f" It holds {found[0]}, {WHY_NO_PICKLE}." if found else ""
             raise SourceError(f"{folder.name}: there is no weight file {name!r}; safetensors are needed.{pickles}")
     return [folder / name for name in names]
 
@@ -215,22 +229,18 @@ def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
     Raises:
         SourceError: it is no such file, or not all of one.
     """
-    held = file.stat().st_size
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(size if size <= held - 8 else 0))
-            ends = [spec["data_offsets"][1] for name, spec in header.items() if name != "__metadata__"]
-            whole = 8 + size + max(ends, default=0)
-        except (ValueError, LookupError, TypeError, AttributeError):
-            whole = -1
-    if whole != held:
-        raise SourceError(f"{file.name}: not a safetensors file, or cut short ({held} bytes): fetch it again.")
-    return 8 + size, header
+    return tensors.header(file, SourceError)
 
 
-def _check(folder: Path) -> None:
-    """Raises SourceError where a weight file is absent, or is not a whole safetensors file."""
+def check_files(folder: Path) -> None:
+    """Raises SourceError where a weight file is absent, leads out of the folder, or is no whole safetensors file."""
+    if (folder / "adapter_config.json").exists():
+        # transformers would put that adapter into the base, and PEFT read whatever its configuration names.
+        raise SourceError(
+            f"{folder.name}: it holds adapter_config.json beside config.json, so it is a base with an adapter in it: "
+            "name the base alone."
+        )
+    refuse_links_out(folder, SourceError)
     for file in safetensors_files(folder):
         safetensors_header(file)
 
@@ -293,8 +303,8 @@ def _from_hub(name: str, repo: str, revision: str | None) -> Source:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
         stored = [file.rfilename for file in info.siblings or ()]
         if stored and not any(file.endswith(".safetensors") for file in stored):
-            pickles = [file for file in stored if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-            only = f", but {pickles[0]}, a pickle, which can run code when opened" if pickles else ""
+            pickles = [file for file in stored if file.endswith(PICKLES)]
+            only = f", but {pickles[0]}, {WHY_NO_PICKLE}" if pickles else ""
             raise SourceError(f"{repo} holds no safetensors{only}: choose a repository or a revision that does.")
         # The revision and not its commit, so that the cache also knows the name when the hub is out of reach.
         folder = snapshot_download(repo, revision=revision, **patterns)
@@ -315,7 +325,7 @@ def _from_hub(name: str, repo: str, revision: str | None) -> Source:
             raise _UnavailableError(f"no answer ({reason}), and nothing in the local cache") from None
         log.info("%s: the hub did not answer (%s); taking the copy in the local cache", name, reason)
     commit = Path(folder).name
-    _check(Path(folder))
+    check_files(Path(folder))
     return Source(name=name, kind="hub", folder=Path(folder), repo=repo, revision=commit, origin=f"{repo} at {commit}")
 
 
@@ -364,16 +374,15 @@ def _from_folder(path: Path) -> Source:
     if not (path / "config.json").is_file():
         hint = " It is an adapter: pass its base instead." if (path / "adapter_config.json").is_file() else ""
         raise SourceError(f"{path}: the folder has no config.json, so it is not a model.{hint}")
-    _check(path)
+    check_files(path)
     return Source(name=path.resolve().name, kind="folder", folder=path, origin="a local folder")
 
 
 def _from_gguf(path: Path) -> Source:
     if not path.is_file():
         raise SourceError(f"{path}: there is no such file.")
+    gguf.check(path, SourceError)
     with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise SourceError(f"{path}: not a GGUF file (it does not begin with GGUF).")
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_home() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not folder.is_dir():
@@ -388,13 +397,16 @@ def _dequantize_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("dequantizing %s, once", file.name)
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            **where,
+            trust_remote_code=False,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
         )
-    except (ValueError, LookupError, NotImplementedError, struct.error) as error:
+    except (ValueError, LookupError, NotImplementedError, ArithmeticError, MemoryError, struct.error) as error:
         raise UnsupportedModelError(f"{file.name}: transformers cannot read this GGUF file: {error}") from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

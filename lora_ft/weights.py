@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import sources
-from lora_ft.base import unpacked
+from lora_ft.base import BLOCK, unpacked
 from lora_ft.errors import UnsupportedModelError
 
 # What bitsandbytes keeps beside a quantized weight.
@@ -65,8 +65,6 @@ class Weights:
         sizes: dict[str, int] = {}
         for file, header in headers.items():
             for name, spec in header.items():
-                if name == "__metadata__":
-                    continue
                 self.place[name] = file
                 begin, end = spec["data_offsets"]
                 sizes[spec["dtype"]] = sizes.get(spec["dtype"], 0) + end - begin
@@ -161,7 +159,7 @@ def round_trip(weight_MK: torch.Tensor, quant: str) -> torch.Tensor:
     """Returns a weight quantized by bitsandbytes and back: in its own dtype for `nf4`, float32 for `int8`."""
     if quant == "nf4":
         packed, state = bnb.functional.quantize_4bit(
-            weight_MK.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
+            weight_MK.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
         return unpacked(packed, state)
     # Rows are scaled by their largest absolute value, found in float16 whatever the run computes in.

@@ -317,7 +317,7 @@ def test_an_unknown_model_is_refused(llama: Path, fields: dict[str, Any], told: 
 
 def test_a_configuration_that_is_no_json(llama: Path) -> None:
     (llama / "config.json").write_text("{")
-    assert "not a valid JSON file" in refused(llama)
+    assert "config.json: cannot be read: is not JSON at character 2" in refused(llama, SourceError)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ def test_code_in_an_unknown_model_is_refused(llama: Path, tmp_path: Path, trust:
     plant(llama, tmp_path / "canary")
     more = {"trust_remote_code": True} if trust else {}
     change_json(llama / "config.json", model_type="evil", auto_map=AUTO_MAP, **more)
-    assert "no code from a base is ever run" in refused(llama)
+    assert "no code from a base is ever run" in refused(llama, SourceError if trust else UnsupportedModelError)
     assert not (tmp_path / "canary").exists()
 
 
@@ -485,7 +485,7 @@ def test_code_in_an_unknown_model_is_refused(llama: Path, tmp_path: Path, trust:
 def test_code_in_a_known_model_is_not_looked_at(llama: Path, tmp_path: Path, where: str) -> None:
     plant(llama, tmp_path / "canary")
     named = {name: f"{where}{code}" for name, code in AUTO_MAP.items() if isinstance(code, str)}
-    change_json(llama / "config.json", auto_map=named, trust_remote_code=True)
+    change_json(llama / "config.json", auto_map=named, trust_remote_code=False)
     loaded = load(llama)
     assert type(loaded.model) is transformers.LlamaForCausalLM
     assert type(loaded.model.config) is transformers.LlamaConfig
@@ -536,6 +536,11 @@ def test_a_base_cannot_name_kernels_to_fetch(
     fetch = lambda *_, **__: pytest.fail("a kernel was asked for")  # noqa: E731
     monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", fetch)
     change_json(llama / "config.json", **{field: kernel})
+    if "/" in kernel:
+        assert "names code to fetch" in refused(llama, SourceError)
+        change_json(llama / "config.json", **{field: {"text_config": kernel}})
+        assert "names code to fetch" in refused(llama, SourceError)
+        return
     loaded = load(llama)
     assert loaded.model.config._attn_implementation == "sdpa"
     assert loaded.model.config._experts_implementation != kernel

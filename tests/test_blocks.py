@@ -284,7 +284,7 @@ def test_an_input_that_does_not_fit_is_computed_in_parts_and_said_once(folders, 
         assert [record.message for record in caplog.records] == [
             f"a decoder layer is computed a part at a time: {said}"
         ]
-        with losses.mixed_precision(model):
+        with modes.mixed_precision(model):
             model(**batch())
             assert is_whole(model)
             (layer,) = layers(model)[:1]

@@ -23,10 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lora_ft.data import files, strictjson
+from lora_ft.data import files
 from lora_ft.data.formats import MAX_PROBLEMS, Chat, Example, Labelled, Pair, Text, read, stream
 from lora_ft.data.rows import MAX_ROW_BYTES
 from lora_ft.errors import DataError
+from lora_ft.foreign import strictjson
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_ft import adapters, base, config, merge, modes, replies, saved, seal, tasks
-from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
+from lora_ft.errors import AdapterError, ProofError, SourceError, UnsupportedModelError
 from lora_ft.weights import Weights
 from tests import tiny
 
@@ -354,7 +354,7 @@ def test_a_base_that_lacks_an_adapted_weight_is_refused(
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     short = saved.sources.resolve(str(folder))
-    monkeypatch.setattr(saved, "find_base", lambda record, base_name=None: short)
+    monkeypatch.setattr(saved, "find_base", lambda folder, record, base_name=None: short)
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj"):
         merge.merge(quantized.folder, tmp_path / "merged")
 
@@ -377,8 +377,11 @@ def test_a_base_cannot_name_kernels_to_fetch(
     folder = Path(shutil.copytree(quantized.base_folder, tmp_path / "base"))
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, field: "evil/kernel"}))
+    with pytest.raises(SourceError, match='names code to fetch, "evil/kernel"'):
+        merge.merge(quantized.folder, tmp_path / "merged", base_name=str(folder))
+    (folder / "config.json").write_text(json.dumps({**settings, field: "flash_attention_2"}))
     merge.merge(quantized.folder, tmp_path / "merged", base_name=str(folder))
-    assert "evil" not in (tmp_path / "merged" / "config.json").read_text()
+    assert "flash" not in (tmp_path / "merged" / "config.json").read_text()
 
 
 def test_code_in_a_base_is_refused(quantized: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,8 +228,9 @@ def test_the_card_says_what_was_measured() -> None:
     card = report.card(summary())
     assert "| `loss` | 2.341 | 1.213 | −1.128 | −1.210 to −1.046 |" in card
     assert "| `json_match` | 0.0167 | 0.9417 | +0.9250 | −0.0200 to +0.9600 |" in card
-    assert "4 min 22 s on CPU, 2 threads (AVX2), computing in bfloat16: 347.7 tokens/s" in card
-    assert "1.71 GiB" in card
+    assert "40 steps on CPU, 2 threads (AVX2), computing in bfloat16." in card
+    # The same run writes the same card, however long it took.
+    assert not any(measured in card for measured in ("4 min 22 s", "347.7", "1.71 GiB"))
     assert "18.7 MiB" in card
     assert "2.1e-07 nats" in card
     assert "The interval of its `json_match` reaches across zero" in card

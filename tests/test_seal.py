@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_a_number_that_is_none_fails(causal: tiny.Run, tmp_path: Path) -> None:
         tensors[name][0, 0] = float("nan")
         return tensors
 
-    assert {"finite", "replay"} <= failed(seal.verify(changed(causal, tmp_path, spoil)))
+    assert {"finite", "load"} <= failed(seal.verify(changed(causal, tmp_path, spoil)))
 
 
 def test_a_file_that_is_no_safetensors_fails(causal: tiny.Run, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_other_base_weights_fail_by_their_replies_too(
 ) -> None:
     """Where a digest lied, what the base says would still give it away."""
     other = saved.sources.resolve(str(tiny.model_folder(tmp_path / "other", seed=1)))
-    monkeypatch.setattr(saved, "find_base", lambda record, base_name=None: other)
+    monkeypatch.setattr(saved, "find_base", lambda folder, record, base_name=None: other)
     found = failed(seal.verify(causal.folder))
     assert {"base replay", "replay"} <= found
     assert "base" not in found
@@ -213,7 +214,7 @@ def test_an_effect_that_the_replies_do_not_have_fails(causal: tiny.Run, tmp_path
     change_json(folder / seal.FILES[1], kl_effect=factor * seal.read(folder).effect)
     verdict = seal.verify(folder)
     assert failed(verdict) == {"seal"}
-    assert "kl_effect" in verdict.checks[0].found
+    assert ("NaN" if math.isnan(factor) else "kl_effect") in verdict.checks[0].found
 
 
 @pytest.mark.parametrize(
@@ -258,9 +259,9 @@ def test_a_folder_that_does_not_exist_is_no_failed_check(tmp_path: Path) -> None
         ("adapter_config.json", [], "adapter_config.json: it holds a list, not an object"),
         ("adapter_config.json", {"r": "8"}, "adapter_config.json: r is '8', not a whole number"),
         ("adapter_config.json", {"r": True}, "adapter_config.json: r is True, not a whole number"),
-        ("adapter_config.json", {"r": -1}, "adapter_config.json: PEFT cannot use it: ValueError"),
+        ("adapter_config.json", {"r": -1}, "adapter_config.json: r is -1, not a whole number from 1 to 4096"),
         ("adapter_config.json", {"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3', not LORA"),
-        ("adapter_config.json", {"bias": 7}, "adapter_config.json: PEFT cannot use it"),
+        ("adapter_config.json", {"bias": 7}, "adapter_config.json: bias is 7, not none"),
         ("adapter_config.json", {"target_modules": ["nowhere"]}, "adapter_config.json: PEFT cannot use it"),
     ],
 )
@@ -293,8 +294,23 @@ def test_a_lost_key_is_named(causal: tiny.Run, tmp_path: Path, file: str) -> Non
 def test_a_configuration_cannot_name_modules_to_import(causal: tiny.Run, tmp_path: Path) -> None:
     folder = copied(causal, tmp_path)
     change_json(folder / saved.CONFIG, megatron_config={"a": 1}, megatron_core="antigravity")
-    loaded = saved.load(folder, device="cpu")
-    assert loaded.model.peft_config["default"].megatron_config is None
+    with pytest.raises(AdapterError, match="megatron_config has PEFT import the module"):
+        saved.load(folder, device="cpu")
+    # PEFT writes the name of the module into every file.
+    change_json(folder / saved.CONFIG, megatron_config=None)
+    assert saved.load(folder, device="cpu").model.peft_config["default"].megatron_core != "antigravity"
+
+
+def test_another_base_is_refused_with_the_list_of_what_differs(causal: tiny.Run, tmp_path: Path) -> None:
+    narrow = tiny.model_folder(tmp_path / "narrow", intermediate_size=48, num_hidden_layers=1)
+    with pytest.raises(AdapterError, match="an adapter works on its own base only") as told:
+        saved.load(causal.folder, str(narrow), "cpu")
+    message = str(told.value)
+    assert "model.layers.0.mlp.down_proj: the adapter is made for 96 inputs, this base's weight is [64, 48]" in message
+    assert "model.layers.1.mlp.down_proj: the adapter changes it, and this base has none" in message
+    same = tiny.model_folder(tmp_path / "same", seed=1)
+    with pytest.raises(AdapterError, match="the numbers in the weights; the layers that the adapter changes have"):
+        saved.load(causal.folder, str(same), "cpu")
 
 
 # The dtype
@@ -427,10 +443,13 @@ def test_a_merged_model_cannot_name_kernels_to_fetch(
     monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", fetch)
     model = Path(shutil.copytree(merged, tmp_path / "model"))
     change_json(model / "config.json", **{field: "evil/kernel"})
-    assert not failed(seal.verify(causal.folder, model_folder=model))
+    verdict = seal.verify(causal.folder, model_folder=model)
+    assert failed(verdict) == {"load"}
+    assert 'names code to fetch, "evil/kernel"' in next(c.found for c in verdict.checks if not c.passed)
+    change_json(model / "config.json", **{field: "flash_attention_2"})
     loaded = seal.load_merged(causal.task, model, "cpu")[0]
     assert loaded.config._attn_implementation == "sdpa"
-    assert loaded.config._experts_implementation != "evil/kernel"
+    assert loaded.config._experts_implementation != "flash_attention_2"
 
 
 def test_a_merge_of_another_kind_or_none_fails(causal: tiny.Run, merged_classifier: Path, tmp_path: Path) -> None:

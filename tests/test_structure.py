@@ -15,7 +15,9 @@ LIBRARY = ROOT / "lora_ft"
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
+    {"redaction"},
     {"errors", "__init__"},
+    {"foreign"},
     {"config"},
     {"sources", "base", "data"},
     {"tuning", "modes"},

@@ -6,8 +6,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from lora_ft.data.strictjson import JsonError, bare, flaws, loads, quoted
 from lora_ft.errors import DataError
+from lora_ft.foreign.strictjson import JsonError, bare, flaws, loads, quoted
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "MISSING"})()
 """Stands for a field that a row lacks, as None stands for null."""

@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 
 from lora_ft.data.rows import CHUNK_BYTES, Reader, Row, Rows, first_line
-from lora_ft.data.strictjson import bare, flaws
 from lora_ft.data.tables import csv, parquet
 from lora_ft.data.texts import begin, json_list, jsonl, paragraphs
 from lora_ft.errors import DataError
+from lora_ft.foreign.strictjson import bare, flaws
 
 READERS: dict[str, Reader] = {
     ".jsonl": jsonl,

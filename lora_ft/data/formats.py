@@ -14,8 +14,8 @@ from lora_ft.data.chats import OPENAI, SHAREGPT, conversation, toolbox
 from lora_ft.data.faults import MISSING, Faults, found, listed
 from lora_ft.data.files import rows
 from lora_ft.data.rows import Row
-from lora_ft.data.strictjson import bare
 from lora_ft.errors import DataError
+from lora_ft.foreign.strictjson import bare
 
 # A report of more problems than this is of no use, and a broken file can have millions.
 MAX_PROBLEMS = 1000

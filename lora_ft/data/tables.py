@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_ft.data.faults import listed
 from lora_ft.data.rows import CHUNK_BYTES, MAX_ROW_BYTES, ByteFile, Row, Rows, first_line, refuse_twins, undecodable
-from lora_ft.data.strictjson import bare, quoted
 from lora_ft.errors import DataError
+from lora_ft.foreign.strictjson import bare, quoted
 
 # pyarrow takes some 10 KB for each column, so that a line of a million commas would fill the memory.
 MAX_COLUMNS = 1000

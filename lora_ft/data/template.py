@@ -15,11 +15,10 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from jinja2 import TemplateError
-
 from lora_ft.data.chats import in_order_of_calls
 from lora_ft.data.tokens import Span, adds_bos
 from lora_ft.data.tools import TOOLS_AS_TEXT, is_extended
+from lora_ft.foreign import templates
 
 Message = dict[str, Any]
 REWRITES = (
@@ -44,9 +43,6 @@ WITHOUT_BOS = {"Zephyr": ("<|assistant|>", "</s>"), "ChatML": ("<|im_start|>assi
 
 By what comes before an assistant turn and what ends it. Any other template without BOS forgot it: Gemma and Llama 3
 answer far worse without."""
-
-# What a template raises: jinja's own errors, raise_exception, and Python's for a field it did not expect.
-_RAISED = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 _GENERATION_TAG = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 _THINK_TAGS = ("<think>", "</think>")
@@ -104,16 +100,7 @@ class Template:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message] = (), prompt: bool = False) -> str:
         """The text of a conversation, with the generation prompt at its end if `prompt`."""
-        try:
-            return self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
-        except _RAISED as error:
-            raise RefusedError(_refusal(error)) from error
+        return self._written(messages, tools, prompt=prompt)[0]
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> str:
         """The text that a model trained on this template's turns answers to."""
@@ -123,21 +110,20 @@ class Template:
     def tagged(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> tuple[str, list[Span]]:
         """The same text, and the spans between its generation tags."""
         # apply_chat_template turns these spans into tokens itself, but it gives up at a span that starts with a space
-        # the tokenizer leaves out of its offsets; the spans are the truth. The import is heavy, hence here.
-        from transformers.utils.chat_template_utils import render_jinja_template
+        # the tokenizer leaves out of its offsets; the spans are the truth.
+        return self._written(messages, tools, spans=True)
 
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    def _written(
+        self, messages: Sequence[Message], tools: Sequence[Message], *, prompt: bool = False, spans: bool = False
+    ) -> tuple[str, list[Span]]:
+        special = self._tokenizer.special_tokens_map
         try:
-            texts, spans = render_jinja_template(
-                conversations=[present],
-                tools=list(tools) or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
-        except _RAISED as error:
-            raise RefusedError(_refusal(error)) from error
-        return texts[0], [(start, end) for start, end in spans[0]]
+            return templates.render(self.source, messages, tools, special_tokens=special, prompt=prompt, spans=spans)
+        except templates.TemplateError as error:
+            told = str(error).rstrip(".")
+            raise RefusedError(
+                f"the chat template refuses the conversation: {told}; change the row, or the template."
+            ) from error
 
     def messages(self, messages: Iterable[Mapping[str, Any]]) -> list[Message]:
         """OpenAI's messages in the form this template reads.
@@ -355,10 +341,6 @@ class Template:
                 "the chat template trains everything: its generation tags hold the user's turns too; put them around "
                 "each assistant turn with its end of turn, or remove them."
             )
-
-
-def _refusal(error: Exception) -> str:
-    return f"the chat template refuses the conversation: {error}; change the row, or the template."
 
 
 def common_length(a: str, b: str) -> int:

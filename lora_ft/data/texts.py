@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_ft.data.faults import found
 from lora_ft.data.rows import CHUNK_BYTES, MAX_ROW_BYTES, ByteFile, Row, Rows, undecodable
-from lora_ft.data.strictjson import BLANK, JsonError, Scanner, loads, quoted
 from lora_ft.errors import DataError
+from lora_ft.foreign.strictjson import BLANK, JsonError, Scanner, loads, quoted
 
 # Checked before a file is read as text; the first that fits is named.
 SIGNATURES = {

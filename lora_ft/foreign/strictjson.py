@@ -12,6 +12,8 @@ INT64 = range(-(2**63), 2**63)
 BLANK = " \t\r\n"
 # A hostile row could repeat its mistake a million times.
 MAX_NOTES = 20
+# `model_max_length` of a tokenizer without one is 10^30.
+MAX_DIGITS = 40
 
 _TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels; make it flatter"
 
@@ -27,10 +29,14 @@ class JsonError(ValueError):
 
 
 class Scanner:
-    """Reads one value at a time out of a text; `notes` says what was wrong inside the last one."""
+    """Reads one value at a time out of a text; `notes` says what was wrong inside the last one.
 
-    def __init__(self) -> None:
+    With `any_number`, infinities and long whole numbers are let through: transformers writes both into its own files.
+    """
+
+    def __init__(self, any_number: bool = False) -> None:
         self.notes: list[str] = []
+        self.any_number = any_number
         self._scan = json.JSONDecoder(
             object_pairs_hook=self._object,
             parse_int=self._int,
@@ -66,22 +72,27 @@ class Scanner:
         # Python takes quadratic time for long numbers, and refuses those beyond 4300 digits.
         if len(digits) <= 20 and int(digits) in INT64:
             return int(digits)
+        if self.any_number and len(digits) <= MAX_DIGITS:
+            return int(digits)
         self._note(f"has a whole number beyond 64 bits, {quoted(digits)}; write it as a string")
         return 0
 
     def _float(self, digits: str) -> float:
         value = float(digits)
-        if math.isinf(value):
+        if math.isinf(value) and not self.any_number:
             self._note(f"has a number beyond a 64-bit float, {quoted(digits)}; write it as a string")
         return value
 
-    def _constant(self, name: str) -> None:
+    def _constant(self, name: str) -> float | None:
+        if self.any_number and name != "NaN":
+            return float(name)
         self._note(f"has {name}, which JSON does not know; use null or a number")
+        return None
 
 
-def loads(text: str) -> Any:
+def loads(text: str, any_number: bool = False) -> Any:
     """Returns the one value that `text` holds. Raises JsonError with every problem in it."""
-    scanner = Scanner()
+    scanner = Scanner(any_number)
     value, end = scanner.scan(text, len(text) - len(text.lstrip(BLANK)))
     rest = text[end:].lstrip(BLANK)
     if rest:
