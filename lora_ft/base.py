@@ -60,6 +60,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 # Weights that share a scale in NF4.
 BLOCK = 64
+MISREAD = f"bitsandbytes misreads 4-bit weights on this processor whose rows are no multiple of {BLOCK}"
 
 # Bytes of dense weights that a 4-bit model may hold beside its own: 0.4 GiB for SmolLM2-135M in float32.
 DENSE_LIMIT = 1 << 30
@@ -135,11 +136,8 @@ def load(
     skeleton = _skeleton(source, config, model_class)
     output, task_heads = heads(skeleton)
     misread = _misread(skeleton) if quant == "nf4" and device == "cpu" else ()
-    if misread:
-        rule = "bitsandbytes misreads 4-bit weights on this processor where rows are no multiple of 64"
-        if stored:
-            raise UnsupportedModelError(f"{source.name}: {rule}, as in {misread[0]}: use the unquantized model.")
-        log.info("%s; %d layers stay whole", rule, len(misread))
+    if misread and not stored:
+        log.info("%s; %d layers stay whole", MISREAD, len(misread))
     set_seed(seed)
     disable_progress_bar()  # one bar a tensor, gone in seconds
     with _large_blocks_returned():
@@ -160,6 +158,9 @@ def load(
         parameter.requires_grad_(False)
     if stored:
         _recast(model, compute_dtype)
+        packed = [name for name in misread if isinstance(model.get_submodule(name), bnb.nn.Linear4bit)]
+        if packed:
+            raise UnsupportedModelError(f"{source.name}: {MISREAD}, as of {packed[0]}: use the unquantized model.")
     keep_weights_in_place(model)
     left_whole = whole_linears(model) if quant != "none" else ()
     if left_whole:

@@ -221,6 +221,33 @@ def test_without_the_switch_evaluation_spoils_the_weights(folders: Callable[[str
     assert not torch.equal(before, after)
 
 
+def test_layers_that_bitsandbytes_would_misread_stay_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny.model_folder(tmp_path / "base", intermediate_size=96)
+    monkeypatch.setattr(base, "_misreads_crossed_blocks", lambda: False)
+    quantized = load(folder, "nf4")
+    assert quantized.left_whole == ("lm_head",)
+    quantized.model.save_pretrained(tmp_path / "stored")
+    quantized.tokenizer.save_pretrained(tmp_path / "stored")
+    monkeypatch.setattr(base, "_misreads_crossed_blocks", lambda: True)
+    with caplog.at_level("INFO"):
+        whole = load(folder, "nf4")
+    assert set(whole.left_whole) == {"lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(2))}
+    assert "2 layers stay whole" in caplog.text
+    with pytest.raises(UnsupportedModelError, match=r"misreads .* as of model.layers.0.mlp.down_proj: use the unquant"):
+        load(tmp_path / "stored", "nf4")
+
+
+def test_whether_bitsandbytes_misreads_is_seen_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, state = bnb.functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
+    right = base.unpacked(packed, state)
+    for told, wrong in ((right, False), (right * 1.25, True)):
+        monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *_, told=told: told)
+        monkeypatch.setattr(base, "unpacked", lambda *_: right)
+        assert base._misreads_crossed_blocks.__wrapped__() is wrong
+
+
 # Bases stored in a quantization
 
 

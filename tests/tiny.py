@@ -30,7 +30,7 @@ SPREAD = 0.25
 _SMALL = {"vocab_size": VOCAB, "initializer_range": SPREAD, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LLAMA = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -39,12 +39,12 @@ _LLAMA = {
 _GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
 _BERT = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),
@@ -60,7 +60,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt-neox": (
         "GPTNeoXForCausalLM",
         "GPTNeoXConfig",
-        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
 }
