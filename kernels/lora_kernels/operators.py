@@ -21,7 +21,7 @@ class Operator:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._name, self._function = function.__name__.lstrip("_"), function
+        self._name, self._function = function.__name__.removeprefix("_"), function
         self._differentiable: type[torch.autograd.Function] | None = None
         schema = torch.library.infer_schema(function, mutates_args=())
         _library.define(self._name + schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -234,9 +234,11 @@ def cross_entropy_gradient(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_far_heads(q: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(1, 4, 1, 64)
-    rope.rotate_into(out, out[:, :1].clone(), q[None, :, None], q[None, :1, None], q[None, :1], q[None, :1], False)
-    return out
+    out = far(4, 64)[None, :, None]
+    rope.rotate_into(
+        out, torch.empty(1, 1, 1, 64), q[None, :, None], q[None, :1, None], q[None, :1], q[None, :1], False
+    )
+    return out.contiguous()
 
 
 FAR_OUT: dict[str, Callable[[], None]] = {
@@ -244,6 +246,7 @@ FAR_OUT: dict[str, Callable[[], None]] = {
     "nf4 rows apart": lambda: assert_far(dequantize_into, far(4, 64), quantized(4, 64)),
     "lora_down": lambda: assert_far(lora.down, far(4, 64), far(4, 64), 0.5, 1),
     "lora_down tall": lambda: assert_tall(lambda x: lora.down(x, x[-5:], 0.0, 0)),
+    "lora_down tall outputs": lambda: assert_tall(lambda x: lora.down(x, x[-16:], 0.0, 0), columns=16),
     "lora_bwd_up": lambda: assert_far(lora.up_backward, far(4, 32), apart(32, 5), far(4, 5), 2.0),
     "lora_down dA": lambda: assert_far(lora.down_weight_gradient, far(4, 5), far(4, 64), 0.5, 1),
     "lora_down dx": lambda: assert_far(lora.down_input_gradient, far(4, 4), far(4, 64), 0.5, 1),

@@ -132,7 +132,7 @@ def adapted_product_kernel(
         o_quad = column * (BN // 4) + tl.arange(0, BN // 4)
         b_sum = tl.where(philox.keep(o_row, o_quad, seed, threshold), b_sum, 0.0)
     if BIAS:
-        b_sum += tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_sum += tl.load(p_bias + o_column, mask=m_column)[None, :]
 
     # Rows beyond the last read the last, which costs no mask in the loop: nothing of theirs is stored.
     o_left = tl.minimum(o_row, m - 1)[:, None] * stride_left + o_inner[None, :]
@@ -145,7 +145,7 @@ def adapted_product_kernel(
         p_left += BK
         p_right += BK * stride_right_inner
     p_out += o_row[:, None] * stride_out + o_column[None, :]
-    tl.store(p_out, b_sum.to(p_out.dtype.element_ty), mask=m_row[:, None] & m_column[None, :])
+    tl.store(p_out, b_sum, mask=m_row[:, None] & m_column[None, :])
 
 
 def adapted_product(
