@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_kernels
 from lora_kernels import Frozen, backend, dispatch, linear
 from lora_kernels.dispatch import Gpu
+from lora_kernels.frozen import Blocks, Nested
 from lora_kernels.gpu import cross_entropy, rope
 from lora_kernels.gpu import linear as product
 from lora_kernels.gpu.tile import rows_apart
@@ -118,6 +119,19 @@ def test_a_slab_is_no_larger_than_it_must_be(monkeypatch):
         assert {slab.stop - slab.start for slab in slabs[:-1]} == {rows}
         assert [slab.start for slab in slabs[1:]] == [slab.stop for slab in slabs[:-1]]
         assert (slabs[0].start, slabs[-1].stop) == (0, weight.shape[0])
+
+
+def test_bitsandbytes_multiplies_whole_blocks_with_scales_in_groups_of_256():
+    def weight(inputs, blocksize, group):
+        nested = Nested(torch.ones(1), torch.ones(256), torch.ones(()), group) if group else None
+        return Frozen(torch.ones(1), (2, inputs), Blocks(torch.ones(1), torch.ones(16), blocksize, nested))
+
+    assert linear._gemm_4bit_takes(weight(128, 64, None))
+    assert linear._gemm_4bit_takes(weight(64, 64, 256))
+    assert not linear._gemm_4bit_takes(weight(64, 64, 128))
+    assert not linear._gemm_4bit_takes(weight(96, 64, 256))
+    assert not linear._gemm_4bit_takes(weight(64, 128, None))
+    assert not linear._gemm_4bit_takes(Frozen.of(torch.ones(2, 64)))
 
 
 @pytest.mark.parametrize(("blocksize", "wanted"), [(64, True), (128, True), (32, False)])

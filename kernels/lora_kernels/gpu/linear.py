@@ -132,7 +132,7 @@ def adapted_product_kernel(
         o_quad = column * (BN // 4) + tl.arange(0, BN // 4)
         b_sum = tl.where(philox.keep(o_row, o_quad, seed, threshold), b_sum, 0.0)
     if BIAS:
-        b_sum += tl.load(p_bias + o_column, mask=m_column)[None, :]
+        b_sum += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]
 
     # Rows beyond the last read the last, which costs no mask in the loop: nothing of theirs is stored.
     o_left = tl.minimum(o_row, m - 1)[:, None] * stride_left + o_inner[None, :]

@@ -39,7 +39,7 @@ def nf4_dequant_kernel(
     first = tl.program_id(0).to(tl.int64) * BYTES
     o_byte = tl.arange(0, BYTES)
     m_byte = first + o_byte < n_bytes
-    b_packed = tl.load(p_packed + first + o_byte, mask=m_byte, eviction_policy="evict_first")
+    b_packed = tl.load(p_packed + first + o_byte, mask=m_byte, eviction_policy="evict_first").to(tl.int32)
     b_code = tl.load(p_code + tl.arange(0, 16))
     b_even = tl.gather(b_code, b_packed >> 4, 0)
     b_odd = tl.gather(b_code, b_packed & 15, 0)

@@ -55,7 +55,7 @@ def unpacked(
     BN: tl.constexpr = o_output.shape[0]
     o_first = o_output * k + first_input
     o_byte = (o_first // 2)[:, None] + tl.arange(0, BK // 2)[None, :]
-    b_packed = tl.load(p_packed + o_byte, mask=m_output[:, None])
+    b_packed = tl.load(p_packed + o_byte, mask=m_output[:, None]).to(tl.int32)
     o_block = o_first >> LOG2_BLOCK
     if NESTED:
         b_index = tl.load(p_absmax + o_block, mask=m_output)
@@ -136,7 +136,7 @@ def adapted_product_4bit_kernel(
         o_quad = column * (BN // 4) + tl.arange(0, BN // 4)
         b_sum = tl.where(philox.keep(o_row, o_quad, seed, threshold), b_sum, 0.0)
     if BIAS:
-        b_sum += tl.load(p_bias + o_column, mask=m_column)[None, :]
+        b_sum += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]
 
     b_code = tl.load(p_code + tl.arange(0, 16))
     b_offset = tl.load(p_offset) if NESTED else None

@@ -73,7 +73,7 @@ def rms_norm_lora_kernel(
             m_column = column + o_column < columns
             m_tile = m_row[:, None] & m_column[None, :]
             b_h = tl.load(p_x + column + o_column[None, :], mask=m_tile, other=0.0)
-            b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0)
+            b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
             b_y = ((b_h * b_rstd[:, None]).to(dtype).to(tl.float32) * b_weight[None, :]).to(dtype)
             if first == 0:
                 tl.store(p_y + o_row[:, None] * stride_y + column + o_column[None, :], b_y, mask=m_tile)
@@ -126,7 +126,7 @@ def rms_norm_lora_backward_kernel(
         m_tile = m_row[:, None] & m_column[None, :]
         b_dy = tl.load(p_dy + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
         b_h = tl.load(p_h + column + o_column[None, :], mask=m_tile, other=0.0)
-        b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0)
+        b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
         b_dot += tl.sum(b_dy * b_weight[None, :] * b_h, axis=1)
     b_dot *= b_rstd
     for first in range(0, RANK, RANKS):
@@ -153,7 +153,7 @@ def rms_norm_lora_backward_kernel(
         if WEIGHT:
             o_dweight = tl.program_id(0).to(tl.int64) * columns + column + o_column
             tl.store(p_dweight + o_dweight, tl.sum(b_dnorm * b_unit, axis=0), mask=m_column)
-        b_weight = tl.load(p_weight + column + o_column, mask=m_column)
+        b_weight = tl.load(p_weight + column + o_column, mask=m_column).to(tl.float32)
         b_dx = (b_dnorm * b_weight[None, :] - b_unit * b_mean[:, None]) * b_rstd[:, None]
         if RESIDUAL:
             o_dh = o_row[:, None] * stride_dh + column + o_column[None, :]
