@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels import Frozen, backend, dispatch, linear
+from lora_kernels import cross_entropy as cross_entropy_on_cpu
 from lora_kernels.dispatch import Gpu
 from lora_kernels.frozen import Blocks, Nested
 from lora_kernels.gpu import cross_entropy, rope
@@ -207,6 +208,37 @@ def test_a_gradient_with_columns_apart_is_made_dense_once(monkeypatch):
         assert torch.equal(given[-1], dy)
     # Rows may stay apart.
     assert given[-1].data_ptr() == dy.data_ptr()
+
+
+def test_what_nobody_asks_for_is_empty():
+    ops = torch.ops.lora_kernels
+    x, a, weight, labels = torch.randn(3, 8), torch.randn(2, 8), torch.randn(5, 8), torch.tensor([0, 4, -100])
+    for asked in range(3):
+        needed = [number == asked for number in range(3)]
+        found = ops.linear_cross_entropy(x, weight, torch.zeros(5), labels, 1.0, 0.0, -100, None, *needed)[2:]
+        assert [part.numel() for part in found] == [size * need for size, need in zip((24, 40, 5), needed, strict=True)]
+    flat, s = Frozen.of(weight).flat(), torch.randn(3, 2)
+    dx = ops.lora_linear_backward(torch.randn(3, 5), x, *flat, a, torch.randn(5, 2), s, 1.0, 0.5, 1, False)[0]
+    assert dx.numel() == ops.lora_down_backward(s, x, a, 0.5, 1, False)[0].numel() == 0
+    _, da, dweight = ops.rms_norm_lora_backward(x, None, x, x, torch.ones(3), x[0], None, False)
+    assert da.numel() == dweight.numel() == ops.swiglu_lora_backward(x, x, x, None)[2].numel() == 0
+    assert ops.rms_norm_lora(x, None, x[0], None, 1e-5)[1].numel() == 0
+
+
+@pytest.mark.parametrize(("words", "aligned"), [(121, 128), (130, 144)])
+def test_logits_have_rows_of_whole_vectors_and_no_room_to_spare(words, aligned, monkeypatch):
+    given = []
+    differentiate = cross_entropy_on_cpu._differentiate_logits
+    monkeypatch.setattr(
+        cross_entropy_on_cpu,
+        "_differentiate_logits",
+        lambda rows, *rest: given.append(rows) or differentiate(rows, *rest),
+    )
+    h, labels = torch.randn(9, 8), torch.tensor([1, -100, 2, 3, 4, 5, 6, 7, 8])
+    for chunk_rows, rows in ((3, 3), (100, 8), (None, 8)):
+        lora_kernels.linear_cross_entropy(h, torch.randn(words, 8), labels, chunk_rows=chunk_rows)
+        assert given[-1].stride(0) == aligned
+        assert given[-1].untyped_storage().nbytes() == rows * aligned * 4
 
 
 # --- Seeds.

@@ -71,7 +71,7 @@ def narrow_product(
         m_rank = o_rank < RANK
         o_narrow = o_row[:, None] * stride_narrow + o_rank[None, :]
         b_narrow = tl.load(p_narrow + o_narrow, mask=m_row[:, None] & m_rank[None, :], other=0.0)
-        o_up = o_rank[:, None] * stride_up_rank + o_column[None, :] * stride_up_column
+        o_up = o_rank.to(tl.int64)[:, None] * stride_up_rank + o_column[None, :] * stride_up_column
         b_up = tl.load(p_up + o_up, mask=m_rank[:, None] & m_column[None, :], other=0.0)
         b_sum = tl.dot(b_narrow, b_up, b_sum, input_precision="ieee")
     return b_sum
@@ -143,7 +143,7 @@ def adapted_product_kernel(
         b_right = tl.load(p_right + o_right, mask=m_inner[:, None] & m_column[None, :], other=0.0)
         b_sum = tl.dot(b_left, b_right, b_sum, input_precision="ieee")
         p_left += BK
-        p_right += BK * stride_right_inner
+        p_right += tl.cast(BK, tl.int64) * stride_right_inner
     p_out += o_row[:, None] * stride_out + o_column[None, :]
     tl.store(p_out, b_sum, mask=m_row[:, None] & m_column[None, :])
 
