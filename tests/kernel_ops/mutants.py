@@ -19,7 +19,7 @@ from typing import Any
 LEFT_ALONE = {
     "raise": "the text of an error; the condition that leads to it is mutated",
     "annotation, docstring, import, decorator": "says something to readers, tools or a compiler",
-    "num_warps, num_stages, eviction_policy, enable_fp_fusion": "only a compiler reads them, and tests interpret",
+    "num_warps, num_stages, eviction_policy": "only a compiler reads them: how fast a kernel is, not what it computes",
     "tile_for, FEWEST_ROWS, SLAB, COLUMNS, MANY, constants of gpu/*.py": "tiles: any give the same result",
     "constants in tl.arange": "no kernel compiles with others, as they have to be powers of two",
     "arguments of add, mul, addcmul_, vecdot, gcd, min, max exchanged": "they commute",
@@ -27,7 +27,7 @@ LEFT_ALONE = {
 }
 """What is not mutated: it could not change a result, or not but break the kernel at once."""
 
-_COMPILED = {"num_warps", "num_stages", "eviction_policy", "enable_fp_fusion"}
+_COMPILED = {"num_warps", "num_stages", "eviction_policy"}
 _TILES = {"tile_for", "FEWEST_ROWS", "SLAB", "COLUMNS", "MANY"}
 
 _COMPARISONS: dict[type, list[type]] = {

@@ -14,7 +14,7 @@ from lora_kernels import Frozen, backend, dispatch, linear
 from lora_kernels import cross_entropy as cross_entropy_on_cpu
 from lora_kernels.dispatch import Gpu
 from lora_kernels.frozen import Blocks, Nested
-from lora_kernels.gpu import cross_entropy, rope
+from lora_kernels.gpu import cross_entropy, nf4, rope
 from lora_kernels.gpu import linear as product
 from lora_kernels.gpu.tile import rows_apart
 from lora_kernels.matmul import matmul_float32
@@ -177,7 +177,7 @@ class Launched:
         return self
 
     def __call__(self, *args, **kwargs):
-        self.args = args
+        self.args, self.options = args, kwargs
 
 
 def test_dense_heads_and_angles_are_read_where_they_are(monkeypatch):
@@ -187,6 +187,14 @@ def test_dense_heads_and_angles_are_read_where_they_are(monkeypatch):
     cos, sin = torch.randn(1, 5, 20)[..., :16], torch.randn(1, 5, 18)[..., :16]
     rope.rotate_into(torch.empty_like(q), torch.empty_like(k), q, k, cos, sin, False)
     assert [x.data_ptr() for x in kernel.args[:4]] == [x.data_ptr() for x in (q, k, cos, sin)]
+
+
+def test_scales_are_rounded_before_the_offset_is_added(monkeypatch):
+    """As bitsandbytes does it. Only a compiler fuses the two, so that what it is told is looked at."""
+    kernel = Launched()
+    monkeypatch.setattr(nf4, "nf4_dequant_kernel", kernel)
+    nf4.dequantize_into(torch.empty(2, 64), Frozen.of(*bnb.quantize_4bit(torch.randn(2, 64), quant_type="nf4")))
+    assert kernel.options["enable_fp_fusion"] is False
 
 
 def test_only_rows_may_stand_apart():
