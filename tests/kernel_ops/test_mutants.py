@@ -16,7 +16,7 @@ from lora_kernels.dispatch import Gpu
 from lora_kernels.frozen import Blocks, Nested
 from lora_kernels.gpu import cross_entropy, nf4, rope
 from lora_kernels.gpu import linear as product
-from lora_kernels.gpu.tile import rows_apart
+from lora_kernels.gpu.tile import rank_tile, rows_apart
 from lora_kernels.matmul import matmul_float32
 from lora_kernels.slabs import dense_slabs
 from tests.fake_gpu import fake_gpu
@@ -270,6 +270,11 @@ def test_the_mask_is_bool_and_a_seed_left_out_is_zero(forced, monkeypatch):
 
 
 # --- Kernels.
+
+
+def test_a_tile_holds_16_to_64_ranks():
+    tiles = {0: 16, 1: 16, 16: 16, 17: 32, 33: 64, 64: 64, 65: 64, 256: 64}
+    assert {rank: rank_tile(rank) for rank in tiles} == tiles
 
 
 @triton.jit
