@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 
 from lora_ft import adapters, base, config, merge, modes, replies, saved, seal, tasks
@@ -129,7 +130,7 @@ def test_dequantized_weights_are_bit_for_bit_those_of_training(
         for name, module in layers.items():
             if quant == "int8":
                 module.init_8bit_state()
-            live = adapters.dequantize_module_weight(module)
+            live = dequantize_module_weight(module)
             live = live.T if name in weights.transposed else live
             assert torch.equal(reader.dequantized(f"{name}.weight"), live)
         for name, parameter in loaded.model.named_parameters():
@@ -142,7 +143,7 @@ def test_every_quantized_layer_is_dequantized_not_only_adapted_ones(bases: dict[
     merge.merge(run.folder, tmp_path / "merged", onto="dequantized")
     found = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     live = run.model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
-    assert torch.equal(found, adapters.dequantize_module_weight(live))
+    assert torch.equal(found, dequantize_module_weight(live))
 
 
 def test_report_says_what_was_measured(quantized: tiny.Run, tmp_path: Path) -> None:

@@ -43,8 +43,10 @@ def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> t
 
         return lora.down(x_MK, a_RK.to(x_MK.dtype), dropout, seed)
     dtype = backend.product_dtype(x_MK)
-    x_MK, a_RK = x_MK.to(dtype), _scaled(a_RK, 1 / (1 - dropout), dtype)
-    return torch.mm(ones_and_zeros(x_MK, dropout, seed).mul_(x_MK) if dropout else x_MK, a_RK.t())
+    x_MK, a_RK = x_MK.to(dtype), a_RK.to(dtype)
+    if not dropout:
+        return torch.mm(x_MK, a_RK.t())
+    return _scaled_product(ones_and_zeros(x_MK, dropout, seed).mul_(x_MK), a_RK.t(), 1 / (1 - dropout))
 
 
 def up_backward(
@@ -57,35 +59,36 @@ def up_backward(
         return lora.up_backward(dy_MN, b_NR.to(dy_MN.dtype), xa_MR, scaling)
     dtype = backend.product_dtype(dy_MN)
     dy_MN, xa_MR = dy_MN.to(dtype), xa_MR.to(dtype)
-    ds_MR = torch.mm(dy_MN, b_NR.to(dtype)).mul_(scaling)
+    ds_MR = _scaled_product(dy_MN, b_NR.to(dtype), scaling)
     if len(dy_MN) < MANY:
-        return ds_MR, torch.mm(dy_MN.t(), xa_MR).to(torch.float32).mul_(scaling)
-    return ds_MR, torch.mm(xa_MR.t(), dy_MN).to(torch.float32).mul_(scaling).t().contiguous()
+        return ds_MR, _scaled_product(dy_MN.t(), xa_MR, scaling).to(torch.float32)
+    return ds_MR, _scaled_product(xa_MR.t(), dy_MN, scaling).to(torch.float32).t().contiguous()
+
+
+def _scaled_product(left_MK: torch.Tensor, right_KN: torch.Tensor, scale: float) -> torch.Tensor:
+    """Returns scale * left @ right, rounded once: the product is scaled while it is in the registers yet."""
+    out_MN = left_MK.new_empty(left_MK.shape[0], right_KN.shape[1])
+    return out_MN.addmm_(left_MK, right_KN, beta=0, alpha=scale)
 
 
 def down_backward(
     ds_MR: torch.Tensor, x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int, need_dx: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Returns dropout(ds @ a), [M, K] in the dtype of `ds`, and ds.T @ dropout(x), [R, K] float32."""
+    a_RK = a_RK.to(ds_MR.dtype)
     if backend.is_triton(x_MK):
         from lora_kernels.gpu import lora
 
-        a_RK = a_RK.to(ds_MR.dtype)
         dx_MK = lora.down_input_gradient(ds_MR, a_RK, dropout, seed) if need_dx else None
         return dx_MK, lora.down_weight_gradient(ds_MR, x_MK, dropout, seed)
-    x_MK, scale, mask_MK = x_MK.to(ds_MR.dtype), 1 / (1 - dropout), None
+    x_MK, mask_MK, scale = x_MK.to(ds_MR.dtype), None, 1 / (1 - dropout)
     if dropout:
         mask_MK = ones_and_zeros(x_MK, dropout, seed)
         x_MK = x_MK * mask_MK
-    dx_MK = torch.mm(ds_MR, _scaled(a_RK, scale, ds_MR.dtype)) if need_dx else None
+    dx_MK = _scaled_product(ds_MR, a_RK, scale) if need_dx else None
     if dx_MK is not None and mask_MK is not None:
         dx_MK.mul_(mask_MK)
-    return dx_MK, torch.mm(ds_MR.t(), x_MK).to(torch.float32).mul_(scale)
-
-
-def _scaled(narrow: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the matrix of an adapter times `scale`, rounded once."""
-    return narrow.to(dtype) if scale == 1.0 else narrow.to(torch.float32).mul(scale).to(dtype)
+    return dx_MK, _scaled_product(ds_MR.t(), x_MK, scale).to(torch.float32)
 
 
 @Operator

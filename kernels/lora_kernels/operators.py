@@ -23,7 +23,7 @@ class Operator:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._name, self._function = function.__name__.lstrip("_"), function
+        self._name, self._function = function.__name__.removeprefix("_"), function
         self._differentiable: type[torch.autograd.Function] | None = None
         schema = torch.library.infer_schema(function, mutates_args=())
         arguments, _, result = schema.partition(" -> ")

@@ -19,15 +19,16 @@ from typing import Any
 LEFT_ALONE = {
     "raise": "the text of an error; the condition that leads to it is mutated",
     "annotation, docstring, import, decorator": "says something to readers, tools or a compiler",
-    "num_warps, num_stages, eviction_policy, enable_fp_fusion": "only a compiler reads them, and tests interpret",
-    "tile_for, FEWEST_ROWS, SLAB, COLUMNS, constants of gpu/*.py": "tiles: any give the same result",
+    "num_warps, num_stages, eviction_policy": "only a compiler reads them: how fast a kernel is, not what it computes",
+    "tile_for, FEWEST_ROWS, SLAB, COLUMNS, MANY, constants of gpu/*.py": "tiles: any give the same result",
     "constants in tl.arange": "no kernel compiles with others, as they have to be powers of two",
-    "conversion of what tl.store stores": "it converts to the dtype of its pointer by itself",
+    "arguments of add, mul, addcmul_, vecdot, gcd, min, max exchanged": "they commute",
+    "strict of zip": "raises where lengths differ, and they do not",
 }
 """What is not mutated: it could not change a result, or not but break the kernel at once."""
 
-_COMPILED = {"num_warps", "num_stages", "eviction_policy", "enable_fp_fusion"}
-_TILES = {"tile_for", "FEWEST_ROWS", "SLAB", "COLUMNS"}
+_COMPILED = {"num_warps", "num_stages", "eviction_policy"}
+_TILES = {"tile_for", "FEWEST_ROWS", "SLAB", "COLUMNS", "MANY"}
 
 _COMPARISONS: dict[type, list[type]] = {
     ast.Lt: [ast.LtE, ast.GtE],
@@ -57,7 +58,7 @@ _ARITHMETIC: dict[type, type] = {
 _EXTREMES = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"}
 _NARROWER = {"float32": "float16", "int64": "int32", "uint32": "int32", "uint8": "int8", "bool": "int8"}
 _CONVERSIONS = {"to", "float", "bool", "long", "contiguous"}
-_COMMUTATIVE = {"add", "mul", "min", "max", "minimum", "maximum"}
+_COMMUTATIVE = {"add", "mul", "addcmul_", "vecdot", "gcd", "min", "max", "minimum", "maximum"}
 _KERNEL_KINDS = {"p", "o", "m", "b", "stride"}
 """What the names of a kernel begin with: pointers, offsets, masks, values of a block, strides."""
 
@@ -96,7 +97,7 @@ def mutants(file: Path, source: bytes) -> list[Mutant]:
         starts.append(starts[-1] + len(line))
     tree = ast.parse(source)
     found: dict[tuple[Any, ...], Mutant] = {}
-    for runs_in, (kind, first, last, after) in _changes(tree, tree, None, "gpu" in file.parts):
+    for runs_in, (kind, first, last, after) in _changes(tree, None, "gpu" in file.parts):
         start = starts[first.lineno - 1] + first.col_offset
         end = starts[last.end_lineno - 1] + last.end_col_offset
         before = " ".join(source[start:end].decode().split())
@@ -110,19 +111,19 @@ def mutants(file: Path, source: bytes) -> list[Mutant]:
     return sorted(found.values(), key=lambda mutant: mutant.span)
 
 
-def _changes(node: ast.AST, parent: ast.AST, runs_in: range | None, gpu: bool) -> Iterator[tuple[range | None, Change]]:
+def _changes(node: ast.AST, runs_in: range | None, gpu: bool) -> Iterator[tuple[range | None, Change]]:
     """Yields the changes to a node and to all in it, each with the lines of its statement."""
     inside = runs_in is not None
     if isinstance(node, ast.stmt) and inside:
         body = getattr(node, "body", None)
         runs_in = range(node.lineno, body[0].lineno if body else (node.end_lineno or 0) + 1)
-    for change in _changes_to(node, parent):
+    for change in _changes_to(node):
         yield runs_in, change
     in_body = isinstance(node, ast.FunctionDef)
     for name, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and not _left_alone(node, name, child, gpu and not inside):
-                yield from _changes(child, node, range(0) if in_body and name == "body" else runs_in, gpu)
+                yield from _changes(child, range(0) if in_body and name == "body" else runs_in, gpu)
 
 
 def _left_alone(parent: ast.AST, field: str, node: ast.AST, tiles: bool) -> bool:
@@ -138,7 +139,7 @@ def _left_alone(parent: ast.AST, field: str, node: ast.AST, tiles: bool) -> bool
             return True
         case ast.Assign(value=ast.Constant(value=int()) | ast.Tuple()) if tiles:
             return True
-        case ast.keyword(arg=arg) if arg in _COMPILED | _TILES:
+        case ast.keyword(arg=arg) if arg in _COMPILED | _TILES | {"strict"}:
             return True
         case ast.Constant() if isinstance(parent, ast.Call) and _name(parent) == "arange":
             return True
@@ -159,7 +160,7 @@ def _with(node: ast.AST, **fields: Any) -> str:
     return ast.unparse(node)
 
 
-def _changes_to(node: ast.AST, parent: ast.AST) -> Iterator[Change]:
+def _changes_to(node: ast.AST) -> Iterator[Change]:
     """Yields the changes to a node itself."""
 
     def whole(kind: str, after: str) -> Change:
@@ -188,8 +189,7 @@ def _changes_to(node: ast.AST, parent: ast.AST) -> Iterator[Change]:
         ):
             yield "condition", test, test, _with(ast.UnaryOp(ast.Not(), test))
         case ast.Call():
-            stored = isinstance(parent, ast.Call) and _name(parent) == "store"
-            yield from _changes_to_call(node, stored)
+            yield from _changes_to_call(node)
 
 
 def _anything(mask: ast.expr) -> ast.expr:
@@ -212,7 +212,7 @@ def _other_values(value: Any) -> list[Any]:
     return []
 
 
-def _changes_to_call(call: ast.Call, stored: bool) -> Iterator[Change]:
+def _changes_to_call(call: ast.Call) -> Iterator[Change]:
     name = _name(call)
     if name in _EXTREMES:
         field = "attr" if isinstance(call.func, ast.Attribute) else "id"
@@ -224,7 +224,7 @@ def _changes_to_call(call: ast.Call, stored: bool) -> Iterator[Change]:
             if _kind(one) == _kind(next_one) != "constant":
                 yield "swap", one, next_one, f"{ast.unparse(next_one)}, {ast.unparse(one)}"
     widens = any("int64" in ast.unparse(arg) for arg in call.args)
-    if name in _CONVERSIONS and isinstance(call.func, ast.Attribute) and not (widens or stored):
+    if name in _CONVERSIONS and isinstance(call.func, ast.Attribute) and not widens:
         yield "dtype", call, call, ast.unparse(call.func.value)
     if name in ("range", "static_range"):
         start, stop, step = ([ast.Constant(0)] * (len(call.args) == 1) + call.args + [ast.Constant(1)])[:3]

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -48,6 +48,9 @@ SETTINGS = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREAD
 # What every process would spend more time on than on most mutants: bitsandbytes has torch compile what it does to odd
 # shapes, and pytest loads each plugin that is installed.
 SETTINGS |= {"TORCHDYNAMO_DISABLE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+WHOLE = ("torch.testing._internal.optests", "triton.runtime.interpreter", "bitsandbytes.functional")
+WHOLE += ("transformers.models.llama.modeling_llama",)
+"""What tests import besides the package: once, before the processes are forked."""
 ENOUGH = 0.95
 PROCESSES = 2
 SPARE_S = 10.0
@@ -60,7 +63,7 @@ Result = TypeVar("Result")
 Lines = dict[str, set[int]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Test:
     name: str
     suite: Path
@@ -102,7 +105,9 @@ class Tracer:
         self.suite = suite
         self.tests: list[Test] = []
         self.failed: list[str] = []
-        self.lines: Lines = defaultdict(set)
+        self.imported: Lines = defaultdict(set)
+        """What runs before any test, such as the registration of operators."""
+        self.lines = self.imported
         self.shared: Lines = defaultdict(set)
         """What fixtures run that several tests look at."""
 
@@ -141,6 +146,8 @@ class Tracer:
         for test in self.tests:
             for file, lines in self.shared.items():
                 test.lines[file] |= lines
+            for file, lines in test.lines.items():
+                lines |= self.imported[file]
 
 
 class Chosen:
@@ -177,6 +184,7 @@ def traced(suite: Path) -> tuple[list[Test], list[str]]:
     """Returns the tests of a file, and the names of those that fail."""
     sys.meta_path.insert(0, Source(SOURCES))
     tracer = Tracer(suite)
+    sys.settrace(tracer.trace)
     status = run_tests([suite], tracer)
     return tracer.tests, tracer.failed or ([suite.name] if status else [])
 
@@ -231,10 +239,10 @@ def forked(work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple
 
 
 def prepare() -> None:
-    """Imports what every process needs and what is not to be broken."""
+    """Sets up this process as those of the tests, which are forked from it, are to be."""
     os.environ.update(SETTINGS)
     os.chdir(HERE.parents[1])
-    for module in ("torch.testing._internal.optests", "triton.runtime.interpreter", "bitsandbytes.functional"):
+    for module in WHOLE:
         importlib.import_module(module)
     # What is there before a fork need not be looked through for garbage after it.
     gc.freeze()
@@ -289,11 +297,18 @@ def main() -> None:
         if failed:
             sys.exit(f"{suite.name} fails for kernels that are whole: {', '.join(failed)}")
         tests += found_tests
-    tests.sort(key=lambda test: test.seconds)
     print(f"{len(found)} mutants, {len(tests)} tests", flush=True)
     killed_by: dict[Mutant, str | None] = {}
-    for mutant, test, death in forked(lambda mutant: killer(mutant, [t for t in tests if t.runs(mutant)]), found):
+    kills: Counter[tuple[Path, str]] = Counter()
+
+    def work(mutant: Mutant) -> str | None:
+        # The cheapest first, those that have killed others in the file above all.
+        cost = {test: test.seconds / (1 + kills[mutant.file, test.name]) for test in tests if test.runs(mutant)}
+        return killer(mutant, sorted(cost, key=cost.__getitem__))
+
+    for mutant, test, death in forked(work, found):
         killed_by[mutant] = test or death or None
+        kills[mutant.file, test or ""] += 1
         if not killed_by[mutant] or killed_by[mutant] == HANGS:
             fate = killed_by[mutant] or "survived"
             print(f"[{len(killed_by)}] {fate}: {described(mutant)}", flush=True)

@@ -212,6 +212,26 @@ def product_4bit_far() -> None:
     assert torch.equal(found[:, -64:], wanted)
 
 
+def product_4bit_backward_far() -> None:
+    """The gradients of the last inputs of 130 outputs, of which the last begins beyond weight 2^31."""
+    dy, small = apart(3, 130), quantized(130, 64, nested=False)
+    inputs, blocks = FAR // 128, small.packed()
+    packed, absmax = torch.empty(130, inputs // 2, dtype=torch.uint8), torch.empty(130, inputs // 64)
+    packed[:, -32:], absmax[:, -1] = small.data.view(130, 32), blocks.absmax
+    large = Frozen(packed.view(-1), (130, inputs), Blocks(absmax.view(-1), blocks.code, 64, None))
+    found, wanted = (
+        nf4_linear.adapted_product(dy, weight, apart(3, 4) * 0, up, None, 1.0, forward=False)
+        for weight, up in ((large, torch.empty(4, inputs, dtype=torch.bfloat16)), (small, apart(4, 64)))
+    )
+    assert torch.equal(found[:, -64:], wanted)
+
+
+def keep_mask_far() -> None:
+    last = lora_kernels.keep_mask(torch.empty(FAR // 64 + 16, 64), 0.5, 1)[-1]
+    assert last.any()
+    assert not last.all()
+
+
 def product_4bit_tall() -> None:
     weight = quantized(64, 64)
 
@@ -251,9 +271,49 @@ def cross_entropy_gradient(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_far_heads(q: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(1, 4, 1, 64)
-    rope.rotate_into(out, out[:, :1].clone(), q[None, :, None], q[None, :1, None], q[None, :1], q[None, :1], False)
-    return out
+    out = far(4, 64)[None, :, None]
+    rope.rotate_into(
+        out, torch.empty(1, 1, 1, 64), q[None, :, None], q[None, :1, None], q[None, :1], q[None, :1], False
+    )
+    return out.contiguous()
+
+
+# What programs leave to be summed takes 2^31 elements only where there are more rows than fit: here all are one row.
+MANY_ROWS = FAR // 2 + 9
+
+
+def alike(columns: int) -> torch.Tensor:
+    return torch.randn(1, columns).expand(MANY_ROWS, columns)
+
+
+def parts_of_up_backward() -> None:
+    """The last of three splits of the columns, and the last block of rows, of which 9 are there."""
+    dy, xa, b = alike(320), alike(1), torch.randn(320, 1)
+    blocks = triton.cdiv(MANY_ROWS, 128)
+    ds, db = torch.empty(3, MANY_ROWS, 1), torch.empty(blocks, 320, 1)
+    sizes = {"RANK": 1, "SPLIT": 128, "BM": 128, "BR": 16, "BN": 32}
+    lora.lora_up_backward_kernel[(blocks, 3, 1)](dy, b, xa, ds, db, MANY_ROWS, 320, 0, 1, 0, 2.0, **sizes)
+    torch.testing.assert_close(ds[2, -9:], 2 * dy[:9, 256:] @ b[256:])
+    torch.testing.assert_close(db[-1, 256:], 2 * 9 * dy[:1, 256:].t() @ xa[:1])
+
+
+def parts_of_down_weight() -> None:
+    ds, x, splits = alike(1), alike(64), triton.cdiv(MANY_ROWS, 32)
+    da = torch.empty(splits, 1, 64)
+    sizes = {"RANK": 1, "DROPOUT": False, "SPLIT": 32, "BM": 32, "BR": 16, "BK": 64}
+    lora.lora_down_weight_kernel[(1, splits, 1)](ds, x, da, MANY_ROWS, 64, 0, 0, 0, 0, 2.0, **sizes)
+    torch.testing.assert_close(da[-1], 2 * 9 * ds[:1].t() @ x[:1])
+
+
+def parts_of_norm_weight() -> None:
+    dy, h, rstd, weight = alike(64), alike(64), torch.empty(MANY_ROWS), torch.ones(64)
+    rstd[-9:] = 0.5
+    programs = triton.cdiv(MANY_ROWS, 16)
+    dweight, dx = torch.empty(programs, 64), torch.empty(1, 64)
+    sizes = {"RESIDUAL": False, "RANK": 0, "WEIGHT": True, "ROWS": 16, "COLUMNS": 64, "RANKS": 16}
+    tensors = (dy, dy, dy, h, rstd, weight, dy, dx, dweight)
+    norm.rms_norm_lora_backward_kernel[(programs,)](*tensors, MANY_ROWS, 64, *[0] * 6, **sizes)
+    torch.testing.assert_close(dweight[-1], (9 * 0.5 * dy[0] * h[0]))
 
 
 FAR_OUT: dict[str, Callable[[], None]] = {
@@ -261,17 +321,30 @@ FAR_OUT: dict[str, Callable[[], None]] = {
     "nf4 rows apart": lambda: assert_far(dequantize_into, far(4, 64), quantized(4, 64)),
     "lora_down": lambda: assert_far(lora.down, far(4, 64), far(4, 64), 0.5, 1),
     "lora_down tall": lambda: assert_tall(lambda x: lora.down(x, x[-5:], 0.0, 0)),
+    "lora_down tall outputs": lambda: assert_tall(lambda x: lora.down(x, x[-16:], 0.0, 0), columns=16),
     "lora_bwd_up": lambda: assert_far(lora.up_backward, far(4, 32), apart(32, 5), far(4, 5), 2.0),
     "lora_down dA": lambda: assert_far(lora.down_weight_gradient, far(4, 5), far(4, 64), 0.5, 1),
     "lora_down dx": lambda: assert_far(lora.down_input_gradient, far(4, 4), far(4, 64), 0.5, 1),
     # So small a share that nothing is dropped: what is hangs on the row.
     "lora_down dx tall": lambda: assert_tall(lambda x: lora.down_input_gradient(x[:, :5], x[-5:], 1e-9, 0)),
+    "lora_bwd_up b": lambda: assert_far(lora.up_backward, apart(3, 4), far(4, 5), apart(3, 5), 2.0),
+    "lora_bwd_up parts": parts_of_up_backward,
+    "lora_down dA parts": parts_of_down_weight,
+    "rms_norm_lora dweight parts": parts_of_norm_weight,
     "product": lambda: assert_far(product.adapted_product, far(4, 8), apart(8, 64), far(4, 5), apart(5, 64), None, 2.0),
+    "product columns": lambda: assert_far(
+        product.adapted_product, apart(3, 8), far(4, 8).t(), apart(3, 5), far(4, 5).t(), None, 2.0
+    ),
+    "product inner": lambda: assert_far(
+        product.adapted_product, apart(3, 4), far(4, 64), apart(3, 4), far(4, 64), None, 2.0
+    ),
     "product tall": lambda: assert_tall(
         lambda x: product.adapted_product(x, x[-64:].t(), x[:, :5], x[-64:, :5].t(), None, 1.0)
     ),
     "product 4-bit": product_4bit_far,
+    "product 4-bit dx": product_4bit_backward_far,
     "product 4-bit tall": product_4bit_tall,
+    "keep_mask": keep_mask_far,
     "rms_norm_lora": lambda: assert_far(
         norm.forward_into,
         *(far(4, 68), far(4, 64), torch.empty(4), far(4, 64), far(4, 64), apart(64), apart(4, 64), 1e-5),

@@ -54,18 +54,15 @@ def differentiate_logits_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     p_logits += row * stride_logits
-    scale = tl.cast(scale, tl.float32)
-    softcap = tl.cast(softcap, tl.float32)
     label = tl.load(p_labels + row)
     z_label, _slope = capped(tl.load(p_logits + label), scale, softcap, SOFTCAP)
 
     # The sum of exp(z - maximum) while both grow. Finite at first: -inf - -inf is NaN where the first words are masked.
-    maximum = tl.full((), -3.0e38, tl.float32)
-    total = tl.zeros((), tl.float32)
+    maximum, total = -3.0e38, 0.0
     for first in range(0, words, WORDS):
         o_word = first + tl.arange(0, WORDS)
         # Memory is read up to where the next row begins, which keeps vector loads whatever the number of words.
-        b_logit = tl.load(p_logits + o_word, mask=o_word < stride_logits, other=0.0)
+        b_logit = tl.load(p_logits + o_word, mask=o_word < stride_logits)
         b_z, b_slope = capped(b_logit, scale, softcap, SOFTCAP)
         b_z = tl.where(o_word < words, b_z, float("-inf"))
         larger = tl.maximum(maximum, tl.max(b_z, axis=0))
@@ -79,10 +76,10 @@ def differentiate_logits_kernel(
         for first in range(0, words, WORDS):
             o_word = first + tl.arange(0, WORDS)
             m_row = o_word < stride_logits
-            b_logit = tl.load(p_logits + o_word, mask=m_row, other=0.0)
+            b_logit = tl.load(p_logits + o_word, mask=m_row)
             b_z, b_slope = capped(b_logit, scale, softcap, SOFTCAP)
-            b_gradient = (tl.exp(b_z - maximum) / total - (o_word == label).to(tl.float32)) * b_slope
-            tl.store(p_logits + o_word, b_gradient.to(p_logits.dtype.element_ty), mask=m_row)
+            b_gradient = (tl.exp(b_z - maximum) / total - (o_word == label)) * b_slope
+            tl.store(p_logits + o_word, b_gradient, mask=m_row)
 
 
 def differentiate_logits(

@@ -71,7 +71,7 @@ def narrow_product(
         m_rank = o_rank < RANK
         o_narrow = o_row[:, None] * stride_narrow + o_rank[None, :]
         b_narrow = tl.load(p_narrow + o_narrow, mask=m_row[:, None] & m_rank[None, :], other=0.0)
-        o_up = o_rank[:, None] * stride_up_rank + o_column[None, :] * stride_up_column
+        o_up = o_rank.to(tl.int64)[:, None] * stride_up_rank + o_column[None, :] * stride_up_column
         b_up = tl.load(p_up + o_up, mask=m_rank[:, None] & m_column[None, :], other=0.0)
         b_sum = tl.dot(b_narrow, b_up, b_sum, input_precision="ieee")
     return b_sum
@@ -132,7 +132,7 @@ def adapted_product_kernel(
         o_quad = column * (BN // 4) + tl.arange(0, BN // 4)
         b_sum = tl.where(philox.keep(o_row, o_quad, seed, threshold), b_sum, 0.0)
     if BIAS:
-        b_sum += tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_sum += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]
 
     # Rows beyond the last read the last, which costs no mask in the loop: nothing of theirs is stored.
     o_left = tl.minimum(o_row, m - 1)[:, None] * stride_left + o_inner[None, :]
@@ -143,9 +143,9 @@ def adapted_product_kernel(
         b_right = tl.load(p_right + o_right, mask=m_inner[:, None] & m_column[None, :], other=0.0)
         b_sum = tl.dot(b_left, b_right, b_sum, input_precision="ieee")
         p_left += BK
-        p_right += BK * stride_right_inner
+        p_right += tl.cast(BK, tl.int64) * stride_right_inner
     p_out += o_row[:, None] * stride_out + o_column[None, :]
-    tl.store(p_out, b_sum.to(p_out.dtype.element_ty), mask=m_row[:, None] & m_column[None, :])
+    tl.store(p_out, b_sum, mask=m_row[:, None] & m_column[None, :])
 
 
 def adapted_product(

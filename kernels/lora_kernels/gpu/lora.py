@@ -57,10 +57,10 @@ def lora_down_kernel(
         b_a = tl.load(p_a + (first + o_col)[:, None], mask=m_col[:, None] & m_rank[None, :], other=0.0)
         if DROPOUT:
             b_keep = philox.keep(o_row, first // 4 + o_quad, seed, threshold)
-            b_x = tl.where(b_keep, b_x, 0.0).to(b_x.dtype)
+            b_x = tl.where(b_keep, b_x, 0.0)
         b_sum = tl.dot(b_x, b_a, b_sum, input_precision="ieee")
     p_out += o_row.to(tl.int64)[:, None] * stride_out + o_rank[None, :]
-    tl.store(p_out, (b_sum * scale).to(p_out.dtype.element_ty), mask=m_row[:, None] & m_rank[None, :])
+    tl.store(p_out, b_sum * scale, mask=m_row[:, None] & m_rank[None, :])
 
 
 def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
@@ -205,7 +205,7 @@ def lora_down_weight_kernel(
         p_row = p_ds + o_row.to(tl.int64)[None, :] * stride_ds
         b_ds = tl.load(p_row + o_rank[:, None], mask=m_row[None, :] & m_rank[:, None], other=0.0)
         if DROPOUT:
-            b_x = tl.where(philox.keep(o_row, o_quad, seed, threshold), b_x, 0.0).to(b_x.dtype)
+            b_x = tl.where(philox.keep(o_row, o_quad, seed, threshold), b_x, 0.0)
         b_da = tl.dot(b_ds, b_x, b_da, input_precision="ieee")
     p_da += (split.to(tl.int64) * RANK + o_rank)[:, None] * k + o_col[None, :]
     tl.store(p_da, b_da * scale, mask=m_rank[:, None] & m_col[None, :])
@@ -273,7 +273,7 @@ def lora_down_input_kernel(
         o_a = o_rank.to(tl.int64)[:, None] * stride_a + o_col[None, :]
         b_a = tl.load(p_a + o_a, mask=m_rank[:, None] & m_col[None, :], other=0.0)
         b_sum = tl.dot(b_ds, b_a, b_sum, input_precision="ieee")
-    b_dx = tl.where(b_keep, b_sum * scale, 0.0).to(p_dx.dtype.element_ty)
+    b_dx = tl.where(b_keep, b_sum * scale, 0.0)
     tl.store(p_dx + o_row[:, None] * k + o_col[None, :], b_dx, mask=m_row[:, None] & m_col[None, :])
 
 

@@ -39,7 +39,7 @@ def nf4_dequant_kernel(
     first = tl.program_id(0).to(tl.int64) * BYTES
     o_byte = tl.arange(0, BYTES)
     m_byte = first + o_byte < n_bytes
-    b_packed = tl.load(p_packed + first + o_byte, mask=m_byte, other=0, eviction_policy="evict_first").to(tl.int32)
+    b_packed = tl.load(p_packed + first + o_byte, mask=m_byte, eviction_policy="evict_first").to(tl.int32)
     b_code = tl.load(p_code + tl.arange(0, 16))
     b_even = tl.gather(b_code, b_packed >> 4, 0)
     b_odd = tl.gather(b_code, b_packed & 15, 0)
@@ -49,15 +49,15 @@ def nf4_dequant_kernel(
     m_unit = o_unit < n_bytes
     o_block = (2 * o_unit) >> LOG2_BLOCK
     if NESTED:
-        b_index = tl.load(p_absmax + o_block, mask=m_unit, other=0).to(tl.int32)
-        b_group = tl.load(p_nested_absmax + (o_block >> LOG2_NESTED), mask=m_unit, other=0.0)
+        b_index = tl.load(p_absmax + o_block, mask=m_unit)
+        b_group = tl.load(p_nested_absmax + (o_block >> LOG2_NESTED), mask=m_unit)
         # Multiplied, rounded, then added, as bitsandbytes does: compiled without fused multiply-add.
         b_scale = tl.load(p_nested_code + b_index) * b_group + tl.load(p_offset)
     else:
-        b_scale = tl.load(p_absmax + o_block, mask=m_unit, other=0.0)
+        b_scale = tl.load(p_absmax + o_block, mask=m_unit)
     b_scale = tl.reshape(tl.broadcast_to(b_scale[:, None], (BYTES // UNIT, UNIT)), (BYTES,))
 
-    b_out = tl.interleave(b_even * b_scale, b_odd * b_scale).to(p_out.dtype.element_ty)
+    b_out = tl.interleave(b_even * b_scale, b_odd * b_scale)
     o_weight = 2 * first + tl.arange(0, 2 * BYTES)
     m_weight = o_weight < n_weights
     if DENSE_ROWS:
@@ -87,7 +87,7 @@ def dequantize_into(out_NK: torch.Tensor, weight: Frozen) -> None:
         columns,
         out_NK.stride(0),
         LOG2_BLOCK=blocks.size.bit_length() - 1,
-        LOG2_NESTED=nested.size.bit_length() - 1 if nested else 0,
+        LOG2_NESTED=nested.size.bit_length() - 1 if nested else None,
         NESTED=nested is not None,
         DENSE_ROWS=out_NK.stride(0) == columns,
         BYTES=BYTES,

@@ -55,10 +55,10 @@ def unpacked(
     BN: tl.constexpr = o_output.shape[0]
     o_first = o_output * k + first_input
     o_byte = (o_first // 2)[:, None] + tl.arange(0, BK // 2)[None, :]
-    b_packed = tl.load(p_packed + o_byte, mask=m_output[:, None], other=0).to(tl.int32)
+    b_packed = tl.load(p_packed + o_byte, mask=m_output[:, None]).to(tl.int32)
     o_block = o_first >> LOG2_BLOCK
     if NESTED:
-        b_index = tl.load(p_absmax + o_block, mask=m_output, other=0).to(tl.int32)
+        b_index = tl.load(p_absmax + o_block, mask=m_output)
         b_group = tl.load(p_nested_absmax + (o_block >> LOG2_NESTED), mask=m_output, other=0.0)
         b_scale = tl.load(p_nested_code + b_index) * b_group + b_offset
     else:
@@ -136,10 +136,10 @@ def adapted_product_4bit_kernel(
         o_quad = column * (BN // 4) + tl.arange(0, BN // 4)
         b_sum = tl.where(philox.keep(o_row, o_quad, seed, threshold), b_sum, 0.0)
     if BIAS:
-        b_sum += tl.load(p_bias + o_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+        b_sum += tl.load(p_bias + o_column, mask=m_column).to(tl.float32)[None, :]
 
     b_code = tl.load(p_code + tl.arange(0, 16))
-    b_offset = tl.load(p_offset) if NESTED else 0.0
+    b_offset = tl.load(p_offset) if NESTED else None
     p_left += o_row[:, None] * stride_left + o_inner[None, :]
     for first in range(0, k, BK):
         m_inner = first + o_inner < k
@@ -168,7 +168,7 @@ def adapted_product_4bit_kernel(
         b_right = tl.trans(b_weight) if FORWARD else b_weight
         b_sum = tl.dot(b_left, b_right, b_sum, input_precision="ieee")
     p_out += o_row[:, None] * stride_out + o_column[None, :]
-    tl.store(p_out, b_sum.to(p_out.dtype.element_ty), mask=m_row[:, None] & m_column[None, :])
+    tl.store(p_out, b_sum, mask=m_row[:, None] & m_column[None, :])
 
 
 def adapted_product(
@@ -215,7 +215,7 @@ def adapted_product(
             seed,
             philox.threshold(dropout),
             LOG2_BLOCK=blocks.size.bit_length() - 1,
-            LOG2_NESTED=nested.size.bit_length() - 1 if nested else 0,
+            LOG2_NESTED=nested.size.bit_length() - 1 if nested else None,
             NESTED=nested is not None,
             FORWARD=forward,
             RANK=rank,

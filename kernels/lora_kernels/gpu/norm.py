@@ -54,12 +54,12 @@ def rms_norm_lora_kernel(
         b_h = tl.load(p_x + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
         if RESIDUAL:
             o_residual = o_row[:, None] * stride_residual + column + o_column[None, :]
-            b_h += tl.load(p_residual + o_residual, mask=m_tile, other=0.0).to(tl.float32)
+            b_h += tl.load(p_residual + o_residual, mask=m_tile, other=0.0)
             b_h = b_h.to(dtype)
             tl.store(p_h + column + o_column[None, :], b_h, mask=m_tile)
             b_h = b_h.to(tl.float32)
         b_squares += tl.sum(b_h * b_h, axis=1)
-    b_rstd = tl.rsqrt(b_squares / columns + tl.cast(eps, tl.float32))
+    b_rstd = tl.rsqrt(b_squares / columns + eps)
     tl.store(p_rstd + o_row, b_rstd, mask=m_row)
     if RESIDUAL:
         # The threads that read h below are others than those that have just written it.
@@ -72,7 +72,7 @@ def rms_norm_lora_kernel(
         for column in range(0, columns, COLUMNS):
             m_column = column + o_column < columns
             m_tile = m_row[:, None] & m_column[None, :]
-            b_h = tl.load(p_x + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+            b_h = tl.load(p_x + column + o_column[None, :], mask=m_tile, other=0.0)
             b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
             b_y = ((b_h * b_rstd[:, None]).to(dtype).to(tl.float32) * b_weight[None, :]).to(dtype)
             if first == 0:
@@ -82,7 +82,7 @@ def rms_norm_lora_kernel(
         if RANK:
             o_xa = o_row[:, None] * stride_y + columns + first + o_rank[None, :]
             m_xa = m_row[:, None] & (first + o_rank < RANK)[None, :]
-            tl.store(p_y + o_xa, tl.sum(b_xa, axis=0).to(dtype), mask=m_xa)
+            tl.store(p_y + o_xa, tl.sum(b_xa, axis=0), mask=m_xa)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -125,7 +125,7 @@ def rms_norm_lora_backward_kernel(
         m_column = column + o_column < columns
         m_tile = m_row[:, None] & m_column[None, :]
         b_dy = tl.load(p_dy + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-        b_h = tl.load(p_h + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+        b_h = tl.load(p_h + column + o_column[None, :], mask=m_tile, other=0.0)
         b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
         b_dot += tl.sum(b_dy * b_weight[None, :] * b_h, axis=1)
     b_dot *= b_rstd
@@ -133,7 +133,7 @@ def rms_norm_lora_backward_kernel(
         m_tile = m_row[:, None] & (first + o_rank < RANK)[None, :]
         o_xa = columns + first + o_rank[None, :]
         b_ds = tl.load(p_dy + o_xa, mask=m_tile, other=0.0).to(tl.float32)
-        b_xa = tl.load(p_y + o_row[:, None] * stride_y + o_xa, mask=m_tile, other=0.0).to(tl.float32)
+        b_xa = tl.load(p_y + o_row[:, None] * stride_y + o_xa, mask=m_tile, other=0.0)
         b_dot += tl.sum(b_ds * b_xa, axis=1)
     b_mean = b_dot / columns
 
@@ -148,18 +148,18 @@ def rms_norm_lora_backward_kernel(
             o_a = (first + o_rank)[:, None] * stride_a + (column + o_column)[None, :]
             b_a = tl.load(p_a + o_a, mask=m_rank[:, None] & m_column[None, :], other=0.0)
             b_dnorm = tl.dot(b_ds, b_a, b_dnorm, input_precision="ieee")
-        b_h = tl.load(p_h + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+        b_h = tl.load(p_h + column + o_column[None, :], mask=m_tile, other=0.0)
         b_unit = b_h * b_rstd[:, None]
         if WEIGHT:
             o_dweight = tl.program_id(0).to(tl.int64) * columns + column + o_column
             tl.store(p_dweight + o_dweight, tl.sum(b_dnorm * b_unit, axis=0), mask=m_column)
-        b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
+        b_weight = tl.load(p_weight + column + o_column, mask=m_column).to(tl.float32)
         b_dx = (b_dnorm * b_weight[None, :] - b_unit * b_mean[:, None]) * b_rstd[:, None]
         if RESIDUAL:
             o_dh = o_row[:, None] * stride_dh + column + o_column[None, :]
-            b_dx += tl.load(p_dh + o_dh, mask=m_tile, other=0.0).to(tl.float32)
+            b_dx += tl.load(p_dh + o_dh, mask=m_tile)
         o_dx = o_row[:, None] * stride_dx + column + o_column[None, :]
-        tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m_tile)
+        tl.store(p_dx + o_dx, b_dx, mask=m_tile)
 
 
 def forward_into(

@@ -20,13 +20,13 @@ def keep(o_row, o_quad, seed, threshold):
     """
     BM: tl.constexpr = o_row.shape[0]
     BQ: tl.constexpr = o_quad.shape[0]
-    b_row = tl.broadcast_to(o_row[:, None], (BM, BQ)).to(tl.uint32)
-    b_quad = tl.broadcast_to(o_quad[None, :], (BM, BQ)).to(tl.uint32)
+    b_row = tl.broadcast_to(o_row[:, None], (BM, BQ)).to(tl.int32)
+    b_quad = tl.broadcast_to(o_quad[None, :], (BM, BQ))
     b_zero = b_row * 0
     b_0, b_1, b_2, b_3 = tl.philox(seed, b_row, b_quad, b_zero, b_zero)
     # Joined so that the reshape puts them side by side in the order 0, 1, 2, 3.
     b_bits = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), (BM, 4 * BQ))
-    return (b_bits >> 1).to(tl.int32) >= threshold
+    return (b_bits >> 1) >= threshold
 
 
 def threshold(dropout: float) -> int:

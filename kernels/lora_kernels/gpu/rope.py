@@ -33,12 +33,11 @@ def rotate(
         mask = (o_head < heads) & (o_1 < HALF)
         # A head may stand a whole sequence apart from the next.
         p_head = p_x + o_head.to(tl.int64) * stride_x
-        b_1 = tl.load(p_head + o_1, mask=mask, other=0.0).to(tl.float32)
-        b_2 = tl.load(p_head + o_2, mask=mask, other=0.0).to(tl.float32)
+        b_1 = tl.load(p_head + o_1, mask=mask)
+        b_2 = tl.load(p_head + o_2, mask=mask)
         p_head = p_out + o_head.to(tl.int64) * stride_out
-        dtype = p_out.dtype.element_ty
-        tl.store(p_head + o_1, (b_1 * b_cos_1 - b_2 * b_sin_1).to(dtype), mask=mask)
-        tl.store(p_head + o_2, (b_2 * b_cos_2 + b_1 * b_sin_2).to(dtype), mask=mask)
+        tl.store(p_head + o_1, b_1 * b_cos_1 - b_2 * b_sin_1, mask=mask)
+        tl.store(p_head + o_2, b_2 * b_cos_2 + b_1 * b_sin_2, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -81,10 +80,10 @@ def rope_kernel(
     m_half = o_half < HALF
     p_cos += batch * stride_cos_b + token * stride_cos_t + o_half
     p_sin += batch * stride_sin_b + token * stride_sin_t + o_half
-    b_cos_1 = tl.load(p_cos, mask=m_half, other=0.0).to(tl.float32)
-    b_cos_2 = tl.load(p_cos + HALF, mask=m_half, other=0.0).to(tl.float32)
-    b_sin_1 = tl.load(p_sin, mask=m_half, other=0.0).to(tl.float32)
-    b_sin_2 = tl.load(p_sin + HALF, mask=m_half, other=0.0).to(tl.float32)
+    b_cos_1 = tl.load(p_cos, mask=m_half).to(tl.float32)
+    b_cos_2 = tl.load(p_cos + HALF, mask=m_half).to(tl.float32)
+    b_sin_1 = tl.load(p_sin, mask=m_half).to(tl.float32)
+    b_sin_2 = tl.load(p_sin + HALF, mask=m_half).to(tl.float32)
     if INVERSE:
         b_sin_1, b_sin_2 = -b_sin_2, -b_sin_1
 

@@ -50,7 +50,7 @@ def swiglu_lora_kernel(
             o_gate = o_row[:, None] * stride_gate + o_column[None, :]
             o_up = o_row[:, None] * stride_up + o_column[None, :]
             b_gate = tl.load(p_gate + o_gate, mask=m_tile, other=0.0).to(tl.float32)
-            b_up = tl.load(p_up + o_up, mask=m_tile, other=0.0).to(tl.float32)
+            b_up = tl.load(p_up + o_up, mask=m_tile, other=0.0)
             b_h = (b_gate * tl.sigmoid(b_gate) * b_up).to(p_h.dtype.element_ty)
             if first == 0:
                 tl.store(p_h + o_row[:, None] * stride_h + o_column[None, :], b_h, mask=m_tile)
@@ -59,7 +59,7 @@ def swiglu_lora_kernel(
         if RANK:
             o_ha = o_row[:, None] * stride_h + columns + first + o_rank[None, :]
             m_ha = m_row[:, None] & (first + o_rank < RANK)[None, :]
-            tl.store(p_h + o_ha, tl.sum(b_ha, axis=0).to(p_h.dtype.element_ty), mask=m_ha)
+            tl.store(p_h + o_ha, tl.sum(b_ha, axis=0), mask=m_ha)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -92,7 +92,7 @@ def swiglu_lora_backward_kernel(
     m_tile = m_row[:, None] & m_column[None, :]
 
     p_dh += o_row[:, None] * stride_dh
-    b_dh = tl.load(p_dh + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    b_dh = tl.load(p_dh + o_column[None, :], mask=m_tile).to(tl.float32)
     for first in range(0, RANK, RANKS):
         o_rank = first + tl.arange(0, RANKS)
         m_rank = o_rank < RANK
@@ -101,16 +101,15 @@ def swiglu_lora_backward_kernel(
         b_a = tl.load(p_a + o_a, mask=m_rank[:, None] & m_column[None, :], other=0.0)
         b_dh = tl.dot(b_ds, b_a, b_dh, input_precision="ieee")
 
-    dtype = p_dgate.dtype.element_ty
-    b_gate = tl.load(p_gate + o_row[:, None] * stride_gate + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
-    b_up = tl.load(p_up + o_row[:, None] * stride_up + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+    b_gate = tl.load(p_gate + o_row[:, None] * stride_gate + o_column[None, :], mask=m_tile).to(tl.float32)
+    b_up = tl.load(p_up + o_row[:, None] * stride_up + o_column[None, :], mask=m_tile)
     b_sigmoid = tl.sigmoid(b_gate)
     b_silu = b_gate * b_sigmoid
     b_dgate = b_dh * b_up * (b_sigmoid + b_silu * (1 - b_sigmoid))
-    tl.store(p_dgate + o_row[:, None] * stride_dgate + o_column[None, :], b_dgate.to(dtype), mask=m_tile)
-    tl.store(p_dup + o_row[:, None] * stride_dup + o_column[None, :], (b_dh * b_silu).to(dtype), mask=m_tile)
+    tl.store(p_dgate + o_row[:, None] * stride_dgate + o_column[None, :], b_dgate, mask=m_tile)
+    tl.store(p_dup + o_row[:, None] * stride_dup + o_column[None, :], b_dh * b_silu, mask=m_tile)
     if RANK:
-        tl.store(p_h + o_row[:, None] * stride_h + o_column[None, :], (b_silu * b_up).to(dtype), mask=m_tile)
+        tl.store(p_h + o_row[:, None] * stride_h + o_column[None, :], b_silu * b_up, mask=m_tile)
 
 
 def forward_into(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> None:
