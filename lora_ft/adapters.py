@@ -66,7 +66,7 @@ def attach(
         base_model_name_or_path=base.source.repo or base.source.name,
         revision=base.source.revision,
     )
-    refuse_patterns(vars(settings), [name for name, _ in base.model.named_modules()], base.source.name)
+    refuse_patterns(vars(settings), base.model, base.source.name)
     fused.register(settings)
     # PEFT would write the folder that the weights were read from.
     base.model.name_or_path = settings.base_model_name_or_path

@@ -288,7 +288,7 @@ def inject(model: PreTrainedModel, settings: peft.LoraConfig, folder: Path) -> p
     Raises:
         AdapterError: PEFT cannot use the settings with this model, or would take forever to.
     """
-    foreign.refuse_patterns(vars(settings), [name for name, _ in model.named_modules()], str(folder / CONFIG))
+    foreign.refuse_patterns(vars(settings), model, str(folder / CONFIG))
     # Else PEFT warns that it renames the base.
     model.name_or_path = settings.base_model_name_or_path
     with _named(folder / CONFIG):

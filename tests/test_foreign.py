@@ -249,26 +249,43 @@ def test_settings_out_of_limits_are_named(fields: dict[str, Any]) -> None:
         adapter.checked(settings(**fields), Path("a"))
 
 
-NAMES = ["", "model", *(f"model.layers.{i}.self_attn.{p}_proj" for i in range(3) for p in "qkvo"), "model." + "a" * 60]
+class Named:
+    """A model as far as its names go."""
+
+    def named_modules(self) -> list[tuple[str, None]]:
+        layers = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(3) for p in "qkvo"]
+        return [(name, None) for name in ("", "model", *layers, "model." + "a" * 60)]
+
+    def named_parameters(self) -> list[tuple[str, None]]:
+        return [("model.layers.0.mlp.experts.gate_up_proj", None)]
+
+
+NAMED = Named()
 
 
 @pytest.mark.parametrize(
     "pattern",
-    ["q_proj", r"layers\.[01]\..*\.q_proj", r".*\.(q|v)_proj", r"(?!.*vision).*layers\.\d+\..*(k_proj|o_proj)"],
+    [
+        r".*\.gate_up_proj",
+        "q_proj",
+        r"layers\.[01]\..*\.q_proj",
+        r".*\.(q|v)_proj",
+        r"(?!.*vision).*layers\.\d+\..*(k_proj|o_proj)",
+    ],
 )
 def test_patterns_in_use_pass(pattern: str) -> None:
-    adapter.refuse_patterns({"rank_pattern": {pattern: 4}, "target_modules": pattern}, NAMES, "a")
+    adapter.refuse_patterns({"rank_pattern": {pattern: 4}, "target_modules": pattern}, NAMED, "a")
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+b", r"(\w|\w\w)+!", "(a|a)*c", "(.*)*x"])
 def test_patterns_that_take_years_are_stopped(pattern: str) -> None:
     with pytest.raises(AdapterError, match=r"takes more than 1 s|no module of the base is called"):
-        adapter.refuse_patterns({"target_modules": pattern}, NAMES, "a")
+        adapter.refuse_patterns({"target_modules": pattern}, NAMED, "a")
 
 
 def test_patterns_that_fit_nothing_are_named() -> None:
     with pytest.raises(AdapterError, match='no module of the base is called "g_proj", "__class__"'):
-        adapter.refuse_patterns({"rank_pattern": {"g_proj": 4}, "modules_to_save": ["__class__"]}, NAMES, "a")
+        adapter.refuse_patterns({"rank_pattern": {"g_proj": 4}, "modules_to_save": ["__class__"]}, NAMED, "a")
 
 
 # Folders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +152,13 @@ def checked(settings: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return kept
 
 
-def refuse_patterns(settings: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """Raises AdapterError where a pattern of the settings takes too long on the names of the modules, or fits none.
+def refuse_patterns(settings: Mapping[str, Any], model: Any, where: str) -> None:
+    """Raises AdapterError where a pattern of the settings takes too long on the names in the model, or fits none.
 
     A pattern such as `(a+)+b` takes years on a name of forty letters, and PEFT would try it on every module.
     """
+    # Of parameters too: experts that transformers joins are no modules.
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     patterns = [pattern for key in ("rank_pattern", "alpha_pattern") for pattern in settings.get(key) or ()]
     targets = settings.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
@@ -164,7 +166,7 @@ def refuse_patterns(settings: Mapping[str, Any], names: Sequence[str], where: st
     cell = Cell(unmatched, seconds=MATCHING_S, memory_bytes=MATCHING_BYTES)
     try:
         simple = all(PLAIN.fullmatch(pattern) for pattern in patterns)
-        lost = (unmatched if simple else cell.ask)([patterns, list(names)])
+        lost = (unmatched if simple else cell.ask)([patterns, names])
     except (StoppedError, RaisedError) as why:
         raise AdapterError(
             f"{where}: to match its patterns ({_cut(patterns[0])}) with the names of the base's modules {why}: "
