@@ -155,8 +155,9 @@ def test_the_same_text_is_generated_with_and_without_a_cache(folders):
 
 
 def test_attention_is_what_transformers_was_told_to_use(folders, monkeypatch):
-    model = adapted(folders["mistral"])
-    seen = []
+    model, seen = adapted(folders["mistral"]).train(), []
+    for layer in layers(model):
+        layer.self_attn.attention_dropout = 0.25
 
     def attention(module, q, k, v, mask, **options):
         seen.append((type(module).__name__, q.shape, k.shape, options))
@@ -172,6 +173,7 @@ def test_attention_is_what_transformers_was_told_to_use(folders, monkeypatch):
         assert one[3].keys() == other[3].keys()
         assert {"position_ids", "sliding_window", "scaling", "dropout"} <= one[3].keys()
         assert one[3]["sliding_window"] == other[3]["sliding_window"] is not None
+        assert one[3]["dropout"] == other[3]["dropout"] == 0.25
 
 
 def test_states_and_attentions_are_still_handed_out(folders):

@@ -6,7 +6,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import Frozen, Projection, dispatch, group, lora, reference
-from tests.kernel_ops.accuracy import assert_as_good
+from tests.kernel_ops.accuracy import assert_as_good, error
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WAYS = ["cpu", "dequant", "gemm_4bit", "triton", "triton_4bit"]
@@ -227,6 +227,31 @@ def test_what_does_not_fit_is_refused(columns, rank, dropout, said):
     a = None if rank is None else torch.randn(rank, 64)
     with pytest.raises(ValueError, match=said):
         lora_kernels.lora_group(torch.randn(7, columns), a, case.projections(case.b, case.bias), dropout=dropout)
+
+
+@BY_BOTH_FORMS
+def test_what_norm_and_activation_put_behind_their_results_is_taken(way):
+    """The half of a decoder layer behind attention: norm, gate and up, activation, down."""
+    above, below = Case((130, 130), 64, (4, 8), biased=False), Case((64,), 130, (5,), biased=False)
+    x, residual, weight = torch.randn(7, 64), torch.randn(7, 64), 1 + torch.randn(64) / 4
+    leaves = [x, residual, weight, *above.a, *above.b, *below.a, *below.b]
+
+    def run(ops, group, dtype):
+        given = [leaf.to(dtype).detach().requires_grad_() for leaf in leaves]
+        x, residual, weight, *ab, a, b = given
+        y, h = ops.rms_norm_lora(x, residual, weight, lora_kernels.stacked(ab[:2]), 1e-5)
+        gate, up = group(above, y, ab[2:])
+        (down,) = group(below, ops.swiglu_lora(gate, up, lora_kernels.stacked([a])), [b])
+        return [h + down, *torch.autograd.grad((h + down).square().sum(), given)]
+
+    def grouped(case, y, b):
+        return lora_kernels.lora_group(y, None, case.projections(b, case.bias))
+
+    def plain(case, y, b):
+        return reference.lora_group(y, None, case.layers(b, case.bias, y.dtype))
+
+    found, exact = run(lora_kernels, grouped, FP32), run(reference, plain, torch.float64)
+    assert all(error(one, true) < 2e-6 for one, true in zip(found, exact, strict=True))
 
 
 # What it costs.
