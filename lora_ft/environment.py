@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lora_ft import atomicio
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError
 
@@ -34,7 +35,7 @@ def describe(base: Base, **more: Any) -> dict[str, Any]:
 
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Writes the record of a run into its adapter folder."""
-    (folder / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    atomicio.write_json(folder / FILE, record)
 
 
 def read(folder: Path) -> dict[str, Any]:
