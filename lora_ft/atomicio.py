@@ -263,6 +263,12 @@ def verify(place: Path) -> dict[str, Any]:
     return manifest["facts"]
 
 
+def make_folder(place: Path) -> None:
+    """Makes a folder, and those above it, unless it is there. Raises StorageError."""
+    with _told(place):
+        disk.make_folder(place)
+
+
 def free_bytes(place: Path) -> int:
     """Returns the bytes that may still be written where `place` is, or will be."""
     return disk.free_bytes(place)

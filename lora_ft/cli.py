@@ -6,16 +6,18 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from lora_ft import __version__
+from lora_ft import __version__, locks
 from lora_ft.config import Metric, RunConfig, TaskName, cli
 from lora_ft.errors import Interrupted, LoraFtError
 
@@ -141,13 +143,17 @@ def quickstart(config: QuickstartConfig) -> None:
 
 
 def train(config: RunConfig) -> None:
-    from lora_ft import runs
-
     if config.dry_run:
+        from lora_ft import runs
+
         print(json.dumps(runs.dry_run(config), indent=2))
         return
-    finished = runs.run(config)
-    finished.prove()
+    # Before torch is imported, which takes seconds.
+    with locks.run_folder(config.out):
+        from lora_ft import runs
+
+        finished = runs.run(config)
+        finished.prove()
     print(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
     print(finished.summary())
 
@@ -352,6 +358,8 @@ def run_recipe(recipe: type[RunConfig], argv: Sequence[str] | None = None) -> in
 def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
     """Returns the exit status of `action`, having printed what the user should know of its failure."""
     _quiet()
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         action()
     except Interrupted as stopped:

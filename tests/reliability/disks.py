@@ -13,22 +13,28 @@ from lora_ft import atomicio
 
 CALLS = ("make_folder", "put", "tensors", "library", "sync", "set_mode", "rename", "remove")
 
+TAKES_SPACE = ("make_folder", "put", "tensors", "library")
+
 
 class Failing(atomicio.Disk):
     """Fails at call number `at`, counted from 1, with `number`; with `at` 0 it only counts.
 
-    What is removed while a failure is cleared up goes through, as it does on a full disk.
+    Args:
+        forever: what takes space fails from that call on; removing and renaming go through, as on a full disk.
+        told: a file that always holds the number of calls, for another process.
     """
 
-    def __init__(self, at: int, number: int = errno.ENOSPC) -> None:
-        self.at, self.number, self.calls = at, number, 0
+    def __init__(self, at: int, number: int = errno.ENOSPC, *, forever: bool = False, told: Path | None = None) -> None:
+        self.at, self.number, self.forever, self.told, self.calls = at, number, forever, told, 0
         for name in CALLS:
-            setattr(self, name, self._counted(getattr(self, name)))
+            setattr(self, name, self._counted(getattr(self, name), name in TAKES_SPACE))
 
-    def _counted(self, call):
+    def _counted(self, call, takes_space: bool):
         def counted(*args):
             self.calls += 1
-            if self.calls == self.at:
+            if self.told is not None:
+                self.told.write_text(str(self.calls))
+            if self.calls == self.at or (self.forever and takes_space and 0 < self.at < self.calls):
                 raise OSError(self.number, os.strerror(self.number))
             return call(*args)
 
