@@ -28,11 +28,17 @@ from transformers.trainer_callback import ExportableState, TrainerControl
 
 from lora_ft import adapters, atomicio, optimizer
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, StorageError
+from lora_ft.exact import require
 
 log = logging.getLogger(__name__)
 
 ADAPTER, RNG = "adapter.safetensors", "rng.safetensors"
 PROGRESS, STATE = "progress.json", "trainer_state.json"
+# What this module puts itself in the place of: a transformers without them would save its own way, or resume wrongly.
+HOOKS = (
+    "_save_checkpoint", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state",
+    "_load_best_model", "_run_epoch",
+)  # fmt: skip
 # Free bytes for each byte of a checkpoint: the adapter folder must still fit after it.
 ROOM = 2.0
 
@@ -75,6 +81,7 @@ class Checkpoints:
     on, and those saved before stay.
     """
 
+    _continues: bool = False
     _resumed: dict[str, Any] | None = None
     """The progress read from a checkpoint, until training has begun."""
 
@@ -84,8 +91,10 @@ class Checkpoints:
         Raises:
             AdapterError: there is no whole checkpoint, or it is of another adapter or optimizer.
             StorageError: the checkpoint named is damaged.
+            ConfigError: a run that starts anew would mix its checkpoints with those of another.
         """
         trainer: Any = self
+        require(HOOKS)
         if trainer.args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ConfigError("These checkpoints are of one process; train without torchrun, FSDP and DeepSpeed.")
         place = Path(trainer.args.output_dir)
@@ -95,13 +104,16 @@ class Checkpoints:
             chosen = newest(place)
         elif chosen:
             atomicio.verify(Path(chosen))
+        elif found(place):
+            raise ConfigError(f"{place} holds the checkpoints of a run: resume it, or choose another folder.")
+        self._continues = bool(chosen)
         if not any(isinstance(callback, _Begin) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(_Begin(self))
         return super().train(str(chosen) if chosen else None, **kwargs)  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
-        if _is_done(trainer):
+        if self._continues and _is_done(trainer):
             # Saved after its last step: the Trainer would make one more before it looks.
             trainer.control.should_training_stop = True
             return
@@ -139,13 +151,14 @@ class Checkpoints:
         except StorageError as error:
             kept = [path.name for path in found(folder)]
             log.warning(
-                "STEP %d IS NOT SAVED, training goes on: %s The newest checkpoint is %s.",
+                "STEP %d IS NOT SAVED, training goes on: %s The newest checkpoint is %s%s.",
                 step, error, kept[-1] if kept else "none at all",
+                "; an earlier one stands in for this step, the best so far" if best == place.name else "",
             )  # fmt: skip
             return
         if best is not None:
             trainer.state.best_model_checkpoint = str(folder / best)
-        self._rotate(folder)
+        self._rotate(place)
 
     def _best(self, folder: Path, step: int) -> str | None:
         """Returns the name of the checkpoint of the best evaluation, which may be the one being saved."""
@@ -201,15 +214,15 @@ class Checkpoints:
         }
         return rng, progress
 
-    def _rotate(self, folder: Path) -> None:
+    def _rotate(self, saved: Path) -> None:
         """Deletes the oldest checkpoints beyond the limit, never the one just saved or the best one."""
         trainer: Any = self
         limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
         if not limit:
             return
-        newer = found(folder)[:-1]
-        spared = [path for path in newer if best is not None and path.name == Path(best).name]
-        others = [path for path in newer if path not in spared]
+        older = [path for path in found(saved.parent) if path != saved]
+        spared = [path for path in older if best is not None and path.name == Path(best).name]
+        others = [path for path in older if path not in spared]
         for path in others[: max(0, len(others) - (limit - 1 - len(spared)))]:
             try:
                 atomicio.remove(path)

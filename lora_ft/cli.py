@@ -8,9 +8,10 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -358,10 +359,9 @@ def run_recipe(recipe: type[RunConfig], argv: Sequence[str] | None = None) -> in
 def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
     """Returns the exit status of `action`, having printed what the user should know of its failure."""
     _quiet()
-    with suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        action()
+        with _terminated_as_interrupted():
+            action()
     except Interrupted as stopped:
         again = [word for word in command if word != "--resume"]
         print(f"{stopped}\n  {shlex.join([*again, '--resume'])}", file=sys.stderr)
@@ -373,6 +373,19 @@ def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
         print("Stopped.", file=sys.stderr)
         return Interrupted.exit_status
     return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Raises KeyboardInterrupt on SIGTERM too, in the block."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may take signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _usage() -> str:

@@ -9,18 +9,31 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import RandomSampler, Sampler
 
 from lora_ft import adapters
+from lora_ft.errors import LoraFtError
 
+HOOKS = ("_get_train_sampler", "_get_grad_norm", "_maybe_log_save_evaluate")
 # As wide as each kind of number: equal sums of them are equal bits but for a chance of one in 2^32.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def require(hooks: Sequence[str]) -> None:
+    """Raises LoraFtError where this version of transformers never calls a method that a mixin relies on."""
+    missing = [name for name in hooks if not hasattr(transformers.Trainer, name)]
+    if missing:
+        raise LoraFtError(
+            f"transformers {transformers.__version__} has no Trainer.{missing[0]}, without which steps are neither "
+            "guarded nor resumed exactly: install the version in constraints.txt."
+        )
 
 
 def seed_of(*place: int) -> int:
@@ -91,6 +104,7 @@ class ExactSteps:
     step_lr: float = 0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        require(HOOKS)
         self.step_losses = []
         return super().train(*args, **kwargs)  # type: ignore[misc]
 

@@ -129,10 +129,17 @@ def run(
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Holds the folder of a run in the block, and the GPU that it runs on."""
+    """Holds the folder of a run in the block, and the GPU that it runs on; tells of an interrupt if it can go on."""
     identity = str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
     with locks.run_folder(out), locks.gpu(identity, out):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            if started.is_trained(out):
+                raise Interrupted("Stopped after the training, whose adapter is saved. To go on:") from None
+            if not checkpoints.found(out / train.CHECKPOINTS):
+                raise
+            raise Interrupted("Stopped before the training; its checkpoints are kept. To go on:") from None
 
 
 def _run(
@@ -152,18 +159,15 @@ def _run(
     measured = None
     if rows.held_out:
         with console.status("") as status:
-            try:
-                measured = evaluate.compare(
-                    task,
-                    model,
-                    rows.held_out,
-                    rows.held_out_features,
-                    names=config.data.metrics,
-                    batch_size=EVALUATION * config.train.batch_size,
-                    note=status.update,
-                )
-            except KeyboardInterrupt:
-                raise Interrupted("Stopped in the evaluation; the adapter is saved and sealed. To go on:") from None
+            measured = evaluate.compare(
+                task,
+                model,
+                rows.held_out,
+                rows.held_out_features,
+                names=config.data.metrics,
+                batch_size=EVALUATION * config.train.batch_size,
+                note=status.update,
+            )
     return _finish(config, task, base, model, rows, fit, sealed, measured)
 
 

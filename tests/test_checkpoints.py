@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from lora_ft import adapters, atomicio, checkpoints, exact, optimizer, train
-from lora_ft.errors import AdapterError, DivergedError, LoraFtError, StorageError
+from lora_ft.errors import AdapterError, ConfigError, DivergedError, LoraFtError, StorageError
 from tests import tiny
 from tests.reliability.disks import Failing
 from tests.reliability.forks import fingerprints
@@ -69,7 +69,7 @@ def test_the_order_of_the_parameters_does_not_matter_but_their_names_do(tmp_path
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, folder):
     stopped(tmp_path / "run", folder)
-    with pytest.raises(AdapterError, match=r"of another adapter, \d+ tensors differ: .*lora_A.* is \(4, 64\) of"):
+    with pytest.raises(AdapterError, match=r"of another adapter, \d+ tensors differ: .*lora_A.* is \(4, 96\) of"):
         resumed(tmp_path / "run", folder, lora={"rank": 8})
     with pytest.raises(AdapterError, match=r"tensors differ: .* has no place in the model"):
         resumed(tmp_path / "run", folder, lora={"targets": ("q_proj",)})
@@ -232,6 +232,20 @@ def test_any_trainer_can_have_these_checkpoints(tmp_path, folder):
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
+
+
+def test_a_new_run_does_not_mix_its_checkpoints_with_another(tmp_path, folder):
+    stopped(tmp_path / "run", folder)
+    with pytest.raises(ConfigError, match="holds the checkpoints of a run: resume it, or choose another folder"):
+        fit(tmp_path / "run", folder, tiny.rows("complete", 12), steps=2)
+
+
+@pytest.mark.parametrize("hook", [*checkpoints.HOOKS, *exact.HOOKS])
+def test_a_transformers_that_would_pass_a_mixin_by_is_refused(tmp_path, folder, monkeypatch, hook):
+    trainer = plain(folder, tmp_path)
+    monkeypatch.delattr(Trainer, hook)
+    with pytest.raises(LoraFtError, match=f"has no Trainer.{hook}, without which steps are neither guarded nor"):
+        trainer.train()
 
 
 def test_the_stock_trainer_pickles_which_is_what_the_mixin_is_for(tmp_path, folder):

@@ -247,17 +247,20 @@ def test_a_base_with_another_template_is_another_run(place, tmp_path, capsys, mo
     assert "tokenizer.sha256 was" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["evaluation", "seal"])
+@pytest.mark.parametrize("where", ["evaluation", "seal", "proof"])
 def test_an_interrupt_after_the_training_loses_nothing(place, tmp_path, capsys, monkeypatch, where):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     words = train_words(place, tmp_path / "run", "--data.metrics", "exact_match")
     with monkeypatch.context() as patch:
-        patch.setattr(*{"evaluation": (runs.evaluate, "compare"), "seal": (runs.seal, "make")}[where], stop)
+        stages = {"evaluation": (runs.evaluate, "compare"), "seal": (runs.seal, "make"), "proof": (runs.seal, "verify")}
+        patch.setattr(*stages[where], stop)
         assert main(words) == 130
-    if where == "evaluation":
-        assert capsys.readouterr().err.strip().endswith("--resume")
+    error = capsys.readouterr().err
+    assert "Stopped after the training, whose adapter is saved" in error
+    assert error.strip().endswith("--resume")
+    if where != "seal":
         assert main(["verify", str(tmp_path / "run")]) == 0
     assert main(words) == 2
     assert "go on with --resume" in capsys.readouterr().err
