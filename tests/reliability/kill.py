@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -107,6 +108,8 @@ def ours(folder: Path, count: int, seed: int = 0) -> Tally:
         if not tally.clean and len(tally.notes) < 3:
             tally.notes.append(ended.said)
         shutil.rmtree(out)
+        if tally.kills % 50 == 0:
+            print(f"so far: {tally}", file=sys.stderr, flush=True)
     return tally
 
 
