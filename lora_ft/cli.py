@@ -6,16 +6,19 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from lora_ft import __version__, redaction
+from lora_ft import __version__, locks, redaction
 from lora_ft.config import Metric, RunConfig, TaskName, cli
 from lora_ft.errors import Interrupted, LoraFtError
 from lora_ft.redaction import redacted
@@ -142,13 +145,17 @@ def quickstart(config: QuickstartConfig) -> None:
 
 
 def train(config: RunConfig) -> None:
-    from lora_ft import runs
-
     if config.dry_run:
+        from lora_ft import runs
+
         _say(json.dumps(runs.dry_run(config), indent=2))
         return
-    finished = runs.run(config)
-    finished.prove()
+    # Before torch is imported, which takes seconds.
+    with locks.run_folder(config.out):
+        from lora_ft import runs
+
+        finished = runs.run(config)
+        finished.prove()
     _say(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
     _say(finished.summary())
 
@@ -354,7 +361,8 @@ def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
     """Returns the exit status of `action`, having printed what the user should know of its failure."""
     _quiet()
     try:
-        action()
+        with _terminated_as_interrupted():
+            action()
     except Interrupted as stopped:
         again = [word for word in command if word != "--resume"]
         print(f"{stopped}\n  {shlex.join([*again, '--resume'])}", file=sys.stderr)
@@ -366,6 +374,19 @@ def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
         print("Stopped.", file=sys.stderr)
         return Interrupted.exit_status
     return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Raises KeyboardInterrupt on SIGTERM too, in the block."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may take signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _usage() -> str:

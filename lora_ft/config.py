@@ -214,6 +214,8 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     resume: bool = False
     """Go on from the newest checkpoint in the adapter folder."""
+    allow_changed: tuple[str, ...] = ()
+    """Keys, such as `train.lr`, that may differ from how the run that is resumed was started."""
     dry_run: bool = False
     """Check the rows, the loss mask and the plan, then stop before any weight is loaded."""
 
@@ -225,6 +227,8 @@ class RunConfig:
             )
         if self.lora.init == "loftq" and self.quant != "nf4":
             raise ValueError(f"lora.init=loftq corrects the error of nf4, but quant is {self.quant}.")
+        if self.allow_changed and not self.resume:
+            raise ValueError("allow-changed needs resume: a run that starts anew is compared with nothing.")
         if self.data.streaming and self.train.steps is None:
             raise ValueError("data.streaming needs train.steps: the number of rows is not known.")
 
@@ -276,6 +280,7 @@ def to_yaml(config: RunConfig) -> str:
             eval=_portable(config.data.eval) if config.data.eval else None,
         ),
         resume=False,
+        allow_changed=(),
         dry_run=False,
     )
     return redacted(yaml.safe_dump(plain(fresh), sort_keys=False))

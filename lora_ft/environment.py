@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from lora_ft import atomicio
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.files import object_of
-from lora_ft.redaction import redacted
 
 FILE = "environment.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "tokenizers", "safetensors")
@@ -36,7 +36,7 @@ def describe(base: Base, **more: Any) -> dict[str, Any]:
 
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Writes the record of a run into its adapter folder."""
-    (folder / FILE).write_text(redacted(json.dumps(record, indent=2)) + "\n", encoding="utf-8")
+    atomicio.write_json(folder / FILE, record)
 
 
 def read(folder: Path) -> dict[str, Any]:

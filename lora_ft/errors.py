@@ -36,6 +36,17 @@ class SourceError(LoraFtError, OSError):
     """A base model could not be had from any of its sources, or what came is not what was asked for."""
 
 
+class StorageError(LoraFtError, OSError):
+    """A file could not be written, or is no longer what was written."""
+
+    full: bool = False
+    """Whether the disk, or the user's share of it, is full."""
+
+
+class BusyError(LoraFtError, RuntimeError):
+    """Another process holds the folder or the device that this one needs."""
+
+
 class UnsupportedModelError(LoraFtError, ValueError):
     """The model is of a kind that this library does not fine-tune."""
 
@@ -65,6 +76,10 @@ class MaskError(DataError):
 
 class AdapterError(LoraFtError, ValueError):
     """An adapter folder is incomplete, or does not fit the base it is loaded on."""
+
+
+class DivergedError(LoraFtError, ArithmeticError):
+    """Training met numbers that are not finite, again and again or in the adapter itself."""
 
 
 class ProofError(LoraFtError, RuntimeError):

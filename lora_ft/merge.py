@@ -7,25 +7,21 @@ something, and which loses less depends on the run, so `auto` builds both and me
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-import shutil
 import statistics
-import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_ft import adapters, changes, environment, saved, seal
+from lora_ft import adapters, atomicio, changes, environment, saved, seal
 from lora_ft import base as bases
 from lora_ft.changes import Change, Whole
 from lora_ft.errors import AdapterError, LoraFtError, ProofError, UnsupportedModelError
-from lora_ft.redaction import redacted
 from lora_ft.seal import Seal
 from lora_ft.sources import Source
 from lora_ft.tasks import Task
@@ -69,26 +65,23 @@ def merge(
     parts = _Parts.of(folder, base_name)
     kinds = _kinds(parts, onto)
     saved_dtype = getattr(torch, dtype) if dtype else parts.weights.stored_dtype
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merge-", dir=out.parent) as scratch:
+    with ExitStack() as stack:
+        drafts = {kind: stack.enter_context(atomicio.draft(out)) for kind in kinds}
         survivals: dict[str, dict[str, float]] = {}
         candidates: dict[str, dict[str, Any]] = {}
         for kind in kinds:
-            made = Path(scratch) / kind
-            made.mkdir()
-            survivals[kind] = _write(parts, made, kind, saved_dtype)
-            distance = seal.drift(parts.sealed, parts.task, seal.load_merged(parts.task, made, "cpu")[0])
+            survivals[kind] = _write(parts, drafts[kind], kind, saved_dtype)
+            merged, _ = seal.load_merged(parts.task, drafts[kind].path, "cpu")
+            distance = seal.drift(parts.sealed, parts.task, merged)
+            del merged
             # JSON has no word for what is not a number.
             measured = distance if math.isfinite(distance) else None
             candidates[kind] = {"kl": measured, "passes": distance <= seal.SHARE * parts.sealed.effect}
             log.info("merged onto %s weights: KL to the adapter is %.3g nats", kind, distance)
         chosen = min(kinds, key=lambda kind: math.inf if candidates[kind]["kl"] is None else candidates[kind]["kl"])
         report = _report(parts, chosen, saved_dtype, candidates, survivals[chosen])
-        made = Path(scratch) / chosen
-        (made / REPORT).write_text(redacted(json.dumps(report, indent=2)) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
+        drafts[chosen].write_json(REPORT, report)
+        drafts[chosen].commit(out)
     if not candidates[chosen]["passes"]:
         found = candidates[chosen]["kl"]
         raise ProofError(
@@ -243,7 +236,7 @@ def _layout(parts: _Parts) -> _Layout:
     return layout
 
 
-def _write(parts: _Parts, out: Path, kind: Onto, dtype: torch.dtype) -> dict[str, float]:
+def _write(parts: _Parts, draft: atomicio.Draft, kind: Onto, dtype: torch.dtype) -> dict[str, float]:
     """Writes the merged model and returns, for each adapted layer, the share of its delta that survives rounding."""
     layout, survival = _layout(parts), {}
     weight_map: dict[str, str] = {}
@@ -264,26 +257,26 @@ def _write(parts: _Parts, out: Path, kind: Onto, dtype: torch.dtype) -> dict[str
                 shard.update({name: _cast(name, head.value, dtype) for name, head in heads.items()})
             if not shard:
                 continue
-            save_file(shard, out / file.name, metadata={"format": "pt"})
+            draft.tensors(file.name, shard, {"format": "pt"})
             weight_map.update(dict.fromkeys(shard, file.name))
             total += sum(t.numel() * t.element_size() for t in shard.values())
     if len(parts.weights.files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _write_config(parts, out, dtype, layout.unties)
+        draft.write_json("model.safetensors.index.json", index)
+    _write_config(parts, draft, dtype, layout.unties)
     return survival
 
 
-def _write_config(parts: _Parts, out: Path, dtype: torch.dtype, unties: bool) -> None:
+def _write_config(parts: _Parts, draft: atomicio.Draft, dtype: torch.dtype, unties: bool) -> None:
     config = copy.deepcopy(parts.config)
     config.architectures, config.dtype = [parts.architecture], dtype
     if unties:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    config.save_pretrained(out)
-    bases.load_tokenizer(parts.folder).save_pretrained(out)
+    draft.library(config.save_pretrained)
+    draft.library(bases.load_tokenizer(parts.folder).save_pretrained)
     generation = parts.source.folder / "generation_config.json"
     if generation.is_file():
-        shutil.copyfile(generation, out / generation.name)
+        draft.copy(generation)
 
 
 def _changed(

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lora_ft import adapters, evaluate, runs, seal, tasks, train
+from lora_ft import adapters, atomicio, evaluate, runs, seal, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, Metric, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
@@ -115,10 +115,7 @@ def _score(task: tasks.Task, model: Any, rows: Sequence[Chat], shots: Sequence[C
 
 
 def _write_rows(path: Path, rows: Sequence[Chat]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps({"messages": list(row.messages)}) + "\n")
+    atomicio.write(path, "".join(json.dumps({"messages": list(row.messages)}) + "\n" for row in rows))
 
 
 def _table(columns: dict[str, dict[str, float]]) -> Table:

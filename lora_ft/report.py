@@ -18,6 +18,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from lora_ft import atomicio
 from lora_ft.curves import curves, number
 from lora_ft.redaction import redacted
 
@@ -80,7 +81,7 @@ def write(folder: Path, summary: Summary) -> None:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines() if line.strip()]
     for name, made in ((CARD, card(summary)), (PAGE, page(summary, lines))):
-        (folder / name).write_text(redacted(made), encoding="utf-8", errors="replace", newline="\n")
+        atomicio.write(folder / name, redacted(made).encode("utf-8", errors="replace"))
 
 
 def card(summary: Summary) -> str:

@@ -6,20 +6,34 @@ import dataclasses
 import gc
 import hashlib
 import itertools
-import json
 import logging
 import math
 import os
 import random
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from lora_ft import adapters, environment, evaluate, report, saved, seal, sources, tasks, train
+from lora_ft import (
+    adapters,
+    atomicio,
+    checkpoints,
+    environment,
+    evaluate,
+    locks,
+    report,
+    saved,
+    seal,
+    sources,
+    started,
+    tasks,
+    train,
+)
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, plain, to_yaml
@@ -27,7 +41,6 @@ from lora_ft.data import formats
 from lora_ft.data.formats import Example
 from lora_ft.errors import ConfigError, DataError, Interrupted, LoraFtError
 from lora_ft.progress import Bar
-from lora_ft.redaction import redacted
 from lora_ft.tasks import Features, Task
 from lora_ft.train import Streamed
 
@@ -35,9 +48,6 @@ log = logging.getLogger(__name__)
 
 SAMPLES = 3
 SEALED = 16
-STARTED = "run.json"
-# What may change when a run is resumed: none of it changes the adapter, as the digests of rows and base may not.
-FREE_ON_RESUME = {"out", "resume", "dry_run", "base", "data.train", "data.eval", "train.log_steps", "train.report_to"}
 # Rows of an evaluation batch for each of a training batch: without gradients activations are let go at once.
 EVALUATION = 4
 EVA_BATCHES = 8
@@ -71,15 +81,20 @@ class Run:
     def prove(self) -> None:
         """Lets go of the live model, loads the folder anew, and writes what its seal says into card and report.
 
+        With that the run is finished, and its checkpoints are deleted.
+
         Raises:
             ProofError: the folder does not do what the run that wrote it did.
         """
         del self.model, self.base
         gc.collect()
-        verdict = seal.verify(self.folder)
-        proof = {"kl_live": verdict.kl_live, "passed": verdict.passed}
-        report.write(self.folder, dataclasses.replace(self.page, seal=self.page.seal | proof))
-        verdict.require(self.folder)
+        with _locked(self.folder):
+            verdict = seal.verify(self.folder)
+            proof = {"kl_live": verdict.kl_live, "passed": verdict.passed}
+            report.write(self.folder, dataclasses.replace(self.page, seal=self.page.seal | proof))
+            verdict.require(self.folder)
+            # What a run needs to go on: until here it could be killed at any point.
+            atomicio.remove(self.folder / train.CHECKPOINTS)
 
     def summary(self) -> str:
         """Returns the one line that ends every training: speed, memory and the evaluation."""
@@ -105,34 +120,54 @@ def run(
 
     Raises:
         ProofError: the run cannot prove what it did; Interrupted: it was stopped and can be resumed.
+        BusyError: another process trains into the same folder, or on the same GPU.
     """
-    console = console or Console(stderr=True)
     _refuse_many_processes()
-    _refuse_to_overwrite(config)
-    trained = config.resume and _is_trained(config.out)
+    with _locked(config.out):
+        return _run(config, examples, held_out, console or Console(stderr=True))
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Holds the folder of a run in the block, and the GPU that it runs on; tells of an interrupt if it can go on."""
+    identity = str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
+    with locks.run_folder(out), locks.gpu(identity, out):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if started.is_trained(out):
+                raise Interrupted("Stopped after the training, whose adapter is saved. To go on:") from None
+            if not checkpoints.found(out / train.CHECKPOINTS):
+                raise
+            raise Interrupted("Stopped before the training; its checkpoints are kept. To go on:") from None
+
+
+def _run(
+    config: RunConfig, examples: Sequence[Example] | None, held_out: Sequence[Example] | None, console: Console
+) -> Run:
+    started.clear_up(config.out)
+    started.refuse_to_overwrite(config)
+    trained = config.resume and started.is_trained(config.out)
     if config.resume and not trained:
-        train.newest_checkpoint(config.out)
+        checkpoints.newest(config.out / train.CHECKPOINTS)
     task = tasks.get(config.task)
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source, examples, held_out)
-    _keep_or_compare(config, rows, source)
+    started.keep_or_compare(config, rows.facts, environment.tokenizer_sha256(task.tokenizer), source.record())
     base, model, fit = _recall(config.out) if trained else _train(config, task, source, rows, console)
     sealed = _seal(task, base, model, rows, config.out)
     measured = None
     if rows.held_out:
         with console.status("") as status:
-            try:
-                measured = evaluate.compare(
-                    task,
-                    model,
-                    rows.held_out,
-                    rows.held_out_features,
-                    names=config.data.metrics,
-                    batch_size=EVALUATION * config.train.batch_size,
-                    note=status.update,
-                )
-            except KeyboardInterrupt:
-                raise Interrupted("Stopped in the evaluation; the adapter is saved and sealed. To go on:") from None
+            measured = evaluate.compare(
+                task,
+                model,
+                rows.held_out,
+                rows.held_out_features,
+                names=config.data.metrics,
+                batch_size=EVALUATION * config.train.batch_size,
+                note=status.update,
+            )
     return _finish(config, task, base, model, rows, fit, sealed, measured)
 
 
@@ -158,11 +193,23 @@ def _train(
     )
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
-    fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [Bar(console)])
+    names = [example.where for example in rows.train]
+    fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [Bar(console)], names)
     if fit.interrupted:
-        raise Interrupted(f"Stopped at step {fit.steps}; a checkpoint is saved. To go on:")
+        raise _stopped(config.out, fit.steps)
     _save(config, task, base, model, rows, fit)
     return base, model, fit
+
+
+def _stopped(out: Path, steps: int) -> LoraFtError:
+    """Returns what to say of an interrupted training: the step to go on from need not be the last, on a full disk."""
+    saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / train.CHECKPOINTS)]
+    if not saved_steps:
+        return LoraFtError(f"Stopped at step {steps}, and no checkpoint could be saved: start anew.")
+    saved_at = (
+        "a checkpoint is saved" if saved_steps[-1] == steps else f"the last checkpoint is of step {saved_steps[-1]}"
+    )
+    return Interrupted(f"Stopped at step {steps}; {saved_at}. To go on:")
 
 
 def read_rows(
@@ -210,7 +257,7 @@ def read_rows(
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Returns what a run would do, having checked its rows and loss mask; loads no weights."""
-    _refuse_to_overwrite(config)
+    started.refuse_to_overwrite(config)
     task = tasks.get(config.task)
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source)
@@ -224,25 +271,25 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 
 
 def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit: train.Fit) -> None:
-    """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost."""
+    """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost.
+
+    All of it is committed beside the checkpoints first. Wherever the moving into the run's folder is cut short, a
+    resumed run finishes it; `environment.json`, the last file, says that the training is done.
+    """
     out = config.out
-    saved.save(model, out)
-    task.tokenizer.save_pretrained(out)
-    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    record = environment.describe(
-        base,
-        task=task.facts(),
-        data=rows.facts,
-        fit=dataclasses.asdict(fit),
-        adapter_sha256=environment.file_sha256(out / saved.WEIGHTS),
-    )
-    # The last file: it says that the training is done.
-    environment.write(out, record)
-
-
-def _is_trained(out: Path) -> bool:
-    """Returns whether the adapter of a run is saved, all of it but its seal, evaluation and report."""
-    return (out / environment.FILE).is_file()
+    with atomicio.folder(out / train.CHECKPOINTS / saved.STAGED, {}) as draft:
+        saved.write(model, draft)
+        draft.library(task.tokenizer.save_pretrained)
+        draft.write("config.yaml", to_yaml(config))
+        record = environment.describe(
+            base,
+            task=task.facts(),
+            data=rows.facts,
+            fit=dataclasses.asdict(fit),
+            adapter_sha256=environment.file_sha256(draft.path / saved.WEIGHTS),
+        )
+        draft.write_json(environment.FILE, record)
+    started.move_in_adapter(out)
 
 
 def _recall(out: Path) -> tuple[Base, Any, train.Fit]:
@@ -271,7 +318,7 @@ def _finish(
     sealed: seal.Seal,
     measured: evaluate.Comparison | None,
 ) -> Run:
-    """Writes card and report, and deletes what a run needs to go on."""
+    """Writes card and report."""
     out, record = config.out, environment.read(config.out)
     metrics = {"base": measured.base, "adapter": measured.adapter} if measured else {}
     page = report.Summary(
@@ -289,7 +336,6 @@ def _finish(
         files={name: environment.file_sha256(out / name) for name in (saved.WEIGHTS, saved.CONFIG)},
     )
     report.write(out, page)
-    shutil.rmtree(out / train.CHECKPOINTS)
     return Run(out, base, model, task, fit, metrics, page)
 
 
@@ -308,40 +354,9 @@ def _asked(example: Example) -> str:
     return example.prompt if isinstance(example, formats.Pair) else ""
 
 
-def _refuse_to_overwrite(config: RunConfig) -> None:
-    started = (config.out / train.CHECKPOINTS / STARTED).exists()
-    if started and (train.checkpoints(config.out) or _is_trained(config.out)):
-        if not config.resume:
-            raise ConfigError(f"{config.out} holds an unfinished run: go on with --resume, or choose another --out.")
-        return
-    if (config.out / saved.WEIGHTS).exists():
-        raise ConfigError(f"{config.out} already holds an adapter: choose another --out, or move that one away.")
-    if config.out.exists() and not started and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise ConfigError(f"{config.out} is not an empty folder; choose another --out, so that nothing is overwritten.")
-
-
 def _refuse_many_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Training runs in one process on one device; start lora-ft without torchrun or accelerate.")
-
-
-def _keep_or_compare(config: RunConfig, rows: Rows, source: sources.Source) -> None:
-    """Writes down what a run was started with; on resuming, refuses a run that would not be the same one."""
-    path = config.out / train.CHECKPOINTS / STARTED
-    # Of a data set that is streamed from the hub there is no digest, only the name.
-    free = FREE_ON_RESUME if rows.facts["train"]["sha256"] else FREE_ON_RESUME - {"data.train"}
-    settings = {k: v for k, v in _flat(plain(config)).items() if k not in free}
-    started = settings | {f"rows.{k}": v for k, v in _flat(rows.facts).items()} | {"base": source.record()}
-    started = json.loads(json.dumps(started))
-    if not config.resume:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(redacted(json.dumps(started, indent=2)) + "\n", encoding="utf-8")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key in started.keys() | before.keys() if started.get(key) != before.get(key)]
-    if changed:
-        listed = "\n".join(f"  {key} was {before.get(key)}, is {started.get(key)}" for key in sorted(changed))
-        raise ConfigError(f"{config.out} was started as another run; resume it as it was, or start anew:\n{listed}")
 
 
 def _check_evaluation(config: RunConfig, task: Task, held_out: Sequence[Example]) -> None:
@@ -368,14 +383,6 @@ def _refuse_rows_trained_on(config: RunConfig, examples: Sequence[Example], held
     shared = sum(_digest([example]) in trained for example in held_out)
     if shared:
         log.warning("%d of %d held-out rows are trained on too: they look better than new ones", shared, len(held_out))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a nested mapping as one of dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
 
 
 def _split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -13,10 +13,10 @@ from typing import Any, get_args
 
 import peft
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from lora_ft import adapters, blocks, environment, fused, sources, tasks
+from lora_ft import adapters, atomicio, blocks, environment, fused, sources, tasks
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import Quant, RunConfig, from_yaml
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+# Where the files of an adapter are, all of them or none, before they are moved into its folder.
+STAGED = "staged-adapter"
 
 # What `load` and `merge` read of the two files, and of which type each must be.
 RECORD: dict[str, Any] = {"base": dict, "dtype": str, "quant": str, "left_whole": list}
@@ -54,28 +56,43 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def save(model: peft.PeftModel, folder: Path) -> None:
-    """Writes `adapter_model.safetensors` and `adapter_config.json`, plain PEFT with the same bytes every time.
+    """Writes `adapter_model.safetensors` and `adapter_config.json` into a folder, each of them whole or not at all.
 
     Raises:
         AdapterError: a tensor of the adapter is not finite; such an adapter is never saved.
+        StorageError: the disk is full, or the folder cannot be written to.
+    """
+    staged = folder / STAGED
+    if staged.exists():
+        atomicio.remove(staged)
+    with atomicio.folder(staged, {}) as draft:
+        write(model, draft)
+    atomicio.move_in(staged, folder, last=WEIGHTS)
+
+
+def write(model: peft.PeftModel, draft: atomicio.Draft) -> None:
+    """Writes the two files of the adapter into a draft: plain PEFT, with the same bytes every time.
+
+    Raises:
+        AdapterError: a tensor of the adapter is not finite; such an adapter is never saved.
+        StorageError: the disk is full, or the folder cannot be written to.
     """
     broken = [name for name, p in adapters.trained(model).items() if not torch.isfinite(p).all()]
     if broken:
         raise AdapterError(f"{broken[0]} and {len(broken) - 1} more adapter tensors are not finite; nothing was saved.")
     # Added tokens are saved as rows, so the whole embedding matrix need not be.
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, full of placeholders; ours comes with the report
-    path = folder / CONFIG
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    draft.library(lambda folder: model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False))
+    draft.remove("README.md")  # PEFT's card, full of placeholders; ours comes with the report
+    settings = json.loads((draft.path / CONFIG).read_text(encoding="utf-8"))
     # A and B are in the file, so whoever loads it must not start them anew.
     settings.update(init_lora_weights=True, eva_config=None)
     if hasattr(model, "start"):
-        _save_difference(model.start, folder, settings)
+        _write_difference(model.start, draft, settings)
     # PEFT turns sets into lists in hash order.
     for key, value in settings.items():
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             settings[key] = sorted(value)
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    draft.write_json(CONFIG, settings, sort_keys=True)
 
 
 @dataclass
@@ -319,16 +336,16 @@ def _fill(model: peft.PeftModel, folder: Path) -> None:
     peft.set_peft_model_state_dict(model, found)
 
 
-def _save_difference(start: dict[str, torch.Tensor], folder: Path, settings: dict[str, Any]) -> None:
+def _write_difference(start: dict[str, torch.Tensor], draft: atomicio.Draft, settings: dict[str, Any]) -> None:
     """Rewrites an adapter that moved its base as a plain one of twice the rank: [B, -B0] @ [A; A0]."""
-    held = load_file(folder / WEIGHTS)
+    held = load_file(draft.path / WEIGHTS)
     for name, begun in start.items():
         begun = begun.to(held[name])
         if ".lora_A" in name:
             held[name] = torch.cat([held[name], begun], dim=0)
         else:
             held[name] = torch.cat([held[name], -begun], dim=1)
-    save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
+    draft.tensors(WEIGHTS, held, {"format": "pt"})
     growth = 2**0.5 if settings["use_rslora"] else 2
     settings.update(r=2 * settings["r"], lora_alpha=growth * settings["lora_alpha"])
     settings["rank_pattern"] = {name: 2 * rank for name, rank in settings["rank_pattern"].items()}

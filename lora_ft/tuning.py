@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lora_ft import atomicio
 from lora_ft.sources import cache_home
 from lora_kernels import dispatch
 
@@ -25,9 +26,8 @@ def keep(card_name: str, ways: Mapping[str, str]) -> Path:
     """Writes the fastest way of each shape, by `dispatch.shape_key`, has the kernels use it, and returns the file."""
     dispatch.use_measured(card_name, ways)
     file = file_of(card_name)
-    file.parent.mkdir(parents=True, exist_ok=True)
     record = {"card": card_name, "torch": torch.__version__, "ways": dict(sorted(ways.items()))}
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    atomicio.write_json(file, record)
     return file
 
 

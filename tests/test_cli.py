@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_ft import runs, saved, sources
+from lora_ft import runs, saved, sources, started
 from lora_ft.cli import COMMANDS, main
 from lora_ft.config import DataConfig, RunConfig, TrainConfig
 from lora_ft.errors import ConfigError, LoraFtError
@@ -195,7 +195,7 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes(place, tmp_path, c
 
     real = train.fit
     monkeypatch.setattr(
-        train, "fit", lambda *args: real(*args[:-1], [*args[-1], StopAt(2, 2)]) if stop else real(*args)
+        train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]) if stop else real(*args)
     )
     stop = True
     words = train_words(place, tmp_path / "run")
@@ -206,23 +206,61 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes(place, tmp_path, c
     assert main(words) == 2  # not silently from the start
     stop = False
     assert main([*words, "--resume", "--train.lr", "3e-3"]) == 2  # nor as another run
-    assert "train.lr was 0.01, is 0.003" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "train.lr was 0.01, is 0.003" in told
+    assert "add --allow-changed train.lr if that is meant" in told
     assert main([*words, "--resume"]) == 0
     weights = "adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (place / "adapter" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("where", ["evaluation", "seal"])
+def test_a_resumed_run_may_change_what_it_is_allowed_to(place, tmp_path, capsys, monkeypatch):
+    from lora_ft import train
+    from tests.test_train import StopAt
+
+    real = train.fit
+    words = train_words(place, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]))
+        assert main(words) == 130
+    assert main([*words, "--resume", "--allow-changed", "train.lr", "--train.lr", "3e-3"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    assert rates[3] > 0.009
+    assert rates[4] < 0.003
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["lr"] == 3e-3
+
+
+def test_a_base_with_another_template_is_another_run(place, tmp_path, capsys, monkeypatch):
+    from lora_ft import train
+    from tests.test_train import StopAt
+
+    real = train.fit
+    shutil.copytree(place / "base", tmp_path / "base")
+    words = [str(tmp_path / "base") if w == str(place / "base") else w for w in train_words(place, tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]))
+        assert main(words) == 130
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ eos_token }}", " {{ eos_token }}"))
+    assert main([*words, "--resume"]) == 2
+    assert "tokenizer.sha256 was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["evaluation", "seal", "proof"])
 def test_an_interrupt_after_the_training_loses_nothing(place, tmp_path, capsys, monkeypatch, where):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     words = train_words(place, tmp_path / "run", "--data.metrics", "exact_match")
     with monkeypatch.context() as patch:
-        patch.setattr(*{"evaluation": (runs.evaluate, "compare"), "seal": (runs.seal, "make")}[where], stop)
+        stages = {"evaluation": (runs.evaluate, "compare"), "seal": (runs.seal, "make"), "proof": (runs.seal, "verify")}
+        patch.setattr(*stages[where], stop)
         assert main(words) == 130
-    if where == "evaluation":
-        assert capsys.readouterr().err.strip().endswith("--resume")
+    error = capsys.readouterr().err
+    assert "Stopped after the training, whose adapter is saved" in error
+    assert error.strip().endswith("--resume")
+    if where != "seal":
         assert main(["verify", str(tmp_path / "run")]) == 0
     assert main(words) == 2
     assert "go on with --resume" in capsys.readouterr().err
@@ -301,7 +339,7 @@ def test_a_streamed_run_is_not_resumed_on_other_rows(place, tmp_path, capsys, mo
     words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "6")
     words[words.index("--data.train") + 1] = str(rows)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: real(*args[:-1], [*args[-1], StopAt(2, 2)]))
+        patch.setattr(train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]))
         assert main(words) == 130
     write_rows(rows, 30, seed=5)
     assert main([*words, "--resume"]) == 2
@@ -314,8 +352,8 @@ def test_rows_of_the_hub_have_no_digest_so_a_resumed_run_keeps_their_name(place,
     def keep(train: str, resume: bool) -> None:
         data = DataConfig(train=train, streaming=True)
         config = RunConfig(task="chat", base="b", out=tmp_path, data=data, train=TrainConfig(steps=2), resume=resume)
-        rows = runs.Rows([], [], [], [], {"train": {"name": "x", "rows": None, "sha256": None}})
-        runs._keep_or_compare(config, rows, sources.resolve(str(place / "base")))
+        facts = {"train": {"name": "x", "rows": None, "sha256": None}}
+        started.keep_or_compare(config, facts, "0", sources.resolve(str(place / "base")).record())
 
     keep("org/a.b:train", resume=False)
     keep("org/a.b:train", resume=True)

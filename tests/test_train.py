@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, base, losses, tasks, train
+from lora_ft import adapters, atomicio, base, checkpoints, losses, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ProofError
 from tests import tiny
@@ -33,7 +33,17 @@ def prepared(
 
 
 def fit(
-    out: Path, folder: Path, rows, eval_rows=(), *, lora=None, quant="none", callbacks=(), resume=False, **settings
+    out: Path,
+    folder: Path,
+    rows,
+    eval_rows=(),
+    *,
+    lora=None,
+    quant="none",
+    callbacks=(),
+    resume=False,
+    row_names=(),
+    **settings,
 ):
     """Returns what training did, and the weights of the adapter after it."""
     settings = {"lr": 1e-2, "warmup": 0.0, "dtype": "float32", **settings}
@@ -50,7 +60,7 @@ def fit(
         train=TrainConfig(**settings),
         resume=resume,
     )
-    done = train.fit(task, loaded, model, rows, list(eval_rows), config, callbacks)
+    done = train.fit(task, loaded, model, rows, list(eval_rows), config, callbacks, row_names)
     return done, {name: p.detach().clone() for name, p in adapters.trained(model).items()}
 
 
@@ -260,12 +270,14 @@ def test_a_signal_in_the_last_step_leaves_a_finished_training(tmp_path, folder):
     assert same(weights, whole)
 
 
-def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path, folder):
-    rows = tiny.rows("complete", 12)
+def test_a_checkpoint_cut_short_is_left_aside(tmp_path, folder, caplog):
+    rows, place = tiny.rows("complete", 12), tmp_path / "run" / train.CHECKPOINTS
     fit(tmp_path / "run", folder, rows, steps=6, save_steps=2, callbacks=[StopAt(4, signal.SIGINT)])
-    whole, cut = train.checkpoints(tmp_path / "run")[-2:]
-    (cut / train.CLOCK).unlink()
-    assert train.newest_checkpoint(tmp_path / "run") == whole
+    whole, cut = checkpoints.found(place)[-2:]
+    (cut / checkpoints.PROGRESS).unlink()
+    assert checkpoints.newest(place) == whole
+    assert f"{cut.name} is left aside as {cut.name}.corrupt" in caplog.text
+    assert "progress.json is missing" in caplog.text
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path, folder):
@@ -298,14 +310,27 @@ def test_a_16_bit_base_trains_a_float32_adapter_step_by_step(tmp_path, folder):
     assert exact.keys() == weights.keys()
 
 
+def rewrite(place: Path, name: str, text: str) -> None:
+    """Changes a file of a checkpoint, and its manifest with it."""
+    with atomicio.draft(place) as draft:
+        for file in place.iterdir():
+            if file.name not in (name, atomicio.MANIFEST):
+                draft.copy(file)
+        draft.write(name, text)
+        atomicio.remove(place)
+        draft.commit(place, {"step": checkpoints.step_of(place)})
+
+
 @pytest.mark.parametrize("log_steps", [1, 4])
 def test_a_stopped_run_counts_its_tokens_and_seconds_once(tmp_path, folder, log_steps):
     rows = tiny.rows("complete", 12)
     settings = {"steps": 6, "batch_size": 4, "log_steps": log_steps}
     whole, _ = fit(tmp_path / "whole", folder, rows, **settings)
     stopped, _ = fit(tmp_path / "run", folder, rows, callbacks=[StopAt(2, signal.SIGINT)], **settings)
-    clock = train.checkpoints(tmp_path / "run")[-1] / train.CLOCK
-    clock.write_text(json.dumps({**json.loads(clock.read_text()), "seconds": 1000}))
+    (place,) = checkpoints.found(tmp_path / "run" / train.CHECKPOINTS)
+    state = json.loads((place / checkpoints.STATE).read_text())
+    state["stateful_callbacks"]["Clock"]["attributes"]["earlier_s"] = 1000.0
+    rewrite(place, checkpoints.STATE, json.dumps(state))
     resumed, _ = fit(tmp_path / "run", folder, rows, resume=True, **settings)
     assert resumed.tokens == whole.tokens > stopped.tokens > 0
     assert 1000 < resumed.seconds < 2000

@@ -1,0 +1,374 @@
+"""Every file that lora_ft writes: whole or not there at all, whatever stops the program or fills the disk.
+
+A file is written under another name beside its place, brought to the disk and renamed. So is a folder, whose last file
+may be a manifest of the sizes and digests of the others: a rename says that all was written, digests that it still is
+what was written. Nothing else in the library opens a file for writing, so that a test can count these calls, have one
+fail, or stop at any byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lora_ft.errors import StorageError
+from lora_ft.redaction import redacted
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+# Names of what was being written, and of what was being deleted, when a program was killed.
+DRAFT, DOOMED = ".tmp-", ".del-"
+CHUNK = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Disk:
+    """The calls that change what is on the disk; each raises OSError where it fails."""
+
+    def make_folder(self, path: Path) -> None:
+        """Makes a folder and those above it, with the mode of the umask."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: Path, data: bytes, *, append: bool = False) -> None:
+        """Writes a new file, or the end of one."""
+        with path.open("ab" if append else "xb", buffering=0) as stream:
+            for start in range(0, len(data), CHUNK):
+                self.put(stream, data[start : start + CHUNK])
+
+    def put(self, stream: io.FileIO, data: bytes) -> None:
+        """Writes bytes to an open file."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[stream.write(rest) :]
+
+    def tensors(self, path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None) -> None:
+        """Writes a safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file(tensors, path, metadata=metadata)
+
+    def library(self, folder: Path, writer: Callable[[Path], Any]) -> None:
+        """Has a library write its files into a folder."""
+        writer(folder)
+
+    def sync(self, path: Path) -> None:
+        """Waits until a file, or the list of names in a folder, is on the disk."""
+        if path.is_dir() and os.name == "nt":
+            return  # Windows keeps no handle to a folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def set_mode(self, path: Path, mode: int) -> None:
+        path.chmod(mode)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Gives a file or folder another name, in place of a file of that name."""
+        old.replace(new)
+
+    def remove(self, path: Path) -> None:
+        """Removes a file, or a folder and all in it; what is not there is removed already."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def free_bytes(self, folder: Path) -> int:
+        """Returns the bytes that may still be written where `folder` is, or will be."""
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+disk = Disk()
+"""What all calls go through; a test puts another in its place."""
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a whole file, in place of the one that is there. Raises StorageError, which leaves that one as it was."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8")
+    fresh = _beside(path)
+    try:
+        with _told(path):
+            disk.make_folder(path.parent)
+            disk.write(fresh, data)
+            disk.sync(fresh)
+            disk.rename(fresh, path)
+    except BaseException:
+        _forget(fresh)
+        raise
+    with _told(path):
+        disk.sync(path.parent)
+
+
+def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
+    """Writes a JSON file without any secrets in it, as `write` does."""
+    write(path, _json(value, sort_keys))
+
+
+def append(path: Path, line: str) -> None:
+    """Writes one line at the end of a file; a crash may leave the last line cut short. Raises StorageError."""
+    with _told(path):
+        disk.write(path, f"{line}\n".encode(), append=True)
+
+
+class Draft:
+    """A folder that is being written. It is nothing to anybody until `commit` gives it its name.
+
+    Its methods raise StorageError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _told(path):
+            disk.make_folder(path)
+        self._mode = path.stat().st_mode & 0o666
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Writes one file."""
+        with _told(self.path / name):
+            disk.remove(self.path / name)
+            disk.write(self.path / name, content if isinstance(content, bytes) else content.encode("utf-8"))
+
+    def write_json(self, name: str, value: Any, *, sort_keys: bool = False) -> None:
+        """Writes one JSON file, without any secrets in it."""
+        self.write(name, _json(value, sort_keys))
+
+    def tensors(self, name: str, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+        """Writes one safetensors file."""
+        with _told(self.path / name):
+            disk.tensors(self.path / name, tensors, metadata)
+
+    def copy(self, file: Path) -> None:
+        """Writes a copy of a file, under its own name."""
+        with file.open("rb") as source, _told(self.path / file.name):
+            disk.write(self.path / file.name, b"")
+            while chunk := source.read(CHUNK):
+                disk.write(self.path / file.name, chunk, append=True)
+
+    def remove(self, name: str) -> None:
+        """Removes one file, which need not be there."""
+        with _told(self.path / name):
+            disk.remove(self.path / name)
+
+    def library(self, writer: Callable[[Path], Any]) -> None:
+        """Has `writer`, a library's, write its files into the folder that it is given."""
+        with _told(self.path):
+            disk.library(self.path, writer)
+
+    def commit(self, place: Path, facts: dict[str, Any] | None = None) -> None:
+        """Brings all files to the disk, and then the folder to `place`, which may be an empty folder.
+
+        Where another process has put a folder there in the meantime, that one stays.
+
+        Args:
+            facts: what the manifest is to say besides its list of files; without them none is written.
+        """
+        with _told(place):
+            for file in _files(self.path):
+                # Some libraries make files that only their owner may read, whatever the umask.
+                disk.set_mode(file, self._mode)
+                disk.sync(file)
+            if facts is not None:
+                disk.write(self.path / MANIFEST, _manifest(self.path, facts))
+                disk.sync(self.path / MANIFEST)
+            disk.sync(self.path)
+            if not (place.is_dir() and any(place.iterdir())):
+                disk.rename(self.path, place)
+                disk.sync(place.parent)
+
+    def discard(self) -> None:
+        """Removes what was not committed."""
+        _forget(self.path)
+
+
+@contextmanager
+def draft(place: Path) -> Iterator[Draft]:
+    """Yields a draft beside `place`; what the block has not committed is removed after it."""
+    made = Draft(_beside(place))
+    try:
+        yield made
+    finally:
+        made.discard()
+
+
+@contextmanager
+def folder(place: Path, facts: dict[str, Any] | None = None) -> Iterator[Draft]:
+    """Yields a draft that becomes `place` once the block succeeds, as `Draft.commit` does it."""
+    with draft(place) as made:
+        yield made
+        made.commit(place, facts)
+
+
+def move_in(staged: Path, place: Path, *, last: str) -> None:
+    """Moves the files of a folder that `Draft.commit` made, with a manifest, into `place`, `last` as the last of them.
+
+    May be cut short and called again: what has been moved is known by its digest.
+
+    Raises:
+        StorageError: a file is neither in `staged` nor in `place` as it was written, or cannot be moved.
+    """
+    files = read_manifest(staged)["files"]
+    for name in sorted(files, key=lambda name: (name == last, name)):
+        if _damage(staged / name, files[name]) is None:
+            with _told(place / name):
+                disk.make_folder((place / name).parent)
+                disk.rename(staged / name, place / name)
+                disk.sync((place / name).parent)
+        elif (damage := _damage(place / name, files[name])) is not None:
+            raise StorageError(f"{place / name} {damage}, and {staged.name} holds no whole copy: the disk lost it.")
+    remove(staged)
+
+
+def read_manifest(place: Path) -> dict[str, Any]:
+    """Returns the manifest of a committed folder. Raises StorageError where it is not as it was written."""
+    file = place / MANIFEST
+    try:
+        data = file.read_bytes()
+        found = json.loads(data)
+        whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
+    except FileNotFoundError:
+        raise StorageError(f"{file}: is not there, so nothing says that the folder is whole.") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise StorageError(f"{file}: cannot be read: {error}.") from None
+    if not whole:
+        raise StorageError(f"{file}: is not as it was written: its own digest differs.")
+    if found["format"] != FORMAT:
+        raise StorageError(f"{file}: has format {found['format']}; this version reads format {FORMAT}.")
+    return found
+
+
+def verify(place: Path) -> dict[str, Any]:
+    """Returns the facts in the manifest of a folder, every file of which has the size and sha256 written there.
+
+    Raises:
+        StorageError: names each file that is missing or is not as it was written.
+    """
+    manifest = read_manifest(place)
+    damages = {name: _damage(place / name, kept) for name, kept in manifest["files"].items()}
+    problems = [f"{name} {damage}" for name, damage in damages.items() if damage]
+    if problems:
+        raise StorageError(f"{place}: {'; '.join(problems)}.")
+    return manifest["facts"]
+
+
+def make_folder(place: Path) -> None:
+    """Makes a folder, and those above it, unless it is there. Raises StorageError."""
+    with _told(place):
+        disk.make_folder(place)
+
+
+def free_bytes(place: Path) -> int:
+    """Returns the bytes that may still be written where `place` is, or will be."""
+    return disk.free_bytes(place)
+
+
+def remove(place: Path) -> None:
+    """Removes a folder: its name first, so that it is never found with some of its files gone."""
+    doomed = place.with_name(f"{DOOMED}{place.name}-{secrets.token_hex(4)}")
+    with _told(place):
+        disk.rename(place, doomed)
+        disk.remove(doomed)
+
+
+def set_aside(place: Path) -> Path:
+    """Returns the name, ending in `.corrupt`, that a damaged folder was given, so that nothing takes it for whole."""
+    names = (place.with_name(f"{place.name}{more}.corrupt") for more in ("", *(f".{i}" for i in range(2, 1000))))
+    other = next(name for name in names if not name.exists())
+    with _told(place):
+        disk.rename(place, other)
+    return other
+
+
+def sweep(place: Path) -> None:
+    """Removes what programs that were killed have left half written or half deleted in a folder."""
+    for pattern in (f"{DRAFT}*", f"{DOOMED}*"):
+        for path in place.glob(pattern):
+            with _told(path):
+                disk.remove(path)
+
+
+def _json(value: Any, sort_keys: bool) -> str:
+    return redacted(json.dumps(value, indent=2, sort_keys=sort_keys)) + "\n"
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{DRAFT}{path.name}-{secrets.token_hex(4)}")
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.rglob("*") if path.is_file())
+
+
+def _manifest(place: Path, facts: dict[str, Any]) -> bytes:
+    files = {
+        path.relative_to(place).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in _files(place)
+    }
+    return _sealed({"format": FORMAT, "facts": facts, "files": files})
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    """Returns the bytes of a manifest, which hold a digest of themselves: no bit of them can change unseen."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _damage(path: Path, kept: dict[str, Any]) -> str | None:
+    """Returns what is wrong with a file, or None where it is as the manifest has it."""
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != kept["bytes"]:
+        return f"has {size} bytes, not {kept['bytes']}"
+    return None if _sha256(path) == kept["sha256"] else "has the right size but other bytes than were written"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _forget(path: Path) -> None:
+    """Removes what was being written; where even that fails, the next `sweep` does it."""
+    with suppress(OSError):
+        if path.exists():
+            disk.remove(path)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns a failed write into an error that names the place and the remedy."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number is None:
+            raise
+        full = number in FULL
+        remedy = "free some space, then go on" if full else "see that the folder may be written to"
+        told = StorageError(f"{path}: cannot be written: {os.strerror(number)}: {remedy}.")
+        told.full = full
+        raise told from None
+
+
+def _errno(error: Exception) -> int | None:
+    """Returns the number of a failed system call; libraries in Rust raise errors of their own, with it in the text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None

@@ -1,0 +1,98 @@
+"""What a run was started with, kept in its folder: whether the run that is asked for now is the same one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lora_ft import atomicio, checkpoints, environment, saved
+from lora_ft.config import RunConfig, plain
+from lora_ft.errors import ConfigError, StorageError
+from lora_ft.train import CHECKPOINTS
+
+log = logging.getLogger(__name__)
+
+FILE = "run.json"
+# What may change when a run is resumed: none of it changes the adapter, as the digests of rows and base may not.
+FREE_ON_RESUME = {
+    "out", "resume", "allow_changed", "dry_run", "base", "data.train", "data.eval", "train.log_steps", "train.report_to"
+}  # fmt: skip
+
+
+def refuse_to_overwrite(config: RunConfig) -> None:
+    """Raises ConfigError where the folder of the run holds anything but the run that is to be resumed."""
+    out = config.out
+    begun = (out / CHECKPOINTS / FILE).exists()
+    if begun and (checkpoints.found(out / CHECKPOINTS) or is_trained(out)):
+        if not config.resume:
+            raise ConfigError(f"{out} holds an unfinished run: go on with --resume, or choose another --out.")
+        return
+    if (out / saved.WEIGHTS).exists():
+        raise ConfigError(f"{out} already holds an adapter: choose another --out, or move that one away.")
+    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not an empty folder; choose another --out, so that nothing is overwritten.")
+
+
+def is_trained(out: Path) -> bool:
+    """Returns whether the adapter of a run is saved, all of it but its seal, evaluation and report."""
+    return (out / environment.FILE).is_file() or (out / CHECKPOINTS / saved.STAGED).is_dir()
+
+
+def clear_up(out: Path) -> None:
+    """Removes what a run that was killed left half written in its folder, and finishes what it had begun to move."""
+    for place in (out, out / CHECKPOINTS):
+        atomicio.sweep(place)
+    if (out / CHECKPOINTS / saved.STAGED).is_dir():
+        try:
+            move_in_adapter(out)
+        except StorageError as error:
+            if error.full:
+                raise
+            aside = atomicio.set_aside(out / CHECKPOINTS / saved.STAGED)
+            log.warning("the adapter of the finished training is left aside as %s: %s", aside.name, error)
+
+
+def move_in_adapter(out: Path) -> None:
+    """Moves the adapter that was committed beside the checkpoints into the folder of the run, its record last."""
+    atomicio.move_in(out / CHECKPOINTS / saved.STAGED, out, last=environment.FILE)
+
+
+def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: str, base: dict[str, Any]) -> None:
+    """Writes down what a run is started with; on resuming, raises ConfigError unless it is the same but where allowed.
+
+    Args:
+        facts: of the rows; `base`: `Source.record` of the base.
+    """
+    path = config.out / CHECKPOINTS / FILE
+    # Of a data set that is streamed from the hub there is no digest, only the name.
+    free = FREE_ON_RESUME if facts["train"]["sha256"] else FREE_ON_RESUME - {"data.train"}
+    now = {key: value for key, value in _flat(plain(config)).items() if key not in free}
+    now |= _flat({"rows": facts, "tokenizer": {"sha256": tokenizer_sha256}, "weights": base})
+    now = json.loads(json.dumps(now))
+    if config.resume:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        unknown = [key for key in config.allow_changed if key not in now.keys() | before.keys()]
+        if unknown:
+            raise ConfigError(f"allow-changed: a run has no key {unknown[0]}; its keys are {', '.join(sorted(now))}.")
+        changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+        told = {key: f"  {key} was {before.get(key)}, is {now.get(key)}" for key in changed}
+        refused = [key for key in changed if key not in config.allow_changed]
+        if refused:
+            raise ConfigError(
+                f"{config.out} was started as another run; resume it as it was, start anew, or add --allow-changed "
+                f"{' '.join(refused)} if that is meant:\n" + "\n".join(told[key] for key in refused)
+            )
+        if not changed:
+            return
+        log.warning("the run goes on, but not as it was started:\n%s", "\n".join(told.values()))
+    atomicio.write_json(path, now)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns a nested mapping as one of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,267 @@
+"""Checkpoints: what they hold, what they refuse, what is kept of them, and that any Trainer can have them."""
+
+import json
+import logging
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from lora_ft import adapters, atomicio, checkpoints, exact, optimizer, train
+from lora_ft.errors import AdapterError, ConfigError, DivergedError, LoraFtError, StorageError
+from tests import tiny
+from tests.reliability.disks import Failing
+from tests.reliability.forks import fingerprints
+from tests.test_train import StopAt, fit, prepared, rewrite, same
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.model_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True)
+def told(caplog):
+    caplog.set_level(logging.INFO, logger="lora_ft")
+
+
+def stopped(out: Path, folder: Path, at: int = 3, **settings) -> Path:
+    """Returns the checkpoint of a run that a signal stopped after step `at`."""
+    settings = {"steps": 6, "batch_size": 4, **settings}
+    fit(out, folder, tiny.rows("complete", 12), callbacks=[StopAt(at - 1, signal.SIGINT)], **settings)
+    return checkpoints.newest(out / train.CHECKPOINTS)
+
+
+def resumed(out: Path, folder: Path, **settings):
+    settings = {"steps": 6, "batch_size": 4, **settings}
+    return fit(out, folder, tiny.rows("complete", 12), resume=True, **settings)
+
+
+def test_a_checkpoint_is_safetensors_and_json_by_the_names_of_parameters(tmp_path, folder):
+    place = stopped(tmp_path / "run", folder)
+    assert {path.name for path in place.iterdir()} == {
+        "adapter.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors", "progress.json",
+        "trainer_state.json", "manifest.json",
+    }  # fmt: skip
+    names = set(adapters.trained(prepared(folder)[2]))
+    assert set(load_file(place / checkpoints.ADAPTER)) == names
+    moments = load_file(place / optimizer.TENSORS)
+    assert set(moments) == {f"{name}.{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")}
+    for path in place.glob("*.json"):
+        text = path.read_text()
+        assert str(tmp_path) not in text
+        json.loads(text)
+    progress = json.loads((place / checkpoints.PROGRESS).read_text())
+    assert (progress["step"], progress["epoch"], progress["rows"]) == (3, 1.0, 12)
+
+
+def test_the_order_of_the_parameters_does_not_matter_but_their_names_do(tmp_path, folder):
+    place = stopped(tmp_path / "run", folder)
+    groups = json.loads((place / optimizer.GROUPS).read_text())
+    groups["groups"][0]["parameters"][0] += "x"
+    rewrite(place, optimizer.GROUPS, json.dumps(groups))
+    with pytest.raises(AdapterError, match="its optimizer trained other parameters"):
+        resumed(tmp_path / "run", folder)
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path, folder):
+    stopped(tmp_path / "run", folder)
+    with pytest.raises(AdapterError, match=r"of another adapter, \d+ tensors differ: .*lora_A.* is \(4, 96\) of"):
+        resumed(tmp_path / "run", folder, lora={"rank": 8})
+    with pytest.raises(AdapterError, match=r"tensors differ: .* has no place in the model"):
+        resumed(tmp_path / "run", folder, lora={"targets": ("q_proj",)})
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, folder, caplog):
+    rows = tiny.rows("complete", 12)
+    _, weights = fit(tmp_path / "whole", folder, rows, steps=6, batch_size=4)
+    place = stopped(tmp_path / "run", folder, at=4, save_steps=1)
+    data = bytearray((place / optimizer.TENSORS).read_bytes())
+    data[-3] ^= 4
+    (place / optimizer.TENSORS).write_bytes(data)
+    done, again = resumed(tmp_path / "run", folder, save_steps=1)
+    assert f"{place.name} is left aside as {place.name}.corrupt" in caplog.text
+    assert "optimizer.safetensors has the right size but other bytes than were written" in caplog.text
+    assert same(again, weights)
+    assert done.steps == 6
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_from_the_beginning(tmp_path, folder):
+    place = stopped(tmp_path / "run", folder)
+    (place / atomicio.MANIFEST).unlink()
+    with pytest.raises(AdapterError, match=r"no checkpoint is whole \(checkpoint-3\); start anew without --resume"):
+        resumed(tmp_path / "run", folder)
+
+
+def test_of_many_checkpoints_the_newest_three_and_the_best_stay(tmp_path, folder):
+    rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
+    # At a high rate the held-out loss rises after the first epochs, so the best is an early one.
+    stop = StopAt(28, signal.SIGINT)
+    settings = {"steps": 40, "eval_steps": 4, "batch_size": 4, "lr": 3e-2}
+    fit(tmp_path / "run", folder, rows, held_out, callbacks=[stop], **settings)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluated = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(evaluated, key=evaluated.get)
+    kept = [checkpoints.step_of(path) for path in checkpoints.found(tmp_path / "run" / train.CHECKPOINTS)]
+    assert best < kept[-2]
+    assert kept[0] == best
+    assert kept[1:] == [28, 29]
+    assert not list((tmp_path / "run" / train.CHECKPOINTS).glob(".*"))
+
+
+def test_litter_of_a_killed_run_is_swept_when_it_goes_on(tmp_path, folder):
+    place = stopped(tmp_path / "run", folder)
+    for name in (".tmp-checkpoint-4-0", ".del-checkpoint-1-0"):
+        (place.parent / name).mkdir()
+    resumed(tmp_path / "run", folder)
+    assert not list(place.parent.glob(".*"))
+
+
+class NoRoom(atomicio.Disk):
+    def free_bytes(self, folder):
+        return 10_000
+
+
+@pytest.mark.parametrize("disk", [NoRoom(), Failing(20, forever=True)])
+def test_without_room_training_says_so_goes_on_and_keeps_what_it_has(tmp_path, folder, monkeypatch, caplog, disk):
+    place = stopped(tmp_path / "run", folder)
+    _, weights = fit(tmp_path / "whole", folder, tiny.rows("complete", 12), steps=6, batch_size=4)
+    monkeypatch.setattr(atomicio, "disk", disk)
+    _, again = resumed(tmp_path / "run", folder, save_steps=2)
+    monkeypatch.undo()
+    assert same(again, weights)
+    assert "STEP 4 IS NOT SAVED, training goes on:" in caplog.text
+    assert "free some space" in caplog.text
+    assert "The newest checkpoint is checkpoint-3" in caplog.text
+    assert checkpoints.newest(place.parent) == place
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+
+def test_an_interrupt_on_a_full_disk_says_which_step_was_saved_last(tmp_path, folder, monkeypatch):
+    from lora_ft import runs
+
+    out = tmp_path / "run"
+    with pytest.raises(LoraFtError, match="Stopped at step 4, and no checkpoint could be saved: start anew") as told:
+        raise runs._stopped(out, 4)
+    assert told.value.exit_status == 1
+    stopped(out, folder)
+    assert "Stopped at step 3; a checkpoint is saved. To go on:" in str(runs._stopped(out, 3))
+    assert "Stopped at step 5; the last checkpoint is of step 3. To go on:" in str(runs._stopped(out, 5))
+
+
+def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path, folder, monkeypatch):
+    class Spoil(train.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                next(iter(adapters.trained(kwargs["model"]).values())).data[0] = torch.inf
+
+    told = (
+        r"After step 2, .*lora_A.* are not finite, so no checkpoint was saved: .* The adapter is that of step 1 again"
+    )
+    with pytest.raises(DivergedError, match=told):
+        fit(tmp_path / "run", folder, tiny.rows("complete"), steps=3, save_steps=1, callbacks=[Spoil()])
+    (place,) = checkpoints.found(tmp_path / "run" / train.CHECKPOINTS)
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(place / checkpoints.ADAPTER).values())
+
+
+def test_a_lost_best_checkpoint_is_told_and_never_replaced_unasked(tmp_path, folder, monkeypatch):
+    rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
+    real = checkpoints.Checkpoints._load_best_model
+
+    def damaged(self):
+        (Path(self.state.best_model_checkpoint) / checkpoints.ADAPTER).write_bytes(b"")
+        real(self)
+
+    monkeypatch.setattr(train.AdapterTrainer, "_load_best_model", damaged)
+    with pytest.raises(StorageError, match=r"The adapter of the best evaluation, checkpoint-\d+\.corrupt, is lost"):
+        fit(tmp_path / "run", folder, rows, held_out, steps=4, eval_steps=2, batch_size=4)
+
+
+def test_a_rate_that_was_allowed_to_change_is_the_one_that_is_used(tmp_path, folder):
+    stopped(tmp_path / "run", folder, schedule="linear", weight_decay=0.0)
+    seen = []
+
+    class Look(train.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            group = kwargs["optimizer"].param_groups[0]
+            seen.append((group["lr"], group["weight_decay"]))
+
+    settings = {"steps": 6, "batch_size": 4, "lr": 5e-3, "weight_decay": 0.1}
+    fit(tmp_path / "run", folder, tiny.rows("complete", 12), resume=True, callbacks=[Look()], **settings)
+    assert [lr for lr, _ in seen] == pytest.approx([5e-3 * (6 - step) / 6 for step in (3, 4, 5)])
+    assert {decay for _, decay in seen} == {0.1}
+
+
+class PlainTrainer(checkpoints.Checkpoints, exact.ExactSteps, Trainer):
+    """transformers' own Trainer, with nothing of this library but its checkpoints and exact steps."""
+
+
+def plain(folder: Path, out: Path, **settings) -> PlainTrainer:
+    task, _, model = prepared(folder, dropout=0.2)
+    arguments = TrainingArguments(
+        str(out), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5, save_steps=1, use_cpu=True,
+        report_to="none", disable_tqdm=True, learning_rate=1e-2, save_total_limit=2, **settings,
+    )  # fmt: skip
+    return PlainTrainer(
+        model=model, args=arguments, train_dataset=train.Rows(tiny.rows("complete", 14)), data_collator=task.collate
+    )
+
+
+def test_any_trainer_can_have_these_checkpoints(tmp_path, folder):
+    whole = plain(folder, tmp_path / "whole")
+    whole.train()
+    cut = plain(folder, tmp_path / "cut")
+    cut.add_callback(StopAt(2, signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(InterruptedError))
+    try:
+        with pytest.raises(InterruptedError):
+            cut.train()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    again = plain(folder, tmp_path / "cut")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+    assert again.fingerprint == whole.fingerprint != ""
+    assert [path.name for path in checkpoints.found(tmp_path / "cut")] == ["checkpoint-4", "checkpoint-5"]
+    files = {path.name for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
+    again.save_model(str(tmp_path / "saved"))
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+
+
+def test_a_new_run_does_not_mix_its_checkpoints_with_another(tmp_path, folder):
+    stopped(tmp_path / "run", folder)
+    with pytest.raises(ConfigError, match="holds the checkpoints of a run: resume it, or choose another folder"):
+        fit(tmp_path / "run", folder, tiny.rows("complete", 12), steps=2)
+
+
+@pytest.mark.parametrize("hook", [*checkpoints.HOOKS, *exact.HOOKS])
+def test_a_transformers_that_would_pass_a_mixin_by_is_refused(tmp_path, folder, monkeypatch, hook):
+    trainer = plain(folder, tmp_path)
+    monkeypatch.delattr(Trainer, hook)
+    with pytest.raises(LoraFtError, match=f"has no Trainer.{hook}, without which steps are neither guarded nor"):
+        trainer.train()
+
+
+def test_the_stock_trainer_pickles_which_is_what_the_mixin_is_for(tmp_path, folder):
+    trainer = plain(folder, tmp_path / "stock")
+    trainer.create_optimizer_and_scheduler(5)
+    Trainer._save_optimizer_and_scheduler(trainer, str(tmp_path))
+    assert (tmp_path / "optimizer.pt").is_file()
+
+
+def test_fingerprints_of_two_runs_differ_from_the_first_step_that_does(tmp_path, folder):
+    rows = tiny.rows("complete", 12)
+    fit(tmp_path / "a", folder, rows, steps=4, batch_size=4)
+    other = [dict(row) for row in rows]
+    last = exact.EpochOrder(12, 42, lambda: 0).of(0)[-1]  # read in the third step
+    other[last] = {**other[last], "labels": [-100] * (len(other[last]["labels"]) - 1) + [7]}
+    fit(tmp_path / "b", folder, other, steps=4, batch_size=4)
+    a, b = fingerprints(tmp_path / "a"), fingerprints(tmp_path / "b")
+    assert a[:2] == b[:2]
+    assert not set(a[2:]) & set(b[2:])

@@ -1,0 +1,128 @@
+"""Whether a resumed run is the run that was started, and that an adapter is moved into its folder whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lora_ft import atomicio, environment, runs, saved, started, train
+from lora_ft.config import DataConfig, RunConfig, TrainConfig
+from lora_ft.errors import ConfigError, StorageError
+from tests import tiny
+from tests.reliability.disks import Failing
+
+FACTS = {"train": {"name": "rows.jsonl", "rows": 12, "sha256": "a"}, "eval": {"name": "x", "rows": 2, "sha256": "b"}}
+BASE = {"name": "base", "source": "folder", "repo": None, "revision": None, "origin": "here", "weights_sha256": "c"}
+
+
+def config(out: Path, **changes) -> RunConfig:
+    train_changes = {key: changes.pop(key) for key in list(changes) if key in TrainConfig.__dataclass_fields__}
+    return RunConfig(
+        task="chat",
+        base="b",
+        out=out,
+        data=DataConfig(train="rows.jsonl"),
+        train=TrainConfig(**train_changes),
+        **changes,
+    )
+
+
+def keep(out: Path, *, facts=FACTS, tokenizer="t", base=BASE, **changes) -> None:
+    started.keep_or_compare(config(out, **changes), facts, tokenizer, base)
+
+
+def other(tree, **changes):
+    return {**tree, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"lr": 1e-5}, "train.lr"),
+        ({"seed": 1}, "train.seed"),
+        ({"quant": "none"}, "quant"),
+        ({"facts": other(FACTS, train=other(FACTS["train"], sha256="z"))}, "rows.train.sha256"),
+        ({"facts": other(FACTS, eval=other(FACTS["eval"], sha256="z"))}, "rows.eval.sha256"),
+        ({"tokenizer": "z"}, "tokenizer.sha256"),
+        ({"base": other(BASE, weights_sha256="z")}, "weights.weights_sha256"),
+    ],
+)
+def test_what_changed_is_named_and_refused_unless_it_is_allowed(tmp_path, caplog, changes, key):
+    keep(tmp_path)
+    keep(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match=f"or add --allow-changed {key} if that is meant:\n  {key} was .*, is .*"):
+        keep(tmp_path, resume=True, **changes)
+    with pytest.raises(ConfigError, match=key):  # another key does not open the door to this one
+        keep(tmp_path, resume=True, allow_changed=("train.warmup",), **changes)
+    keep(tmp_path, resume=True, allow_changed=(key,), **changes)
+    assert f"the run goes on, but not as it was started:\n  {key} was" in caplog.text
+    # From now on it is that run.
+    keep(tmp_path, resume=True, **changes)
+
+
+def test_a_key_that_no_run_has_is_named(tmp_path):
+    keep(tmp_path)
+    with pytest.raises(ConfigError, match=r"allow-changed: a run has no key train\.rate; its keys are .*train\.lr"):
+        keep(tmp_path, resume=True, allow_changed=("train.rate",))
+
+
+def test_what_does_not_change_the_adapter_may_change(tmp_path):
+    keep(tmp_path)
+    keep(tmp_path, resume=True, log_steps=5, report_to=())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("base")
+    return tiny.run(folder / "run", tiny.model_folder(folder / "base"), steps=1, sealed=False)
+
+
+def save(trained, out: Path) -> None:
+    """Writes the adapter of a finished training, as a run does."""
+    trained.task.tokenizer = trained.base.tokenizer
+    rows = runs.Rows([], [], [], [], {"train": FACTS["train"]})
+    settings = RunConfig(task="complete", base=str(trained.base_folder), out=out)
+    runs._save(settings, trained.task, trained.base, trained.model, rows, train.Fit(1, 2, 3.0, 4, False))
+
+
+def names(out: Path) -> set[str]:
+    return {path.name for path in out.glob("*")}
+
+
+def test_a_run_that_ends_at_any_call_of_saving_its_adapter_is_gone_on_with(trained, tmp_path, monkeypatch):
+    counting = Failing(0)
+    monkeypatch.setattr(atomicio, "disk", counting)
+    save(trained, tmp_path / "whole")
+    whole = names(tmp_path / "whole")
+    begun = 0
+    for at in range(1, counting.calls + 1):
+        out = tmp_path / str(at)
+        monkeypatch.setattr(atomicio, "disk", Failing(at))
+        with pytest.raises(StorageError, match="No space left"):
+            save(trained, out)
+        monkeypatch.setattr(atomicio, "disk", atomicio.Disk())
+        # The record is the last to come, so a folder with one is whole, whatever else is still lying about.
+        assert not (out / environment.FILE).exists() or whole <= names(out)
+        if started.is_trained(out):
+            started.clear_up(out)
+            assert names(out) == whole
+            saved.read_record(out)
+            begun += 1
+        else:
+            # Nothing of it is in the folder, so training goes on from the last checkpoint.
+            assert names(out) <= {train.CHECKPOINTS}
+        shutil.rmtree(out, ignore_errors=True)
+    assert 0 < begun < counting.calls
+
+
+def test_an_adapter_that_was_damaged_before_it_was_moved_is_left_aside(trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(runs.started, "move_in_adapter", lambda out: None)
+    save(trained, tmp_path)
+    monkeypatch.undo()
+    staged = tmp_path / train.CHECKPOINTS / saved.STAGED
+    (staged / saved.WEIGHTS).write_bytes(b"")
+    started.clear_up(tmp_path)
+    assert not started.is_trained(tmp_path)
+    assert f"is left aside as {saved.STAGED}.corrupt" in caplog.text
+    assert json.loads((staged.parent / f"{saved.STAGED}.corrupt" / environment.FILE).read_text())
