@@ -306,7 +306,7 @@ def test_another_base_is_refused_with_the_list_of_what_differs(causal: tiny.Run,
     with pytest.raises(AdapterError, match="an adapter works on its own base only") as told:
         saved.load(causal.folder, str(narrow), "cpu")
     message = str(told.value)
-    assert "model.layers.0.mlp.down_proj: the adapter is made for 96 inputs, this base's weight is [64, 48]" in message
+    assert "model.layers.0.mlp.down_proj: the adapter is made for 128 inputs, this base's weight is [64, 48]" in message
     assert "model.layers.1.mlp.down_proj: the adapter changes it, and this base has none" in message
     same = tiny.model_folder(tmp_path / "same", seed=1)
     with pytest.raises(AdapterError, match="the numbers in the weights; the layers that the adapter changes have"):

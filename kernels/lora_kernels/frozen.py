@@ -81,9 +81,9 @@ class Frozen:
         """Returns the weight as ten arguments of an operator; `Frozen.back` puts it together again."""
         rows, columns = self.shape
         if self.blocks is None:
-            return (self.data, *[None] * 7, rows, columns)
+            return (self.data, None, None, 0, None, None, None, 0, rows, columns)
         inner = self.blocks.nested
-        nested = (inner.absmax, inner.code, inner.offset, inner.size) if inner else [None] * 4
+        nested = (inner.absmax, inner.code, inner.offset, inner.size) if inner else (None, None, None, 0)
         return (self.data, self.blocks.absmax, self.blocks.code, self.blocks.size, *nested, rows, columns)
 
     @classmethod
