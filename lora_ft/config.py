@@ -113,6 +113,8 @@ class DataConfig:
     """Tokens to add to the vocabulary; only their embedding rows are trained."""
     metrics: tuple[Metric, ...] = ()
     """Metrics on replies generated for the held-out rows, besides the loss."""
+    packing: bool = False
+    """Fill rows of `max-length` tokens with several examples, none of which sees another; `batch-size` counts those."""
     streaming: bool = False
     """Render rows as they are read instead of all at the start; needs `--train.steps`."""
 
@@ -121,6 +123,8 @@ class DataConfig:
         fraction = self.eval_fraction
         if fraction is not None and not 0 < fraction < 1:
             raise ValueError(f"data.eval is a fraction in (0, 1) or a file, got {self.eval}.")
+        if self.streaming and self.packing:
+            raise ValueError("data.packing needs all rows at the start: leave out data.streaming.")
         if self.streaming and fraction is not None:
             raise ValueError("data.eval must be a file with data.streaming: the rows cannot be split unseen.")
 

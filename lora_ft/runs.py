@@ -37,7 +37,7 @@ from lora_ft import (
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, plain, to_yaml
-from lora_ft.data import formats
+from lora_ft.data import formats, pack
 from lora_ft.data.formats import Example
 from lora_ft.errors import ConfigError, DataError, Interrupted, LoraFtError
 from lora_ft.progress import Bar
@@ -264,7 +264,8 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
     if not isinstance(rows.train_features, Streamed):
         lengths = [len(row["input_ids"]) for row in rows.train_features]
-        batches = math.ceil(len(lengths) / config.train.batch_size)
+        items = len(pack.fill(lengths, config.data.max_length)) if config.data.packing else len(lengths)
+        batches = math.ceil(items / config.train.batch_size)
         steps = config.train.steps or math.ceil(config.train.epochs * math.ceil(batches / config.train.accumulate))
         plan |= {"tokens": sum(lengths), "longest_row": max(lengths), "cut_rows": task.cut_rows, "steps": steps}
     return plan

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,19 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lora_ft import adapters, losses
+from lora_ft import adapters, attention, losses
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
-from lora_ft.errors import ConfigError, DataError, DivergedError, ProofError
+from lora_ft.data import pack
+from lora_ft.data.mask import IGNORE
+from lora_ft.errors import ConfigError, DataError, DivergedError, ProofError, UnsupportedModelError
 from lora_ft.guard import GuardedSteps
-from lora_ft.tasks import Features, Task
+from lora_ft.tasks import Batch, Features, Task, tokens
 from lora_ft.watch import Clock, EvaluationStopped, GradientProof, Interrupt, MetricsFile, peak_bytes
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -65,21 +71,19 @@ class TaskLoss:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         trainer: Any = self
-        self.tokens_seen += int(inputs["attention_mask"].sum())
-        nll_B, count_B, _ = losses.row_losses(self.task, model, inputs)
+        self.tokens_seen += tokens(inputs)
+        nll = self.task.loss(model, inputs)
         if num_items_in_batch is None:
-            loss = nll_B.sum() / count_B.sum().clamp(min=1)
-        else:
-            # The count is that of all processes, and their gradients are averaged. Without a scored position the sum is
-            # zero too.
-            count = torch.as_tensor(num_items_in_batch, device=nll_B.device).clamp(min=1)
-            loss = nll_B.sum() / count * trainer.accelerator.num_processes
+            num_items_in_batch = (inputs["labels"] != IGNORE).sum()
+        # The count is that of all processes, and their gradients are averaged. Where it is zero, so is the sum.
+        count = torch.as_tensor(num_items_in_batch, device=nll.device).clamp(min=1)
+        loss = nll / count * trainer.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         trainer: Any = self
         rows = self.eval_rows if eval_dataset is None else eval_dataset
-        with self.interrupt.evaluation():
+        with self.interrupt.evaluation(), attention.unpacked(trainer.model):
             found = losses.of_rows(self.task, trainer.model, rows, trainer.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": found.mean}
         trainer.log(metrics)
@@ -159,6 +163,24 @@ class Rows(Dataset):
         return self.rows[index]
 
 
+class Packs(Rows):
+    """Rows in memory, several to an item: those that fill `budget` tokens together."""
+
+    def __init__(self, rows: Sequence[Features], budget: int) -> None:
+        super().__init__(rows)
+        self.members = pack.fill([len(row["input_ids"]) for row in rows], budget)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Any:
+        return [self.rows[i] for i in self.members[index]]
+
+    def names(self, row_names: Sequence[str]) -> list[str]:
+        """Returns what each item is called, of what its rows are."""
+        return [", ".join(row_names[i] for i in members) for members in self.members] if row_names else []
+
+
 class Streamed(IterableDataset):
     """Rows rendered as they are read, over and over; `make` opens the source anew for each pass.
 
@@ -200,6 +222,9 @@ def fit(
         StorageError: the folder cannot be written to, or the best checkpoint is damaged.
     """
     out, train = config.out, config.train
+    data, collate, shared = _batches(task, model, rows, config)
+    if isinstance(data, Packs):
+        row_names = data.names(row_names)
     interrupt, clock, proof = Interrupt(), Clock(base.device), GradientProof()
     chosen = [proof, interrupt, clock, MetricsFile(out / METRICS, clock), *callbacks]
     if train.patience is not None:
@@ -211,9 +236,9 @@ def fit(
         interrupt,
         model=model,
         args=arguments(train, out, base, evaluated=bool(eval_rows)),
-        train_dataset=rows if isinstance(rows, Streamed) else Rows(rows),
+        train_dataset=data,
         eval_dataset=Rows(eval_rows) if eval_rows else None,
-        data_collator=task.collate,
+        data_collator=collate,
         callbacks=chosen,
     )
     trainer.remove_callback(PrinterCallback)
@@ -224,7 +249,7 @@ def fit(
         torch.cuda.reset_peak_memory_stats()
     clock.began = time.perf_counter()
     try:
-        with bases.dequantized(model):
+        with bases.dequantized(model), attention.packed(model) if shared else nullcontext():
             trainer.train(resume_from_checkpoint=config.resume)
     except DivergedError as diverged:
         step = trainer.back_to_last_good()
@@ -235,6 +260,35 @@ def fit(
     if adapters.frozen_digest(model) != frozen:
         raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
     return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.stopped)
+
+
+def _batches(
+    task: Task, model: peft.PeftModel, rows: Sequence[Features] | Streamed, config: RunConfig
+) -> tuple[Dataset, Callable[[Sequence[Any]], Batch], bool]:
+    """Returns the items to draw batches of, what makes a batch of them, and whether rows lie end to end in it.
+
+    They do wherever the task and the model allow it: padding is then neither read nor computed, and the gradient is the
+    same. `data.packing` decides only how many of them make an item.
+
+    Raises:
+        UnsupportedModelError: data.packing is asked for, and rows cannot share one.
+    """
+    packing = config.data.packing
+    against = attention.refusal(model) if task.shares_rows else f"rows of the task {task.name} cannot"
+    if packing and against is not None:
+        raise UnsupportedModelError(f"data.packing: several rows cannot share one here: {against}; leave it out.")
+    if isinstance(rows, Streamed):
+        items: Dataset = rows
+    else:
+        items = Packs(rows, config.data.max_length) if packing else Rows(rows)
+    if against is not None:
+        log.info("rows are padded to the longest of a batch: %s", against)
+        return items, task.collate, False
+    return items, _end_to_end_of_packs(task) if packing else task.end_to_end, True
+
+
+def _end_to_end_of_packs(task: Task) -> Callable[[Sequence[Any]], Batch]:
+    return lambda packs: task.end_to_end([row for members in packs for row in members])
 
 
 def _way_back(step: int | None) -> str:

@@ -42,6 +42,7 @@ OPTIONS = [
     "data.max_length",
     "data.special_tokens",
     "data.metrics",
+    "data.packing",
     "data.streaming",
     "train.batch_size",
     "train.accumulate",

@@ -47,6 +47,8 @@ class Task:
     """PEFT's name for it, written into `adapter_config.json`."""
     accuracy_name: str = "token_accuracy"
     """What the share of scored positions predicted right is called."""
+    shares_rows: bool = False
+    """Whether several rows of the task can lie in one."""
     tokenizer: Any = None
     """Set by `prepare`, as what follows is."""
     max_length: int
@@ -93,12 +95,12 @@ class Task:
         """Returns rows padded to one length, with `labels` -100 wherever nothing is scored."""
         raise NotImplementedError
 
-    def end_to_end(self, rows: Sequence[Features]) -> Batch | None:
-        """Returns rows one after the other in a single one without padding; None where the task's cannot share one.
+    def end_to_end(self, rows: Sequence[Features]) -> Batch:
+        """Returns rows one after the other in a single one without padding, for `loss`, where `shares_rows`.
 
-        Only `loss` takes such a batch, of a model in which no example sees another (`lora_ft.attention`).
+        Only a model in which no example sees another may be given it (`lora_ft.attention`).
         """
-        return None
+        raise NotImplementedError
 
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Returns the logits at the scored positions only, so that those of a whole batch never exist."""

@@ -22,6 +22,7 @@ class Causal(Task):
 
     model_class = AutoModelForCausalLM
     peft_task = "CAUSAL_LM"
+    shares_rows = True
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         return {
