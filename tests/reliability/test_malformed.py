@@ -15,8 +15,8 @@ def report(tally: malformed.Tally) -> str:
 
 
 def test_malformed_data_sets() -> None:
-    tally = malformed.run(80)
-    assert tally.files >= 80
+    tally = malformed.run(120)
+    assert tally.files >= 120
     assert len(tally.by_kind) == len(malformed.KINDS)
     assert tally.faultless, report(tally)
 
