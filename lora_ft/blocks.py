@@ -74,7 +74,7 @@ def compute_whole(model: nn.Module) -> None:
         for layer in list(model.modules()):
             kind: Any = type(layer)
             family = _family(kind)
-            if family and not isinstance(layer, _Whole) and _unlike(layer, family) is None:
+            if family and not isinstance(layer, _Whole) and _known_refusal(layer, family) is None:
                 layer.__class__ = _class_of(kind)
                 layer.unproven = _difference(layer)
 
@@ -285,6 +285,11 @@ def _projections(layer: Any) -> dict[str, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     found = {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     return found | {name: getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+def _known_refusal(layer: Any, family: Family) -> str | None:
+    """Returns what stands against a layer before it is probed, or None."""
+    return _refusal_of_device(next(layer.parameters()).device) or _unlike(layer, family)
 
 
 def _unlike(layer: Any, family: Family) -> str | None:

@@ -28,6 +28,7 @@ from lora_ft.data import pack
 from lora_ft.data.mask import IGNORE
 from lora_ft.errors import ConfigError, DataError, DivergedError, ProofError, UnsupportedModelError
 from lora_ft.guard import GuardedSteps
+from lora_ft.modes import mixed_precision
 from lora_ft.tasks import Batch, Features, Task, tokens
 from lora_ft.watch import Clock, EvaluationStopped, GradientProof, Interrupt, MetricsFile, peak_bytes
 
@@ -72,7 +73,9 @@ class TaskLoss:
     ) -> Any:
         trainer: Any = self
         self.tokens_seen += tokens(inputs)
-        nll = self.task.loss(model, inputs)
+        # Of the Trainer's own only the outermost forward is under autocast, and a task may call what lies inside.
+        with mixed_precision(model):
+            nll = self.task.loss(model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"] != IGNORE).sum()
         # The count is that of all processes, and their gradients are averaged. Where it is zero, so is the sum.

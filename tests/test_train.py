@@ -421,3 +421,11 @@ def test_a_packed_run_resumes_exactly(tmp_path, folder):
     assert resumed.steps == whole.steps
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
     assert all(lines(tmp_path / "whole"))
+
+
+def test_sixteen_bits_train_on_the_fused_path(tmp_path, folder, caplog):
+    """Outside autocast, float32 adapters on a 16-bit base would go through PEFT."""
+    with caplog.at_level("INFO"):
+        fit(tmp_path, folder, tiny.rows("complete"), quant="nf4", dtype="bfloat16", steps=1, batch_size=4)
+    assert "layers fused" in caplog.text
+    assert "through PEFT" not in caplog.text
