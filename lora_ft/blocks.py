@@ -86,7 +86,7 @@ def paths(model: nn.Module) -> dict[str, list[str]]:
         family = _family(type(layer))
         if family:
             whole = isinstance(layer, _Whole)
-            against = layer.refusal() or layer.unfit if whole else _unlike(layer, family) or "never proven"
+            against = layer.refusal() or layer.unfit if whole else _known_refusal(layer, family) or "never proven"
             found.setdefault(f"a part at a time, {against}" if against else "whole", []).append(name)
     return found
 
