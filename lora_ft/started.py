@@ -49,8 +49,16 @@ def is_trained(out: Path) -> bool:
 
 def clear_up(out: Path) -> None:
     """Removes what a run that was killed left half written in its folder, and finishes what it had begun to move."""
-    for place in (out, out / CHECKPOINTS):
-        atomicio.sweep(place)
+    begun = (out / CHECKPOINTS / FILE).is_file()
+    if not begun and (out / CHECKPOINTS).is_dir():
+        # Killed in its very first write: nothing is there but a draft of that file.
+        if all(path.name.startswith(f"{atomicio.DRAFT}{FILE}") for path in (out / CHECKPOINTS).iterdir()):
+            atomicio.remove(out / CHECKPOINTS)
+        return
+    # Only in a folder of ours: in another, such a file is somebody's.
+    if begun or (out / environment.FILE).is_file():
+        for place in (out, out / CHECKPOINTS):
+            atomicio.sweep(place)
     if (out / CHECKPOINTS / saved.STAGED).is_dir():
         try:
             move_in_adapter(out)

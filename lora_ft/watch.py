@@ -134,14 +134,14 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, clock: Clock) -> None:
         self.path, self.clock = path, clock
-        self.fails = False
+        self.unwritten: list[dict[str, Any]] = []
+        """Lines that the disk had no room for."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run goes on after the step it resumes from; a new one starts the file anew.
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in map(_parsed, lines) if line is not None and line["step"] <= state.global_step]
-        kept = kept if state.global_step else []
-        atomicio.write(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        self._rewrite(
+            [line for line in self._lines() if line["step"] <= state.global_step] if state.global_step else []
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The last line holds the fingerprint of the whole run.
@@ -155,12 +155,35 @@ class MetricsFile(TrainerCallback):
         logs.update(self.clock.read())  # for the callbacks after this one too
         # JSON has no word for what is not a number.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+        line = {"step": state.global_step, **fingerprint, **line}
         try:
-            atomicio.append(self.path, json.dumps({"step": state.global_step, **fingerprint, **line}))
+            if self.unwritten:
+                self._write_the_rest(line)
+            else:
+                atomicio.append(self.path, json.dumps(line))
         except StorageError as error:
-            if not self.fails:
-                log.warning("lines of the metrics are lost, training goes on: %s", error)
-            self.fails = True
+            if not self.unwritten:
+                log.warning("lines of the metrics have to wait, training goes on: %s", error)
+            self.unwritten.append(line)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.unwritten:
+            try:
+                self._write_the_rest()
+            except StorageError as error:
+                log.warning("the last %d lines of the metrics are lost: %s", len(self.unwritten), error)
+
+    def _write_the_rest(self, *more: dict[str, Any]) -> None:
+        """Writes the lines that had to wait, and `more`; the last line in the file may be cut short."""
+        self._rewrite([*self._lines(), *self.unwritten, *more])
+        self.unwritten.clear()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        return [line for line in map(_parsed, lines) if line is not None]
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        atomicio.write(self.path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -1,7 +1,9 @@
 """Checkpoints: what they hold, what they refuse, what is kept of them, and that any Trainer can have them."""
 
+import errno
 import json
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -138,6 +140,32 @@ def test_without_room_training_says_so_goes_on_and_keeps_what_it_has(tmp_path, f
     assert "The newest checkpoint is checkpoint-3" in caplog.text
     assert checkpoints.newest(place.parent) == place
     assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+
+class FullForLines(atomicio.Disk):
+    """Takes half a line of the metrics, and then no more until it has refused three."""
+
+    refused = 0
+
+    def write(self, path, data, *, append=False):
+        if "metrics.jsonl" in path.name:
+            self.refused += 1
+            if 1 < self.refused <= 4:  # the first starts the file
+                if append:
+                    super().write(path, data[:10], append=True)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(path, data, append=append)
+
+
+def test_lines_of_the_metrics_wait_for_room(tmp_path, folder, monkeypatch, caplog):
+    rows = tiny.rows("complete", 12)
+    fit(tmp_path / "whole", folder, rows, steps=6, batch_size=4)
+    monkeypatch.setattr(atomicio, "disk", FullForLines())
+    fit(tmp_path / "run", folder, rows, steps=6, batch_size=4)
+    assert fingerprints(tmp_path / "run") == fingerprints(tmp_path / "whole")
+    assert caplog.text.count("lines of the metrics have to wait, training goes on") == 1
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
 
 
 def test_an_interrupt_on_a_full_disk_says_which_step_was_saved_last(tmp_path, folder, monkeypatch):

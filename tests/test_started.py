@@ -91,6 +91,7 @@ def names(out: Path) -> set[str]:
 
 
 def test_a_run_that_ends_at_any_call_of_saving_its_adapter_is_gone_on_with(trained, tmp_path, monkeypatch):
+    keep(tmp_path / "whole")
     counting = Failing(0)
     monkeypatch.setattr(atomicio, "disk", counting)
     save(trained, tmp_path / "whole")
@@ -98,6 +99,8 @@ def test_a_run_that_ends_at_any_call_of_saving_its_adapter_is_gone_on_with(train
     begun = 0
     for at in range(1, counting.calls + 1):
         out = tmp_path / str(at)
+        monkeypatch.setattr(atomicio, "disk", atomicio.Disk())
+        keep(out)
         monkeypatch.setattr(atomicio, "disk", Failing(at))
         with pytest.raises(StorageError, match="No space left"):
             save(trained, out)
@@ -116,7 +119,31 @@ def test_a_run_that_ends_at_any_call_of_saving_its_adapter_is_gone_on_with(train
     assert 0 < begun < counting.calls
 
 
+def test_a_run_killed_in_its_first_write_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomicio, "_forget", lambda path: None)  # kill -9 clears nothing up
+    monkeypatch.setattr(atomicio, "disk", Failing(0))
+    keep(tmp_path / "whole")
+    for at in range(1, atomicio.disk.calls):
+        monkeypatch.setattr(atomicio, "disk", Failing(at))
+        with pytest.raises(StorageError):
+            keep(tmp_path / str(at))
+        monkeypatch.setattr(atomicio, "disk", atomicio.Disk())
+        started.clear_up(tmp_path / str(at))
+        started.refuse_to_overwrite(config(tmp_path / str(at)))
+
+
+def test_in_a_folder_of_another_nothing_is_cleared_up(tmp_path):
+    (tmp_path / ".tmp-mine").write_text("mine")
+    (tmp_path / train.CHECKPOINTS).mkdir()
+    (tmp_path / train.CHECKPOINTS / ".tmp-mine").write_text("mine")
+    started.clear_up(tmp_path)
+    assert len(list(tmp_path.rglob(".tmp-mine"))) == 2
+    with pytest.raises(ConfigError, match="is not an empty folder"):
+        started.refuse_to_overwrite(config(tmp_path))
+
+
 def test_an_adapter_that_was_damaged_before_it_was_moved_is_left_aside(trained, tmp_path, monkeypatch, caplog):
+    keep(tmp_path)
     monkeypatch.setattr(runs.started, "move_in_adapter", lambda out: None)
     save(trained, tmp_path)
     monkeypatch.undo()

@@ -47,6 +47,12 @@ class Ended:
         return self.status == -signal.SIGKILL
 
 
+def one_thread() -> None:
+    """Keeps torch and transformers from threads, whose pools do not outlive a fork ("Invalid thread pool")."""
+    torch.set_num_threads(1)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
+
 def start(action: Callable[[], Any], said: Path) -> int:
     """Returns the pid of a forked process that runs `action`; a traceback goes into `said`, with status 70."""
     sys.stdout.flush()
@@ -91,7 +97,7 @@ class Place:
     """A folder with a tiny base and rows, and `lora-ft train` on them, in this process or a forked one."""
 
     def __init__(self, folder: Path, *, steps: int = 5, count: int = 12, more: tuple[str, ...] = ()) -> None:
-        torch.set_num_threads(1)
+        one_thread()
         os.environ["LORA_FT_HOME"] = str(folder / "home")
         self.folder, self.steps = folder, steps
         tiny.model_folder(folder / "base")

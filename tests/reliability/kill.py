@@ -21,15 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_ft import adapters, checkpoints, tasks, train
 from lora_ft import base as bases
 from lora_ft.config import LoraConfig
 from lora_ft.started import is_trained
 from tests import tiny
 from tests.reliability.disks import Deadly
-from tests.reliability.forks import MEMORY, Place, fingerprints, fork, litter
+from tests.reliability.forks import MEMORY, Place, fingerprints, fork, litter, one_thread
 
 # Every so many runs are killed by the clock instead of at a byte, with the disk as it always is.
 BY_CLOCK = 5
@@ -150,7 +148,7 @@ class Rival:
 
 def rival(folder: Path, count: int, seed: int = 0) -> Tally:
     """Returns what came of `count` kills of the rival."""
-    torch.set_num_threads(1)
+    one_thread()
     made, tally, rng = Rival(folder), Tally(), random.Random(seed)
     said, told = folder / "rival.txt", folder / "digest.txt"
 

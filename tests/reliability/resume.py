@@ -19,14 +19,13 @@ import signal
 import tempfile
 from pathlib import Path
 
-import torch
 from transformers import TrainerCallback
 
 from lora_ft import adapters, tasks, train
 from lora_ft import base as bases
 from lora_ft.config import LoraConfig, RunConfig, TrainConfig
 from tests import tiny
-from tests.reliability.forks import MEMORY, fingerprints, fork
+from tests.reliability.forks import MEMORY, fingerprints, fork, one_thread
 
 ROWS, BATCH, EPOCHS = 14, 2, 3
 ADAPTERS = {"LoRA": {}, "DoRA": {"dora": True}, "rsLoRA": {"rslora": True}}
@@ -110,7 +109,7 @@ def fit(base: Path, draw: Draw, out: Path, *, stopped: bool, resume: bool = Fals
 
 def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
     """Returns what differed in each of `count` draws between the resumed run and the one in one piece."""
-    torch.set_num_threads(1)
+    one_thread()
     base, said, rng = tiny.model_folder(folder / "base"), folder / "said.txt", random.Random(seed)
     whole: dict[tuple[int, str, str, int], Path] = {}
     wrong, out = [], folder / "run"
