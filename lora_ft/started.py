@@ -31,15 +31,8 @@ def refuse_to_overwrite(config: RunConfig) -> None:
         return
     if (out / saved.WEIGHTS).exists():
         raise ConfigError(f"{out} already holds an adapter: choose another --out, or move that one away.")
-    if out.exists() and not begun and (not out.is_dir() or _holds_anything(out)):
+    if out.exists() and not begun and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not an empty folder; choose another --out, so that nothing is overwritten.")
-
-
-def _holds_anything(out: Path) -> bool:
-    """Returns whether there is a file in a folder, but for what a run left half written before it had begun."""
-    begins = (atomicio.DRAFT, atomicio.DOOMED)
-    files = (path.relative_to(out).parts for path in out.rglob("*") if not path.is_dir())
-    return any(not any(part.startswith(begins) for part in parts) for parts in files)
 
 
 def is_trained(out: Path) -> bool:

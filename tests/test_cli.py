@@ -304,18 +304,6 @@ def test_references_that_are_no_json_are_refused_before_training(place, tmp_path
     assert "JSON" in capsys.readouterr().err
 
 
-def test_a_folder_where_a_run_never_began_is_empty(tmp_path):
-    config = RunConfig(task="complete", base="tiny", out=tmp_path / "run")
-    (config.out / "checkpoints").mkdir(parents=True)
-    started.refuse_to_overwrite(config)
-    # The disk was full while its first file was written.
-    (config.out / "checkpoints" / ".tmp-run.json-1234").write_text("{")
-    started.refuse_to_overwrite(config)
-    (config.out / "checkpoints" / "mine.txt").write_text("")
-    with pytest.raises(ConfigError, match="not an empty folder"):
-        started.refuse_to_overwrite(config)
-
-
 def test_a_folder_with_other_files_is_never_written_into(place, tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     assert main(train_words(place, tmp_path)) == 2

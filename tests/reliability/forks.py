@@ -18,9 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Threads that load weights and a fork do not go together: now and then torch finds its own pool of threads broken.
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-
 import torch
 
 import lora_ft.runs  # noqa: F401 - and all that it imports, once for every fork
