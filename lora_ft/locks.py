@@ -68,6 +68,8 @@ def _locked(name: str, what: str, out: Path) -> Iterator[None]:
             yield
         finally:
             _held.discard(place)
+            # Or a process that was forked in the block, and has the file open too, would hold it on.
+            _unlock(handle)
     finally:
         os.close(handle)
 
@@ -90,6 +92,10 @@ if sys.platform == "win32":
         except OSError:
             return False
         return True
+
+    def _unlock(handle: int) -> None:
+        """Frees the lock."""
+        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
 else:
     import fcntl
 
@@ -100,3 +106,7 @@ else:
         except BlockingIOError:
             return False
         return True
+
+    def _unlock(handle: int) -> None:
+        """Frees the lock."""
+        fcntl.flock(handle, fcntl.LOCK_UN)

@@ -90,3 +90,18 @@ def test_a_lock_that_cannot_be_made_is_one_message(tmp_path, monkeypatch, capsys
     words = ["train", "chat", "--base", "b", "--out", str(tmp_path / "run"), "--data.train", "x.jsonl"]
     assert cli.main(words) == 1
     assert "cannot be written: Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_process_forked_in_the_block_does_not_hold_it_on(tmp_path):
+    with locks.run_folder(tmp_path / "run"):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with locks.run_folder(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
