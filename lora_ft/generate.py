@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicLayer
 from lora_ft import base as bases
 from lora_ft.modes import evaluating, unwrapped
 
-# Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.75 GB in float32.
-BATCH_TOKENS = 16384
+# Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.38 GB in float32.
+BATCH_TOKENS = 8192
 # Below this many common tokens a pass of its own costs more than it saves.
 SHORTEST_SHARED = 16
 # Tokens that a cache has room for beyond those it holds: a copy of it all this often.

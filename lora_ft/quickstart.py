@@ -23,7 +23,7 @@ from lora_ft.merge import merge
 
 FOLDER = Path("runs/quickstart")
 BASE = "smollm2-135m"
-TRAIN_ROWS = 380
+TRAIN_ROWS = 440
 HELD_OUT_ROWS = 100
 SHOTS = 3
 METRIC: Metric = "json_match"
