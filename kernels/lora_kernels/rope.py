@@ -41,7 +41,7 @@ def _rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotates, or where `inverse` multiplies by the transposed rotation, which is the gradient."""
-    outputs = _empty_outputs(q, k, cos, sin, inverse)
+    outputs = _empty_like(q), _empty_like(k)
     if backend.is_triton(q):
         from lora_kernels.gpu import rope
 

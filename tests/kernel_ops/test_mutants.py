@@ -14,7 +14,7 @@ from lora_kernels import Frozen, backend, dispatch, linear
 from lora_kernels import cross_entropy as cross_entropy_on_cpu
 from lora_kernels.dispatch import Gpu
 from lora_kernels.frozen import Blocks, Nested
-from lora_kernels.gpu import cross_entropy, nf4, rope
+from lora_kernels.gpu import cross_entropy, nf4, philox, rope
 from lora_kernels.gpu import linear as product
 from lora_kernels.gpu.tile import rank_tile, rows_apart
 from lora_kernels.matmul import matmul_float32
@@ -61,6 +61,9 @@ def test_every_way_launches_its_own_kernels(way, inputs, triton_anywhere):
     x, a, b = torch.randn(3, inputs, requires_grad=True), torch.randn(4, inputs), torch.randn(33, 4)
     forward, backward = ({f"{name}_kernel" for name in names} for names in LAUNCHED[way, inputs])
     with dispatch.forced(way):
+        assert linear.choose_path(x, weight) == (
+            "dequant" if "nf4_dequant_kernel" in forward and way != "triton" else way
+        )
         with guard.fenced_launches("end") as launched:
             y = lora_kernels.lora_linear(x, weight, None, a, b, scaling=1.0, dropout=0.5)
         assert launched == forward | {"lora_down_kernel"}
@@ -143,6 +146,18 @@ def test_four_bits_are_multiplied_where_a_tile_has_one_scale(blocksize, wanted):
     weight = Frozen.of(*bnb.quantize_4bit(dense, quant_type="nf4", blocksize=blocksize))
     assert nf4_linear.takes(weight) == wanted
     assert not nf4_linear.takes(Frozen.of(dense))
+
+
+@pytest.mark.parametrize("way", ["dequant", "triton", "triton_4bit"])
+def test_what_drops_nothing_draws_no_numbers(way, triton_anywhere, monkeypatch):
+    def never(*_):
+        raise AssertionError("Philox was asked")
+
+    monkeypatch.setattr(philox, "keep", never)
+    weight = Frozen.of(*bnb.quantize_4bit(torch.randn(33, 64), quant_type="nf4"))
+    x, a, b = torch.randn(3, 64, requires_grad=True), torch.randn(4, 64, requires_grad=True), torch.randn(33, 4)
+    with dispatch.forced(way):
+        lora_kernels.lora_linear(x, weight, None, a, b, scaling=1.0).sum().backward()
 
 
 class Products(TorchDispatchMode):
@@ -233,6 +248,30 @@ def test_what_nobody_asks_for_is_empty():
     assert ops.rms_norm_lora(x, None, x[0], None, 1e-5)[1].numel() == 0
 
 
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+def test_no_gradient_stays_none():
+    x, weight, a = (torch.randn(size, requires_grad=True) for size in ((3, 8), (5, 8), (2, 8)))
+    loss, _ = lora_kernels.linear_cross_entropy(x, weight, torch.tensor([0, 4, -100]))
+    NoGradient.apply(loss).backward()
+    assert x.grad is None
+    assert weight.grad is None
+    norm_weight = torch.ones(8, requires_grad=True)
+    _, h = lora_kernels.rms_norm_lora(x, torch.ones(3, 8), norm_weight, a, 1e-5)
+    h.sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 8))
+    assert norm_weight.grad is None
+    assert a.grad is None
+
+
 @pytest.mark.parametrize(("words", "aligned"), [(121, 128), (130, 144)])
 def test_logits_have_rows_of_whole_vectors_and_no_room_to_spare(words, aligned, monkeypatch):
     given = []
@@ -267,6 +306,51 @@ def test_the_mask_is_bool_and_a_seed_left_out_is_zero(forced, monkeypatch):
     found = lora_kernels.lora_down(x, torch.eye(33), dropout=0.5)
     torch.testing.assert_close(found, 2 * x * mask)
     torch.testing.assert_close(lora_kernels.lora_down(x, torch.eye(33)), x)
+
+
+# --- Dtypes.
+
+
+def activated(gate, up, dy):
+    h = lora_kernels.swiglu_lora(gate, up, None)
+    return h.detach(), *torch.autograd.grad(h, (gate, up), dy)
+
+
+def norm_backward(x, residual, dy):
+    y, _ = lora_kernels.rms_norm_lora(x, residual, x.detach()[0], None, 1e-5)
+    return torch.autograd.grad(y, (x, residual), dy)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operation", [activated, norm_backward])
+def test_sixteen_bits_are_what_float32_gives_rounded_once(operation, dtype, forced, monkeypatch):
+    monkeypatch.setattr(backend, "_forced", forced)
+    # Halves, so that the sum of two is exact.
+    narrow = [(torch.randn(7, 40) * 8).round().div(2).to(dtype) for _ in range(3)]
+    found, wanted = (
+        operation(*(part.to(wider).requires_grad_() for part in narrow)) for wider in (dtype, torch.float32)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one, other.to(dtype))
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_gradients_have_the_dtypes_of_what_they_are_of(forced, monkeypatch):
+    monkeypatch.setattr(backend, "_forced", forced)
+    ops, (x, wide) = torch.ops.lora_kernels, (torch.randn(3, 8).bfloat16(), torch.randn(2, 8))
+    y = torch.randn(3, 10).bfloat16()
+    dx, da, dweight = ops.rms_norm_lora_backward(y, None, y, x, torch.ones(3), wide[0], wide, True)
+    assert (dx.dtype, da.dtype, dweight.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert [part.dtype for part in ops.swiglu_lora_backward(y, x, x, wide)] == [x.dtype, x.dtype, wide.dtype]
+    s = torch.randn(3, 2).bfloat16()
+    assert [part.dtype for part in ops.lora_down_backward(s, x, wide, 0.5, 1, True)] == [x.dtype, wide.dtype]
+    assert [part.dtype for part in ops.lora_bwd_up(x, wide.t(), s, 1.0)] == [x.dtype, torch.float32]
+    flat, xa = Frozen.of(torch.randn(5, 8)).flat(), s.to(backend.product_dtype(x))
+    found = ops.lora_linear_backward(y[:, :5], x, *flat, wide, torch.randn(5, 2), xa, 1.0, 0.5, 1, True)
+    assert [part.dtype for part in found] == [x.dtype, wide.dtype, torch.float32]
+    assert lora_kernels.lora_down(x, wide).dtype == x.dtype
 
 
 # --- Kernels.

@@ -74,7 +74,7 @@ def rms_norm_lora_kernel(
             m_tile = m_row[:, None] & m_column[None, :]
             b_h = tl.load(p_x + column + o_column[None, :], mask=m_tile, other=0.0)
             b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
-            b_y = ((b_h * b_rstd[:, None]).to(dtype).to(tl.float32) * b_weight[None, :]).to(dtype)
+            b_y = ((b_h * b_rstd[:, None]).to(dtype) * b_weight[None, :]).to(dtype)
             if first == 0:
                 tl.store(p_y + o_row[:, None] * stride_y + column + o_column[None, :], b_y, mask=m_tile)
             if RANK:
@@ -124,7 +124,7 @@ def rms_norm_lora_backward_kernel(
     for column in range(0, columns, COLUMNS):
         m_column = column + o_column < columns
         m_tile = m_row[:, None] & m_column[None, :]
-        b_dy = tl.load(p_dy + column + o_column[None, :], mask=m_tile, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_dy + column + o_column[None, :], mask=m_tile, other=0.0)
         b_h = tl.load(p_h + column + o_column[None, :], mask=m_tile, other=0.0)
         b_weight = tl.load(p_weight + column + o_column, mask=m_column, other=0.0).to(tl.float32)
         b_dot += tl.sum(b_dy * b_weight[None, :] * b_h, axis=1)
