@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 NAME = "lora_ft_packed"
 # Examples of the probe: long enough that the last one's tokens see several of their own.
 PROBE_LENGTHS = (5, 9, 7)
-# Of the norm of what is compared: rounding of two kernels in bfloat16 stays a third below, a wrong place is far above.
+# Of the norm of what is compared; `tests/test_attention.py` plants wrong places, which are far above.
 ROUNDING = 0.05
 # Options of attention that are honoured, and others that change nothing.
 TAKEN = frozenset(

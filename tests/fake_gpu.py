@@ -147,8 +147,11 @@ def _call(node: Any, given: dict[int, torch.Tensor]) -> list[torch.Tensor | None
         for i, output in enumerate(outputs):
             if gradients[i] is None:
                 gradients[i] = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
-        # One of torch's own answers for each number of a list too, after its tensors.
-        return [g for g, needed in zip(node.apply(*gradients), node.needs_input_grad, strict=False) if needed]
+        found, needed = node.apply(*gradients), node.needs_input_grad
+        # An operator of torch's own answers for each number of a list too, after its tensors and always with nothing.
+        assert len(found) >= len(needed)
+        assert all(gradient is None for gradient in found[len(needed) :])
+        return [gradient for gradient, wanted in zip(found, needed, strict=False) if wanted]
 
 
 @contextmanager
