@@ -15,10 +15,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, set_seed
 
 from lora_ft import blocks, environment, fused
-from lora_ft.base import Base, unpacked
+from lora_ft.base import Base
 from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.adapter import refuse_patterns
+from lora_ft.four_bits import unpacked
 from lora_ft.weights import Weights, require
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import math
 import re
@@ -31,11 +30,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
+from lora_ft import four_bits
 from lora_ft.config import Quant
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
 from lora_ft.foreign.model import check_config, check_tokenizer
 from lora_ft.sources import Source, resolve, safetensors_files, safetensors_header
-from lora_kernels import Frozen, nf4_dequant
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +56,6 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
 
 # Parameters of mallopt, from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-
-# Weights that share a scale in NF4.
-BLOCK = 64
-MISREAD = f"bitsandbytes misreads 4-bit weights on this processor whose rows are no multiple of {BLOCK}"
-
-# Bytes of dense weights that a 4-bit model may hold beside its own: 0.4 GiB for SmolLM2-135M in float32.
-DENSE_LIMIT = 1 << 30
 
 NO_CODE = "it needs code of its own, and no code from a base is ever run"
 
@@ -135,9 +127,9 @@ def load(
     stored = _stored_quant(config, source, quant)
     skeleton = _skeleton(source, config, model_class)
     output, task_heads = heads(skeleton)
-    misread = _misread(skeleton) if quant == "nf4" and device == "cpu" else ()
+    misread = four_bits.misread(skeleton, but=output + task_heads) if quant == "nf4" and device == "cpu" else ()
     if misread and not stored:
-        log.info("%s; %d layers stay whole", MISREAD, len(misread))
+        log.info("%s; %d layers stay whole", four_bits.MISREAD, len(misread))
     set_seed(seed)
     disable_progress_bar()  # one bar a tensor, gone in seconds
     with _large_blocks_returned():
@@ -158,10 +150,12 @@ def load(
         parameter.requires_grad_(False)
     if stored:
         _recast(model, compute_dtype)
-        packed = [name for name in misread if isinstance(model.get_submodule(name), bnb.nn.Linear4bit)]
-        if packed:
-            raise UnsupportedModelError(f"{source.name}: {MISREAD}, as of {packed[0]}: use the unquantized model.")
-    keep_weights_in_place(model)
+        wrong = [name for name in misread if isinstance(model.get_submodule(name), bnb.nn.Linear4bit)]
+        if wrong:
+            raise UnsupportedModelError(
+                f"{source.name}: {four_bits.MISREAD}, as of {wrong[0]}: use the unquantized model."
+            )
+    four_bits.keep_in_place(model)
     left_whole = whole_linears(model) if quant != "none" else ()
     if left_whole:
         log.info("not quantized: %s", ", ".join(left_whole))
@@ -203,66 +197,6 @@ def choose_dtype(asked: str, device: str) -> tuple[torch.dtype, str]:
     return torch.float32, f"the safe choice on {device}"
 
 
-def keep_weights_in_place(model: nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights in place.
-
-    On processors with AVX512-BF16 the first forward in evaluation mode rewrites each weight for speed, after
-    which dequantization, and so every merge and every later backward pass, reads wrong values (off by 0.18).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-
-
-def unpacked(weight: torch.Tensor, state: Any) -> torch.Tensor:
-    """Returns the numbers [N, K] that a weight packed by bitsandbytes stands for, in the dtype of its `QuantState`.
-
-    Its own `dequantize_4bit` (0.50.2) is wrong without a word where blocks cross rows and the processor has AVX512.
-    """
-    return nf4_dequant(Frozen.of(weight, state), state.dtype)
-
-
-class Dequantized(nn.Linear):
-    """The dense stand-in of a 4-bit layer, of the very numbers that the layer would dequantize to."""
-
-    compute_dtype: torch.dtype
-    """That of the layer, as its own attribute is called."""
-    quant_state = None
-
-    @classmethod
-    def of(cls, layer: bnb.nn.Linear4bit) -> Dequantized:
-        """Returns the stand-in of `layer`, in the dtype that it computes in."""
-        dense = cls(layer.in_features, layer.out_features, bias=False, device="meta")
-        weight = unpacked(layer.weight, layer.weight.quant_state).to(layer.compute_dtype)
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        dense.bias, dense.compute_dtype = layer.bias, layer.compute_dtype
-        return dense.train(layer.training)
-
-
-@contextmanager
-def dequantized(model: nn.Module) -> Iterator[None]:
-    """Runs the block with 4-bit weights dequantized once, where each pass on a processor would do it anew.
-
-    Small models only, and by their size alone, so that a run computes the same however much memory is free. Does
-    nothing on a GPU, whose kernels read the packed weights.
-    """
-    places = [
-        (parent, name, layer)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.device.type == "cpu" and layer.compute_dtype
-    ]
-    if sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for *_, layer in places) > DENSE_LIMIT:
-        places = []
-    try:
-        for parent, name, layer in places:
-            setattr(parent, name, Dequantized.of(layer))
-        yield
-    finally:
-        for parent, name, layer in places:
-            setattr(parent, name, layer)
-
-
 def heads(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the names of the output embeddings and of the task's own heads; neither is ever quantized.
 
@@ -275,25 +209,6 @@ def heads(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
     body = model.base_model_prefix
     on_top = (n for n, m in model.named_children() if n != body and any(True for _ in m.parameters()))
     return output, tuple(n for n in on_top if not any(name.split(".")[0] == n for name in output))
-
-
-def _misread(skeleton: PreTrainedModel) -> tuple[str, ...]:
-    """Returns the linear layers that bitsandbytes, in 4 bits, would multiply by other numbers than it was given."""
-    if not _misreads_crossed_blocks():
-        return ()
-    inputs = {
-        name: module.nx if isinstance(module, Conv1D) else module.in_features
-        for name, module in skeleton.named_modules()
-        if isinstance(module, Conv1D | nn.Linear)
-    }
-    return tuple(name for name, columns in inputs.items() if columns % BLOCK)
-
-
-@functools.cache
-def _misreads_crossed_blocks() -> bool:
-    """Returns whether `dequantize_4bit` is wrong on this processor where blocks cross rows (`unpacked`)."""
-    packed, state = bnb.functional.quantize_4bit(torch.linspace(-1, 1, 64 * 96).view(64, 96), quant_type="nf4")
-    return not torch.equal(bnb.functional.dequantize_4bit(packed, state), unpacked(packed, state))
 
 
 def whole_linears(model: nn.Module) -> tuple[str, ...]:

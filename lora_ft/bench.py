@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_ft import base as bases
-from lora_ft import fused, tuning
+from lora_ft import four_bits, fused, tuning
 from lora_kernels import (
     Frozen,
     Projection,
@@ -149,7 +149,7 @@ def layers(n: int, k: int, dtype: torch.dtype, on: torch.device, quant: str = "n
         # Loading its state would widen it to float32 first, and so all that is dequantized from it.
         linear.weight.data = plain.weight.data
     stem = nn.Sequential(linear if quant == "nf4" else plain).to(on)
-    bases.keep_weights_in_place(stem)
+    four_bits.keep_in_place(stem)
     stem.requires_grad_(False)
     stem.is_loaded_in_4bit = quant == "nf4"  # type: ignore[assignment]
     made: dict[str, nn.Module] = {}

@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import tuning
-from lora_ft.base import Dequantized
+from lora_ft.four_bits import Dequantized
 from lora_kernels import Frozen, Projection, lora_down, lora_linear, new_seed
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from lora_ft import base as bases
+from lora_ft import four_bits
 from lora_ft.modes import evaluating, unwrapped
 
 # Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.38 GB in float32.
@@ -82,7 +82,7 @@ def generate(
     shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies = [""] * len(prompts)
-    with evaluating(model), bases.dequantized(model), _without_rules(model), _contiguous_head(model):
+    with evaluating(model), four_bits.dequantized(model), _without_rules(model), _contiguous_head(model):
         cache = _prefilled(model, prompts[0][:shared]) if in_place else None
         while order:
             # The longest first: the memory of the whole run is known after one batch.

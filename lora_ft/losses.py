@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_ft import base as bases
+from lora_ft import four_bits
 from lora_ft.modes import evaluating
 from lora_ft.tasks import Batch, Features, Task
 
@@ -54,7 +54,7 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
     sums = np.zeros((3, len(rows)))
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    with evaluating(model), bases.dequantized(model):
+    with evaluating(model), four_bits.dequantized(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = to(task.collate([rows[i] for i in chosen]), device)

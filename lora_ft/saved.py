@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from lora_ft import adapters, atomicio, blocks, environment, fused, sources, tasks
+from lora_ft import adapters, atomicio, blocks, environment, four_bits, fused, sources, tasks
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import Quant, RunConfig, from_yaml
@@ -139,7 +139,7 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     adapters.in_float32(model)
     _fill(model, folder)
     model.eval()
-    bases.keep_weights_in_place(model)
+    four_bits.keep_in_place(model)
     blocks.compute_whole(model)
     return Loaded(folder, base, model, task, config, record)
 

@@ -19,8 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lora_ft import adapters, attention, losses
-from lora_ft import base as bases
+from lora_ft import adapters, attention, four_bits, losses
 from lora_ft.base import Base
 from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
@@ -252,7 +251,7 @@ def fit(
         torch.cuda.reset_peak_memory_stats()
     clock.began = time.perf_counter()
     try:
-        with bases.dequantized(model), attention.packed(model) if shared else nullcontext():
+        with four_bits.dequantized(model), attention.packed(model) if shared else nullcontext():
             trainer.train(resume_from_checkpoint=config.resume)
     except DivergedError as diverged:
         step = trainer.back_to_last_good()

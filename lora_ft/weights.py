@@ -21,8 +21,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import sources
-from lora_ft.base import BLOCK, unpacked
 from lora_ft.errors import UnsupportedModelError
+from lora_ft.four_bits import BLOCK, unpacked
 
 # What bitsandbytes keeps beside a quantized weight.
 STATISTICS = re.compile(

@@ -11,7 +11,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from transformers import BitsAndBytesConfig
 
-from lora_ft import adapters, base, merge, modes, seal
+from lora_ft import adapters, base, four_bits, merge, modes, seal
 from lora_ft.errors import AdapterError, ProofError
 from tests import tiny
 
@@ -150,7 +150,7 @@ def _equal_in_plain_peft(run: tiny.Run, quant: str) -> None:
         run.base_folder, dtype=torch.float32, quantization_config=stock, device_map="cpu", **changes
     )
     model.config.pad_token_id = run.base.tokenizer.pad_token_id
-    base.keep_weights_in_place(model)
+    four_bits.keep_in_place(model)
     tokens = len(base.load_tokenizer(run.folder))
     if tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens)

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft import base
+from lora_ft import base, four_bits
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
 from tests import tiny
 
@@ -225,12 +225,12 @@ def test_layers_that_bitsandbytes_would_misread_stay_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tiny.model_folder(tmp_path / "base", intermediate_size=96)
-    monkeypatch.setattr(base, "_misreads_crossed_blocks", lambda: False)
+    monkeypatch.setattr(four_bits, "misreads_crossed_blocks", lambda: False)
     quantized = load(folder, "nf4")
     assert quantized.left_whole == ("lm_head",)
     quantized.model.save_pretrained(tmp_path / "stored")
     quantized.tokenizer.save_pretrained(tmp_path / "stored")
-    monkeypatch.setattr(base, "_misreads_crossed_blocks", lambda: True)
+    monkeypatch.setattr(four_bits, "misreads_crossed_blocks", lambda: True)
     with caplog.at_level("INFO"):
         whole = load(folder, "nf4")
     assert set(whole.left_whole) == {"lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(2))}
@@ -241,11 +241,11 @@ def test_layers_that_bitsandbytes_would_misread_stay_whole(
 
 def test_whether_bitsandbytes_misreads_is_seen_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, state = bnb.functional.quantize_4bit(torch.randn(64, 96), quant_type="nf4")
-    right = base.unpacked(packed, state)
+    right = four_bits.unpacked(packed, state)
     for told, wrong in ((right, False), (right * 1.25, True)):
         monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *_, told=told: told)
-        monkeypatch.setattr(base, "unpacked", lambda *_: right)
-        assert base._misreads_crossed_blocks.__wrapped__() is wrong
+        monkeypatch.setattr(four_bits, "unpacked", lambda *_: right)
+        assert four_bits.misreads_crossed_blocks.__wrapped__() is wrong
 
 
 # Bases stored in a quantization
@@ -593,7 +593,7 @@ def test_weights_in_a_pickle_are_not_opened(llama: Path, tmp_path: Path) -> None
 
 MEASURE = """
 import re, sys, threading, time
-from lora_ft import base
+from lora_ft import base, four_bits
 
 def anonymous():
     text = open("/proc/self/status").read()
@@ -646,17 +646,17 @@ def test_dense_stand_ins_say_what_the_4_bit_layers_say_and_leave_no_trace(tmp_pa
     names = [name for name, _ in loaded.model.named_modules()]
     with torch.no_grad():
         before = loaded.model(ids).logits
-        with base.dequantized(loaded.model):
-            stand_ins = [m for m in loaded.model.modules() if isinstance(m, base.Dequantized)]
+        with four_bits.dequantized(loaded.model):
+            stand_ins = [m for m in loaded.model.modules() if isinstance(m, four_bits.Dequantized)]
             torch.testing.assert_close(loaded.model(ids).logits, before, rtol=1e-5, atol=1e-5)
         assert len(stand_ins) == 14
         assert torch.equal(loaded.model(ids).logits, before)
     assert [name for name, _ in loaded.model.named_modules()] == names
-    assert not any(isinstance(m, base.Dequantized) for m in loaded.model.modules())
+    assert not any(isinstance(m, four_bits.Dequantized) for m in loaded.model.modules())
 
 
 def test_a_model_too_large_for_dense_stand_ins_has_none(tmp_path, monkeypatch):
     loaded = base.load(str(tiny.model_folder(tmp_path / "base", "llama")))
-    monkeypatch.setattr(base, "DENSE_LIMIT", 1000)
-    with base.dequantized(loaded.model):
-        assert not any(isinstance(m, base.Dequantized) for m in loaded.model.modules())
+    monkeypatch.setattr(four_bits, "DENSE_LIMIT", 1000)
+    with four_bits.dequantized(loaded.model):
+        assert not any(isinstance(m, four_bits.Dequantized) for m in loaded.model.modules())

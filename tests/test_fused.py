@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_ft import adapters, base, config, doctor, fused, saved, tasks
+from lora_ft import adapters, base, config, doctor, four_bits, fused, saved, tasks
 from tests import tiny
 from tests.kernel_ops.accuracy import assert_as_good, error
 
-# K is whole blocks of every size below: others bitsandbytes itself misreads on some processors (`base.unpacked`).
+# K is whole blocks of every size below: others bitsandbytes itself misreads on some processors (`four_bits.unpacked`).
 M, N, K, RANK = 21, 80, 128, 8
 
 KINDS = {
@@ -68,7 +68,7 @@ def frozen_layer(kind: str, dtype: torch.dtype = torch.float32, bias: bool = Tru
         layer.weight = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, module=layer, **KINDS[kind])
     if layer.bias is not None:
         layer.bias.data = offset
-    base.keep_weights_in_place(layer)
+    four_bits.keep_in_place(layer)
     layer = layer.to("cpu")
     if kind in ("dense", "conv1d"):
         layer = layer.to(dtype)
@@ -83,7 +83,7 @@ def exact_weight(layer: nn.Module) -> torch.Tensor:
     if isinstance(layer, bnb.nn.Linear4bit):
         state = copy.copy(weight.quant_state)
         state.dtype = torch.float32
-        return base.unpacked(weight, state).double()
+        return four_bits.unpacked(weight, state).double()
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return weight.CB.double() * weight.SCB.double()[:, None] / 127
     return (weight.t() if isinstance(layer, Conv1D) else weight).double()

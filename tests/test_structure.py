@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "__init__"},
     {"foreign"},
     {"config", "atomicio"},
-    {"sources", "base", "data"},
+    {"sources", "four_bits", "base", "data"},
     {"tuning", "modes", "locks"},
     {"attention"},
     {"head"},

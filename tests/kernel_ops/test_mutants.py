@@ -61,7 +61,8 @@ def test_every_way_launches_its_own_kernels(way, inputs, triton_anywhere):
     x, a, b = torch.randn(3, inputs, requires_grad=True), torch.randn(4, inputs), torch.randn(33, 4)
     forward, backward = ({f"{name}_kernel" for name in names} for names in LAUNCHED[way, inputs])
     with dispatch.forced(way):
-        assert linear.choose_path(x, weight) == ("dequant" if "nf4_dequant_kernel" in forward and way != "triton" else way)
+        dequantizes = "nf4_dequant_kernel" in forward and way != "triton"
+        assert linear.choose_path(x, weight) == ("dequant" if dequantizes else way)
         with guard.fenced_launches("end") as launched:
             y = lora_kernels.lora_linear(x, weight, None, a, b, scaling=1.0, dropout=0.5)
         assert launched == forward | {"lora_down_kernel"}
