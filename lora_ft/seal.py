@@ -9,8 +9,8 @@ import collections
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,14 @@ import torch
 from lora_ft import adapters, atomicio, environment, saved, sources
 from lora_ft import base as bases
 from lora_ft.base import Base
-from lora_ft.errors import AdapterError, ConfigError, ProofError, SourceError
+from lora_ft.errors import AdapterError, ProofError, SourceError
 from lora_ft.foreign import tensors
 from lora_ft.foreign.files import object_of
 from lora_ft.replies import ask, canaries, distance, kl_kept, likeliest, of_classes
 from lora_ft.tasks import Batch, Features, Task
+from lora_ft.verdict import Checks, Verdict
 
 log = logging.getLogger(__name__)
-
-__all__ = ["FILES", "Check", "Seal", "Verdict", "drift", "load_merged", "make", "read", "verify"]
 
 FILES = ("seal.safetensors", "seal.json")
 FORMAT = 2
@@ -83,46 +82,6 @@ class Seal:
     def effect(self) -> float:
         """KL(adapter, base) in nats per position, as sealed: of the tensors kept, whose digest was compared."""
         return kl_kept(self.adapter_logp, self.base_logp, self.record["classes"])
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was asked, and the answer."""
-
-    name: str
-    passed: bool
-    found: str
-    rule: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All checks of one adapter folder or merged model."""
-
-    checks: tuple[Check, ...]
-    kl_live: float
-    """KL(seal, live) in nats per position; not a number where it could not be measured."""
-    kl_effect: float
-    """KL(adapter, base) in nats per position, as sealed."""
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def require(self, what: Path) -> None:
-        """Raises ProofError, naming each check that failed, unless all passed."""
-        failed = "; ".join(f"{check.name} ({check.found})" for check in self.checks if not check.passed)
-        if failed:
-            raise ProofError(f"{what} does not do what its seal says. Failed: {failed}.")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the verdict as JSON; what could not be measured is null."""
-        return {
-            "passed": self.passed,
-            "kl_live": self.kl_live if self.kl_live == self.kl_live else None,
-            "kl_effect": self.kl_effect if self.kl_effect == self.kl_effect else None,
-            "checks": [asdict(check) for check in self.checks],
-        }
 
 
 def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features], folder: Path) -> Seal:
@@ -224,7 +183,7 @@ def verify(
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: there is no such folder.")
-    checks = _Checks()
+    checks = Checks()
     sealed = checks.attempt("seal", "the files of the seal are there and as they were made", lambda: read(folder))
     if sealed is None:
         return checks.verdict(float("nan"), float("nan"))
@@ -305,30 +264,7 @@ def _compute_in_float32(model: Any) -> None:
     model.computes_in_float32 = True
 
 
-class _Checks:
-    """Gathers answers, so that one failure does not hide the next."""
-
-    def __init__(self) -> None:
-        self.made: list[Check] = []
-
-    def add(self, name: str, passed: bool, found: str, rule: str) -> None:
-        self.made.append(Check(name, bool(passed), found, rule))
-
-    def attempt(self, name: str, rule: str, action: Callable[[], Any]) -> Any:
-        """Returns what `action` does, or None where it raised for a bad folder, which fails the check `name`."""
-        try:
-            result = action()
-        except (AdapterError, ConfigError) as error:
-            self.add(name, False, str(error), rule)
-            return None
-        self.add(name, True, "yes", rule)
-        return result
-
-    def verdict(self, kl_live: float, kl_effect: float) -> Verdict:
-        return Verdict(tuple(self.made), kl_live, kl_effect)
-
-
-def _check_tokenizer(checks: _Checks, sealed: Seal, folder: Path) -> None:
+def _check_tokenizer(checks: Checks, sealed: Seal, folder: Path) -> None:
     """The replay holds token ids: another tokenizer or template would make other ones of the same words."""
     was = sealed.record["tokenizer_sha256"]
     try:
@@ -339,7 +275,7 @@ def _check_tokenizer(checks: _Checks, sealed: Seal, folder: Path) -> None:
                f"vocabulary and chat template have the sha256 of those sealed: {was[:16]}")  # fmt: skip
 
 
-def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
+def _verify_file(checks: Checks, sealed: Seal, folder: Path) -> None:
     """What the adapter file alone can tell."""
     path = folder / saved.WEIGHTS
     was = sealed.record["adapter_sha256"]
@@ -374,7 +310,7 @@ def _verify_file(checks: _Checks, sealed: Seal, folder: Path) -> None:
                "some lora_B is not zero: with B zero the adapter adds nothing")  # fmt: skip
 
 
-def _verify_adapter(checks: _Checks, sealed: Seal, folder: Path, base_name: str | None, device: str | None) -> float:
+def _verify_adapter(checks: Checks, sealed: Seal, folder: Path, base_name: str | None, device: str | None) -> float:
     """Returns KL(seal, live) of the adapter loaded on its base, not a number where it does not load."""
 
     def same_base() -> None:
@@ -408,7 +344,7 @@ def _verify_adapter(checks: _Checks, sealed: Seal, folder: Path, base_name: str 
     return kl_live
 
 
-def _verify_merged(checks: _Checks, sealed: Seal, folder: Path, model_folder: Path, device: str | None) -> float:
+def _verify_merged(checks: Checks, sealed: Seal, folder: Path, model_folder: Path, device: str | None) -> float:
     """Returns KL(seal, live) of a merged model, not a number where it does not load."""
     task = checks.attempt("record", "the adapter folder says which task this is", lambda: _task(folder))
     if task is None:
@@ -450,7 +386,7 @@ def _task(folder: Path) -> Task:
     return saved.read_task(folder, saved.read_record(folder))[1]
 
 
-def _check_merged_tying(checks: _Checks, sealed: Seal, model: Any, model_folder: Path) -> None:
+def _check_merged_tying(checks: Checks, sealed: Seal, model: Any, model_folder: Path) -> None:
     was_tied, tied = sealed.record["tied_embeddings"], environment.embeddings_are_tied(model)
     found = _tied(tied)
     if was_tied and not getattr(model.config.get_text_config(), "tie_word_embeddings", True):
@@ -463,7 +399,7 @@ def _check_merged_tying(checks: _Checks, sealed: Seal, model: Any, model_folder:
     checks.add("tied", found == _tied(was_tied), found, f"the embeddings are {_tied(was_tied)}, as when sealed")
 
 
-def _check_replay(checks: _Checks, kl_live: float, effect: float) -> None:
+def _check_replay(checks: Checks, kl_live: float, effect: float) -> None:
     checks.add("replay", kl_live <= SHARE * effect, _nats(kl_live),
                f"KL(seal, live) is at most {SHARE:g} of KL(adapter, base): {_nats(SHARE * effect)}")  # fmt: skip
 

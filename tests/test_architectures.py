@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig
 
 from lora_ft import adapters, base, four_bits, merge, modes, seal
 from lora_ft.errors import AdapterError, ProofError
+from lora_ft.verdict import Verdict
 from tests import tiny
 
 KINDS = [
@@ -117,7 +118,7 @@ def test_a_start_that_moves_the_base_leaves_its_replies_where_they_were(bases: d
     torch.testing.assert_close(_logits(run, run.model), trained, atol=0, rtol=0)
 
 
-def assert_passes(verdict: seal.Verdict) -> None:
+def assert_passes(verdict: Verdict) -> None:
     """Fails with the checks that failed."""
     assert verdict.passed, [check for check in verdict.checks if not check.passed]
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_ft import adapters, base, environment, merge, modes, replies, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError
+from lora_ft.verdict import Verdict
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -524,7 +525,7 @@ def test_kl_of_few_classes_has_no_rest() -> None:
     assert replies.kl(ids, logp, second) == pytest.approx(float(full), rel=1e-5)
 
 
-def failed(verdict: seal.Verdict) -> set[str]:
+def failed(verdict: Verdict) -> set[str]:
     """Returns the names of the checks that failed, having checked that the verdict says so."""
     names = {check.name for check in verdict.checks if not check.passed}
     assert verdict.passed is (not names)

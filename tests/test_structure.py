@@ -17,6 +17,7 @@ LIBRARY = ROOT / "lora_ft"
 LAYERS = [
     {"redaction"},
     {"errors", "__init__"},
+    {"verdict"},
     {"foreign"},
     {"config", "atomicio"},
     {"sources", "four_bits", "base", "data"},
