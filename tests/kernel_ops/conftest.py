@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lora_kernels import backend
+from lora_kernels import backend, dispatch
 from tests.kernel_ops import interpreter
 
 ON_GPU = torch.cuda.is_available()
@@ -24,4 +24,16 @@ def _seeded_on_the_device() -> Iterator[None]:
 def triton_anywhere() -> Iterator[None]:
     """The test runs with the Triton kernels."""
     with backend.triton_anywhere():
+        yield
+
+
+@pytest.fixture
+def by_its_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs by the way of a product that it is parametrized with, if any; `cpu` is the form for processors."""
+    way = request.node.callspec.params.get("way", "cpu") if hasattr(request.node, "callspec") else "cpu"
+    if way == "cpu":
+        yield
+        return
+    request.getfixturevalue("triton_anywhere")
+    with dispatch.forced(way):
         yield

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import Frozen, Projection, dispatch, group, lora, reference
+from lora_kernels import Frozen, Projection, group, lora, reference
 from tests.kernel_ops.accuracy import assert_as_good, error
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -24,16 +24,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _by(request):
-    """The test runs by the way it is parametrized with."""
-    way = request.node.callspec.params.get("way", "cpu") if hasattr(request.node, "callspec") else "cpu"
-    if way == "cpu":
-        yield
-    else:
-        request.getfixturevalue("triton_anywhere")
-        with dispatch.forced(way):
-            yield
+pytestmark = pytest.mark.usefixtures("by_its_way")
 
 
 def rows_apart(rows, columns, dtype):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import Frozen, backend, dispatch, linear, reference
+from lora_kernels import Frozen, backend, linear, reference
 from tests.kernel_ops.accuracy import assert_as_good
 
 WAYS = ["cpu", "dequant", "gemm_4bit", "triton", "triton_4bit"]
@@ -28,16 +28,7 @@ OFF_THE_BLOCK = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _by(request):
-    """The test runs by the way it is parametrized with."""
-    way = request.node.callspec.params.get("way", "cpu") if hasattr(request.node, "callspec") else "cpu"
-    if way == "cpu":
-        yield
-    else:
-        request.getfixturevalue("triton_anywhere")
-        with dispatch.forced(way):
-            yield
+pytestmark = pytest.mark.usefixtures("by_its_way")
 
 
 def quantized(outputs, inputs, nested=True, **options):
