@@ -94,7 +94,8 @@ class Case:
         def plain(x, a, b, bias):
             a, b = [one.to(x.dtype) for one in a], [one.to(x.dtype) for one in b]
             bias = [None if one is None else one.to(x.dtype) for one in bias]
-            # Where x @ a.T is brought it is the same product for both: of two columns alone it would be summed otherwise.
+            # Where x @ a.T is brought it is the same product for both: of two columns alone it would be summed
+            # otherwise.
             a = lora_kernels.stacked(a) if brought else torch.cat(a)
             return reference.lora_group(x, a, self.layers(b, bias, x.dtype), dropout, keep)
 
