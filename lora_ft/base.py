@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from lora_ft import four_bits
+from lora_ft import four_bits, heap
 from lora_ft.config import Quant
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
 from lora_ft.foreign.model import check_config, check_tokenizer
@@ -53,9 +49,6 @@ class _Once(logging.Filter):
 
 
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
-
-# Parameters of mallopt, from <malloc.h>.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 NO_CODE = "it needs code of its own, and no code from a base is ever run"
 
@@ -132,7 +125,7 @@ def load(
         log.info("%s; %d layers stay whole", four_bits.MISREAD, len(misread))
     set_seed(seed)
     disable_progress_bar()  # one bar a tensor, gone in seconds
-    with _large_blocks_returned():
+    with heap.large_blocks_returned():
         model, loading = model_class.from_pretrained(
             source.folder,
             config=config,
@@ -303,26 +296,6 @@ def _stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> boo
     if method != quant:
         raise SourceError(f"{source.name} is stored as {method}, but --quant is {quant}: use --quant {method}.")
     return True
-
-
-@contextmanager
-def _large_blocks_returned() -> Iterator[None]:
-    """Makes the C library give each large block back to the system as soon as it is freed, in the `with` block.
-
-    Left to itself, glibc puts a quantized weight into the gap that its original left, the next original no longer
-    fits there, and by the end the process holds up to three times the size of the 16-bit model (950 MB for 280).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        # Where glibc's own adjustment ends on 64 bits once large blocks come and go (mallopt(3)): cheap for training.
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _check_complete(source: Source, model: PreTrainedModel, loading: Any, task_heads: tuple[str, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import itertools
 import logging
@@ -25,6 +24,7 @@ from lora_ft import (
     checkpoints,
     environment,
     evaluate,
+    heap,
     locks,
     report,
     saved,
@@ -87,7 +87,7 @@ class Run:
             ProofError: the folder does not do what the run that wrote it did.
         """
         del self.model, self.base
-        gc.collect()
+        heap.give_back()
         with _locked(self.folder):
             verdict = seal.verify(self.folder)
             proof = {"kl_live": verdict.kl_live, "passed": verdict.passed}

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lora_ft import adapters, attention, four_bits, losses
+from lora_ft import adapters, attention, four_bits, heap, losses
 from lora_ft.base import Base
 from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
@@ -259,6 +259,7 @@ def fit(
     finally:
         interrupt.restore()
     seconds = clock.seconds()
+    heap.give_back()
     if adapters.frozen_digest(model) != frozen:
         raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
     return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.stopped)

@@ -16,7 +16,7 @@ LIBRARY = ROOT / "lora_ft"
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
     {"redaction"},
-    {"errors", "__init__"},
+    {"errors", "heap", "__init__"},
     {"verdict"},
     {"foreign"},
     {"config", "atomicio"},

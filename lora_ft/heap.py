@@ -1,0 +1,45 @@
+"""What glibc holds of the memory that a program has freed, and when it gives it back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Parameters of mallopt, from <malloc.h>.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """Makes the C library give each large block back to the system as soon as it is freed, in the `with` block.
+
+    Left to itself, glibc puts a quantized weight into the gap that its original left, the next original no longer
+    fits there, and by the end the process holds up to three times the size of the 16-bit model (950 MB for 280).
+    """
+    mallopt = getattr(_LIBC, "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        # Where glibc's own adjustment ends on 64 bits once large blocks come and go (mallopt(3)): cheap for training.
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+
+
+def give_back() -> None:
+    """Gives back every whole page that is free, wherever it lies: for the end of a stage whose memory is let go.
+
+    After training SmolLM2-135M on rows of many lengths that is 0.3 GiB, beside which the next stage's would come.
+    """
+    gc.collect()
+    malloc_trim = getattr(_LIBC, "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
