@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 # oneDNN keeps its code for each shape of a product, 1024 of them by itself: 0.3 GB where rows have many lengths. A step
 # of SmolLM2-135M has some 40 shapes, and loses no time with 64 kept.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _ROOMS = (
     "adapters", "base", "config", "evaluate", "generate", "merge", "runs", "saved", "seal", "sources", "tasks", "train"
