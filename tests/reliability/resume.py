@@ -2,8 +2,8 @@
 
     python -m tests.reliability.resume --count 50
 
-Each draw takes an accumulation, a kind of adapter, a base, a step at an epoch's end or within one, and whether a signal
-stopped the run, which then saved, or `kill -9` did. Dropout is on.
+Each draw takes an accumulation, a kind of adapter, a base, rows one by one or packed, a step at an epoch's end or
+within one, and whether a signal stopped the run, which then saved, or `kill -9` did. Dropout is on.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
 from lora_ft import adapters, tasks, train
 from lora_ft import base as bases
-from lora_ft.config import LoraConfig, RunConfig, TrainConfig
+from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from tests import tiny
 from tests.reliability.forks import MEMORY, fingerprints, fork, one_thread
 
 ROWS, BATCH, EPOCHS = 14, 2, 3
+# Tokens that rows are packed into: two rows each, so that packed or not a batch has the same number of them.
+PACK = 24
 ADAPTERS = {"LoRA": {}, "DoRA": {"dora": True}, "rsLoRA": {"rslora": True}}
 BASES = {"NF4": {"quant": "nf4", "dtype": "float32"}, "bf16": {"quant": "none", "dtype": "bfloat16"}}
 
@@ -39,6 +42,7 @@ class Draw:
     accumulate: int
     adapter: str
     base: str
+    packed: bool
     at_epoch_end: bool
     stop: int
     """The step at the end, or in the middle, of which the run is stopped."""
@@ -51,14 +55,14 @@ class Draw:
         each = -(-(ROWS // BATCH) // accumulate)
         stops = [step for step in range(1, EPOCHS * each) if (step % each == 0) == at_epoch_end]
         return cls(
-            accumulate, rng.choice(list(ADAPTERS)), rng.choice(list(BASES)), at_epoch_end, rng.choice(stops),
-            rng.choice([signal.SIGTERM, signal.SIGKILL]), rng.choice([1, 3]),
+            accumulate, rng.choice(list(ADAPTERS)), rng.choice(list(BASES)), rng.random() < 0.5, at_epoch_end,
+            rng.choice(stops), rng.choice([signal.SIGTERM, signal.SIGKILL]), rng.choice([1, 3]),
         )  # fmt: skip
 
     @property
-    def run(self) -> tuple[int, str, str, int]:
+    def run(self) -> tuple[Any, ...]:
         """What the run in one piece depends on."""
-        return self.accumulate, self.adapter, self.base, self.log_steps
+        return self.accumulate, self.adapter, self.base, self.packed, self.log_steps
 
 
 class Stop(TrainerCallback):
@@ -88,15 +92,17 @@ def fit(base: Path, draw: Draw, out: Path, *, stopped: bool, resume: bool = Fals
     kind, stored = ADAPTERS[draw.adapter], BASES[draw.base]
     lora = LoraConfig(rank=4, alpha=16.0, dropout=0.2, **kind)
     settings = TrainConfig(
-        batch_size=BATCH, accumulate=draw.accumulate, epochs=EPOCHS, lr=1e-2, warmup=0.1, dtype=stored["dtype"],
-        save_steps=1 if draw.by == signal.SIGKILL else None, log_steps=draw.log_steps,
+        batch_size=1 if draw.packed else BATCH, accumulate=draw.accumulate, epochs=EPOCHS, lr=1e-2, warmup=0.1,
+        dtype=stored["dtype"], save_steps=1 if draw.by == signal.SIGKILL else None, log_steps=draw.log_steps,
     )  # fmt: skip
+    data = DataConfig(packing=draw.packed, max_length=PACK)
     config = RunConfig(
-        task="complete", base=str(base), out=out, quant=stored["quant"], lora=lora, train=settings, resume=resume
-    )
+        task="complete", base=str(base), out=out, quant=stored["quant"], lora=lora, data=data, train=settings,
+        resume=resume,
+    )  # fmt: skip
     task = tasks.get("complete")
     loaded = bases.load(str(base), quant=stored["quant"], dtype=stored["dtype"], device="cpu")
-    task.prepare(loaded.tokenizer, 64)
+    task.prepare(loaded.tokenizer, PACK)
     model = adapters.attach(loaded, lora, peft_task=task.peft_task, seed=settings.seed)
     rows = tiny.rows("complete", ROWS)
     done = train.fit(task, loaded, model, rows, [], config, [Stop(draw)] if stopped else [])
@@ -111,7 +117,7 @@ def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
     """Returns what differed in each of `count` draws between the resumed run and the one in one piece."""
     one_thread()
     base, said, rng = tiny.model_folder(folder / "base"), folder / "said.txt", random.Random(seed)
-    whole: dict[tuple[int, str, str, int], Path] = {}
+    whole: dict[tuple[Any, ...], Path] = {}
     wrong, out = [], folder / "run"
     for i in range(count):
         draw = Draw.of(rng)
