@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
@@ -11,6 +13,10 @@ __version__ = "0.1.0"
 # Libraries below this one must not report its use to anybody.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# Through this package bitsandbytes (when it is imported, on a processor with AVX512-BF16) and transformers fetch
+# compiled code from the hub and run it. The first warns where it could not.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # oneDNN keeps its code for each shape of a product, 1024 of them by itself: 0.3 GB where rows have many lengths. A step
 # of SmolLM2-135M has some 40 shapes, and loses no time with 64 kept.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

@@ -133,7 +133,7 @@ class _Fused:
         if args or kwargs or self.refusal() is not None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         name, a, b, dropout = self.active()
-        dtype = self.product_dtype(x)
+        dtype = self._common_dtype(x, a, b)
         if dtype is None or x.shape[-1] != a.shape[1] or not x.numel():
             return super().forward(x)  # type: ignore[misc]
         options = {"scaling": self.scaling[name], "dropout": dropout, "seed": draw_seed(x, dropout)}
@@ -152,6 +152,9 @@ class _Fused:
         None where there is none, which is said once, or where PEFT would raise.
         """
         _, a, b, _ = self.active()
+        return self._common_dtype(x, a, b)
+
+    def _common_dtype(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.dtype | None:
         autocast = _autocast(x.device)
         base, adapter = self._dtype_of_base(x, autocast), autocast or a.dtype
         if base is None or not x.device == a.device == self.base_layer.weight.device:
@@ -201,13 +204,16 @@ class Linear(_Fused, lora.Linear):
 
     def operands(self) -> Operands:
         """Returns what the layer multiplies by; there has to be no `refusal`."""
+        return _operands(self, self._frozen())
+
+    def _frozen(self) -> Frozen:
         weight = self.base_layer.weight
-        return _operands(self, Frozen.of(weight.t() if self.transposed else weight))
+        return Frozen.of(weight.t() if self.transposed else weight)
 
     def _compute(
         self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        return lora_linear(x.to(dtype), self.operands().projection.weight, self.base_layer.bias, a, b, **options)
+        return lora_linear(x.to(dtype), self._frozen(), self.base_layer.bias, a, b, **options)
 
 
 class TransposedLinear(Linear):
@@ -241,13 +247,15 @@ class Linear4bit(_Fused, lora.Linear4bit):
 
     def operands(self) -> Operands:
         """Returns what the layer multiplies by; there has to be no `refusal`."""
-        return _operands(self, Frozen.of(self.base_layer.weight, _quant_state(self.base_layer)))
+        return _operands(self, self._frozen())
+
+    def _frozen(self) -> Frozen:
+        return Frozen.of(self.base_layer.weight, _quant_state(self.base_layer))
 
     def _compute(
         self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
     ) -> torch.Tensor:
-        weight = self.operands().projection.weight
-        return lora_linear(x.to(dtype), weight, self.base_layer.bias, a, b, **options).to(x.dtype)
+        return lora_linear(x.to(dtype), self._frozen(), self.base_layer.bias, a, b, **options).to(x.dtype)
 
 
 class Linear8bitLt(_Fused, lora.Linear8bitLt):

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -382,3 +384,15 @@ def test_a_pickle_is_named_as_one_wherever_it_is_given(tmp_path: Path) -> None:
             with pytest.raises(LoraFtError, match="a pickle, which can run code when opened"):
                 action()
         shutil.rmtree(folder)
+
+
+def test_no_compiled_code_of_the_hub_is_fetched(tmp_path: Path) -> None:
+    """`kernels` stands in for the package of that name, through which libraries below this one fetch what they run."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("open('canary', 'w')\ndef get_kernel(*_, **__): ...\n")
+    code = "import lora_ft.base, lora_ft.adapters, transformers; print(transformers.utils.is_kernels_available())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+    assert "gemm_4bit" not in done.stderr
+    assert not (tmp_path / "canary").exists()

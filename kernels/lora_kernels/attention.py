@@ -48,7 +48,7 @@ def packed_attention(
     found = list(bounds)
     if found[0] != 0 or found[-1] != q.shape[1] or any(a >= b for a, b in pairwise(found)):
         raise ValueError(f"packed_attention: bounds must go up from 0 to {q.shape[1]}, the tokens; got {found}")
-    return torch.ops.lora_kernels.packed_attention.default(q, k, v, found, scale, window or 0, softcap)
+    return _packed_attention(q, k, v, found, scale, window or 0, softcap)
 
 
 def _blocks(bounds: Sequence[int], window: int, device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor]]:
@@ -179,9 +179,14 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 
 
 def _differentiate(ctx: Any, do_HTD: torch.Tensor) -> tuple[Any, ...]:
-    backward = torch.ops.lora_kernels.packed_attention_backward.default
     bounds, *_ = ctx.options
-    return (*backward(do_HTD, *ctx.saved_tensors, *ctx.options), [None] * len(bounds), None, None, None)
+    return (
+        *_packed_attention_backward(do_HTD, *ctx.saved_tensors, *ctx.options),
+        [None] * len(bounds),
+        None,
+        None,
+        None,
+    )
 
 
 _packed_attention.register_autograd(_differentiate, setup_context=_keep_for_backward)

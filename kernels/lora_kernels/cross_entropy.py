@@ -49,7 +49,7 @@ def linear_cross_entropy(
         chunk_rows: None keeps a chunk of logits about as large as the labelled rows of `h`.
     """
     needed = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (h, weight, bias)]
-    loss, nll_T, *_ = torch.ops.lora_kernels.linear_cross_entropy(
+    loss, nll_T, *_ = _linear_cross_entropy(
         h.reshape(-1, h.shape[-1]), weight, bias, labels.reshape(-1), scale, softcap, ignore, chunk_rows, *needed
     )
     return loss, nll_T.view(labels.shape)

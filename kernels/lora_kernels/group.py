@@ -83,7 +83,7 @@ def lora_group(
     x_MS = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     flat = [list(part) for part in zip(*(one.weight.flat() for one in projections), strict=True)]
     b, bias, scaling = (list(part) for part in zip(*((p.b, p.bias, p.scaling) for p in projections), strict=True))
-    *outputs, _ = torch.ops.lora_kernels.lora_group.default(x_MS, a, b, bias, scaling, *flat, dropout, seed or 0)
+    *outputs, _ = _lora_group(x_MS, a, b, bias, scaling, *flat, dropout, seed or 0)
     return outputs if x.ndim == 2 else [y_MN.view(*x.shape[:-1], y_MN.shape[1]) for y_MN in outputs]
 
 
@@ -323,9 +323,7 @@ def _differentiate(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
     b, data, absmax, code, *nested = (kept[first : first + n] for first in range(0, len(kept), n))
     dys, need_dx = list(gradients[:-1]), ctx.needs_input_grad[0]
     flat = (data, absmax, code, blocksize, *nested, *sizes)
-    dx, da_RK, *dbs = torch.ops.lora_kernels.lora_group_backward.default(
-        xa_MR, dys, x_MK, a_RK, b, scaling, *flat, *ctx.adapter, need_dx
-    )
+    dx, da_RK, *dbs = _lora_group_backward(xa_MR, dys, x_MK, a_RK, b, scaling, *flat, *ctx.adapter, need_dx)
     need_bias = ctx.needs_input_grad[2 + n : 2 + 2 * n]
     dbiases = [
         dy_MN.sum(0, dtype=torch.float32).to(dtype) if needed else None

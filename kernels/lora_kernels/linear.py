@@ -40,7 +40,7 @@ def lora_linear(
     if dropout and seed is None:
         seed = new_seed()
     x_MK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y_MN, _ = torch.ops.lora_kernels.lora_linear.default(x_MK, *weight.flat(), bias, a, b, scaling, dropout, seed or 0)
+    y_MN, _ = _lora_linear(x_MK, *weight.flat(), bias, a, b, scaling, dropout, seed or 0)
     return y_MN if x.ndim == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[1])
 
 
@@ -264,9 +264,7 @@ def _differentiate(ctx: Any, dy_MN: torch.Tensor, _: Any) -> tuple[torch.Tensor 
     blocksize, *sizes = ctx.sizes
     flat = (data, absmax, code, blocksize, *nested, *sizes)
     need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[11]
-    dx_MK, da_RK, db_NR = torch.ops.lora_kernels.lora_linear_backward.default(
-        dy_MN, x_MK, *flat, a_RK, b_NR, xa_MR, *ctx.adapter, need_dx
-    )
+    dx_MK, da_RK, db_NR = _lora_linear_backward(dy_MN, x_MK, *flat, a_RK, b_NR, xa_MR, *ctx.adapter, need_dx)
     dbias_N = dy_MN.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_dbias else None
     return (dx_MK if need_dx else None, *[None] * 10, dbias_N, da_RK, db_NR, None, None, None)
 

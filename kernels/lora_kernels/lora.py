@@ -22,7 +22,7 @@ def lora_down(x: torch.Tensor, a: torch.Tensor, *, dropout: float = 0.0, seed: i
 
     The backward pass makes the mask from `seed` again: neither it nor the masked x is kept.
     """
-    xa_MR = torch.ops.lora_kernels.lora_down(x.reshape(-1, x.shape[-1]), a, dropout, seed)
+    xa_MR = _lora_down(x.reshape(-1, x.shape[-1]), a, dropout, seed)
     return xa_MR.view(*x.shape[:-1], a.shape[0])
 
 
@@ -33,7 +33,7 @@ def lora_bwd_up(
 
     They are scaling * dy @ b, [M, R] in the dtype of `dy`, and scaling * dy.T @ xa, [N, R] float32.
     """
-    return torch.ops.lora_kernels.lora_bwd_up(dy_MN, b_NR, xa_MR, scaling)
+    return _lora_bwd_up(dy_MN, b_NR, xa_MR, scaling)
 
 
 def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
@@ -124,8 +124,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 
 def _differentiate(ctx: Any, dxa_MR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     need_dx = ctx.needs_input_grad[0]
-    backward = torch.ops.lora_kernels.lora_down_backward
-    dx_MK, da_RK = backward(dxa_MR, *ctx.saved_tensors, ctx.dropout, ctx.seed, need_dx)
+    dx_MK, da_RK = _lora_down_backward(dxa_MR, *ctx.saved_tensors, ctx.dropout, ctx.seed, need_dx)
     return dx_MK if need_dx else None, da_RK, None, None
 
 

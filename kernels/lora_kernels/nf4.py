@@ -18,7 +18,7 @@ def nf4_dequant(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
         ValueError: the weight is dense.
     """
     weight.packed()
-    return torch.ops.lora_kernels.nf4_dequant(*weight.flat(), dtype)
+    return _nf4_dequant(*weight.flat(), dtype)
 
 
 @torch.library.custom_op("lora_kernels::nf4_dequant", mutates_args=())

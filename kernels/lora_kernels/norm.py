@@ -39,7 +39,7 @@ def rms_norm_lora(
         x_MK, residual_MK = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
     else:
         raise ValueError(f"rms_norm_lora: x is {x.dtype} and residual {residual.dtype}; cast one to the other.")
-    y_MS, h_MK, _ = torch.ops.lora_kernels.rms_norm_lora(x_MK, residual_MK, weight, a, eps)
+    y_MS, h_MK, _ = _rms_norm_lora(x_MK, residual_MK, weight, a, eps)
     return y_MS.view(*x.shape[:-1], y_MS.shape[1]), x if residual is None else h_MK.view(x.shape)
 
 
@@ -183,7 +183,7 @@ def _differentiate(
         return dh_MK, dh_MK, None, None, None
     *kept, a_RK = ctx.saved_tensors
     want_weight = ctx.needs_input_grad[2]
-    dx_MK, da_RK, dweight_K = torch.ops.lora_kernels.rms_norm_lora_backward(
+    dx_MK, da_RK, dweight_K = _rms_norm_lora_backward(
         dy_MS, dh_MK if ctx.has_residual else None, *kept, a_RK, want_weight
     )
     return (

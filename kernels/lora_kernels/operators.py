@@ -15,6 +15,10 @@ import torch
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 
 
+# What an operator is given whose computing nothing but torch itself can look at.
+_PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
+
+
 class Operator:
     """An operator that changes none of its inputs, registered as by `torch.library.custom_op` and with its methods.
 
@@ -40,35 +44,51 @@ class Operator:
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
         """Registers how gradients go back, and what of the inputs and outputs is kept for that."""
-        below_autograd = self._below_autograd
 
         class Differentiable(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *spread: Any) -> Any:
-                *inputs, ctx.lengths = spread
+                *inputs, ctx.lengths, compute = spread
                 inputs = inputs if ctx.lengths is None else _gathered(inputs, ctx.lengths)
-                output = below_autograd(*inputs)
+                output = compute(*inputs)
                 setup_context(ctx, tuple(inputs), output)
                 return tuple(output) if isinstance(output, list) else output
 
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:
                 found = backward(ctx, *gradients)
-                return (*(found if ctx.lengths is None else _spread(found)), None)
+                return (*(found if ctx.lengths is None else _spread(found)), None, None)
 
         self._differentiable = Differentiable
 
+    def __call__(self, *inputs: Any) -> Any:
+        """Returns what the operator gives.
+
+        The dispatcher, which takes as long as multiplying a row by a small matrix, is asked where somebody watches it
+        only (a mode, a transform, the profiler, a tensor of a class of its own, `torch.compile`), or where there are no
+        numbers to compute with.
+        """
+        if inputs[0].is_meta or _dispatcher_is_watched() or not all(type(x) in _PLAIN for x in self._spread(inputs)):
+            return self._call(*inputs)
+        return self._recorded(inputs, self._compute)
+
     def _record(self, *inputs: Any) -> Any:
-        spread = _spread(inputs) if self._takes_lists else inputs
+        return self._recorded(inputs, self._below_autograd)
+
+    def _recorded(self, inputs: Sequence[Any], compute: Callable[..., Any]) -> Any:
+        spread = self._spread(inputs)
         wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in spread)
         if not wanted:
-            return self._below_autograd(*inputs)
+            return compute(*inputs)
         if self._differentiable is None:
             raise NotImplementedError(f"lora_kernels::{self._name} has no gradient, nor its caller a second one.")
         # A function of autograd sees no tensor inside a list.
         lengths = [len(x) if isinstance(x, list) else None for x in inputs] if self._takes_lists else None
-        output = self._differentiable.apply(*spread, lengths)
+        output = self._differentiable.apply(*spread, lengths, compute)
         return list(output) if self._gives_list else output
+
+    def _spread(self, inputs: Sequence[Any]) -> Sequence[Any]:
+        return _spread(inputs) if self._takes_lists else inputs
 
     def _below_autograd(self, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -80,6 +100,16 @@ class Operator:
             return self._function(*inputs)
         with torch.autocast(device, enabled=False):
             return self._function(*inputs)
+
+
+def _dispatcher_is_watched() -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def _spread(inputs: Sequence[Any]) -> list[Any]:

@@ -22,7 +22,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
         cos: [B or 1, T, D] of any float dtype.
         sin: like `cos`.
     """
-    return torch.ops.lora_kernels.rope(q, k, cos, sin, False)
+    return _rope(q, k, cos, sin, False)
 
 
 def _empty_outputs(
@@ -78,7 +78,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _differentiate(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return (*torch.ops.lora_kernels.rope(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None)
+    return (*_rope(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None)
 
 
 _rope.register_autograd(_differentiate, setup_context=_keep_for_backward)

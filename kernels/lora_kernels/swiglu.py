@@ -27,7 +27,7 @@ def swiglu_lora(gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor | None) ->
         a: [R, N] of any float dtype, read in that of `gate`, with a gradient in its own. None where R is 0.
     """
     columns = gate.shape[-1]
-    h_MS = torch.ops.lora_kernels.swiglu_lora(gate.reshape(-1, columns), up.reshape(-1, columns), a)
+    h_MS = _swiglu_lora(gate.reshape(-1, columns), up.reshape(-1, columns), a)
     return h_MS.view(*gate.shape[:-1], h_MS.shape[1])
 
 
@@ -127,7 +127,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) 
 
 def _differentiate(ctx: Any, dh_MS: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *gate_and_up, a_RN = ctx.saved_tensors
-    dgate_MN, dup_MN, da_RN = torch.ops.lora_kernels.swiglu_lora_backward(dh_MS, *gate_and_up, a_RN)
+    dgate_MN, dup_MN, da_RN = _swiglu_lora_backward(dh_MS, *gate_and_up, a_RN)
     return dgate_MN, dup_MN, None if a_RN is None else da_RN
 
 
