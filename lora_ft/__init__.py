@@ -18,7 +18,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # oneDNN keeps its code for each shape of a product, 1024 of them by itself: 0.3 GB where rows have many lengths. A step
-# of SmolLM2-135M has some 40 shapes, and loses no time with 64 kept.
+# of SmolLM2-135M has some 40 shapes, and lost no time with 64 kept.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 _ROOMS = (

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tyro
 
 from lora_ft import __version__, locks, redaction
-from lora_ft.config import Metric, RunConfig, TaskName, cli
+from lora_ft.config import Metric, RunConfig, TaskName, at_least, cli
 from lora_ft.errors import Interrupted, LoraFtError
 from lora_ft.redaction import redacted
 
@@ -55,6 +55,9 @@ class EvaluateConfig:
     json: bool = False
     """Print one JSON object: the adapter's metrics by plain name, and the base's under `base`."""
 
+    def __post_init__(self) -> None:
+        at_least("batch-size", self.batch_size, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
@@ -64,12 +67,18 @@ class ChatConfig:
     """The adapter folder."""
     prompt: str | None = None
     """One message to answer; without it, a conversation starts."""
+    system: str | None = None
+    """The system turn; unset, the one that all rows of the training began with, empty for none."""
     base: str | None = None
     """Where the base is, if it has moved."""
     max_new_tokens: int = 512
     """Longest reply in tokens."""
     temperature: float = 0.0
     """Randomness of the reply; 0 takes the likeliest token."""
+
+    def __post_init__(self) -> None:
+        at_least("max-new-tokens", self.max_new_tokens, 1)
+        at_least("temperature", self.temperature, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +129,10 @@ class DataCheckConfig:
     """Rows to print with the trained tokens coloured."""
     json: bool = False
     """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        at_least("max-length", self.max_length, 8)
+        at_least("show", self.show, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +201,7 @@ def chat(config: ChatConfig) -> None:
         raise LoraFtError(f"{config.adapter} was trained for the task {loaded.task.name}; only chat adapters converse.")
     loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)
     sampling = Sampling(config.max_new_tokens, config.temperature)
-    messages: list[dict[str, Any]] = []
+    messages = _opening(config.system, loaded.task.facts()["system"])
 
     def answer(text: str) -> str:
         messages.append({"role": "user", "content": text})
@@ -205,6 +218,14 @@ def chat(config: ChatConfig) -> None:
     print("Type a message; an empty line or Ctrl-D ends the conversation.", file=sys.stderr)
     while text := _ask():
         _say(answer(text))
+
+
+def _opening(asked: str | None, trained: str | None) -> list[dict[str, Any]]:
+    """Returns the turns that a conversation begins with: the system turn asked for, else that of the training."""
+    if asked is None and trained:
+        print(f"system: {trained}  (of the training rows; --system gives another)", file=sys.stderr)
+    system = trained if asked is None else asked
+    return [{"role": "system", "content": system}] if system else []
 
 
 def verify(config: VerifyConfig) -> None:
@@ -347,8 +368,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     options, command = COMMANDS[name]
     return _finish(
-        lambda: command(cli(options, words[len(name.split()) :], prog=f"lora-ft {name}")), ["lora-ft", *words]
+        lambda: command(cli(options, words[len(name.split()) :], prog=f"lora-ft {name}")), [_program(), *words]
     )
+
+
+def _program() -> str:
+    """Returns how to start this program again: by the path it was started by, which need not be where shells look."""
+    return sys.argv[0] if Path(sys.argv[0]).stem == "lora-ft" else "lora-ft"
 
 
 def run_recipe(recipe: type[RunConfig], argv: Sequence[str] | None = None) -> int:

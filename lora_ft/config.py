@@ -70,7 +70,7 @@ class LoraConfig:
         twice = 2 if self.init in ("pissa", "olora", "eva") else 1
         ranks = {"lora.rank": self.rank} | {f"lora.rank-pattern {k}": v for k, v in self.rank_pattern.items()}
         for name, rank in ranks.items():
-            _at_least(name, rank, 1)
+            at_least(name, rank, 1)
             _at_most(name, rank, MAX_RANK // twice)
         alphas = {"lora.alpha": self.alpha} | {f"lora.alpha-pattern {k}": v for k, v in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
@@ -82,7 +82,7 @@ class LoraConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}.")
         if self.plus_ratio is not None:
-            _at_least("lora.plus-ratio", self.plus_ratio, 1)
+            at_least("lora.plus-ratio", self.plus_ratio, 1)
         if self.dora and self.init in ("pissa", "olora"):
             raise ValueError(
                 f"lora.init={self.init} is saved as the difference of two adapters, and with lora.dora there is none: "
@@ -119,7 +119,7 @@ class DataConfig:
     """Render rows as they are read instead of all at the start; needs `--train.steps`."""
 
     def __post_init__(self) -> None:
-        _at_least("data.max-length", self.max_length, 8)
+        at_least("data.max-length", self.max_length, 8)
         fraction = self.eval_fraction
         if fraction is not None and not 0 < fraction < 1:
             raise ValueError(f"data.eval is a fraction in (0, 1) or a file, got {self.eval}.")
@@ -177,15 +177,15 @@ class TrainConfig:
     """Trackers to send metrics to; none unless named."""
 
     def __post_init__(self) -> None:
-        _at_least("train.batch-size", self.batch_size, 1)
-        _at_least("train.accumulate", self.accumulate, 1)
+        at_least("train.batch-size", self.batch_size, 1)
+        at_least("train.accumulate", self.accumulate, 1)
         _above("train.epochs", self.epochs, 0)
         _above("train.lr", self.lr, 0)
         for name in ("steps", "eval_steps", "save_steps", "patience"):
             value = getattr(self, name)
             if value is not None:
-                _at_least(f"train.{name.replace('_', '-')}", value, 1)
-        _at_least("train.log-steps", self.log_steps, 1)
+                at_least(f"train.{name.replace('_', '-')}", value, 1)
+        at_least("train.log-steps", self.log_steps, 1)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup must be in [0, 1), got {self.warmup}.")
         if not (0 <= self.weight_decay < math.inf and 0 <= self.clip < math.inf):
@@ -376,7 +376,7 @@ def _finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number, got {value}.")
 
 
-def _at_least(name: str, value: float, least: float) -> None:
+def at_least(name: str, value: float, least: float) -> None:
     _finite(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")

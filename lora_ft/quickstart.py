@@ -15,13 +15,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lora_ft import adapters, atomicio, evaluate, runs, seal, tasks, train
+from lora_ft import adapters, atomicio, evaluate, runs, seal, started, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, Metric, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
-from lora_ft.merge import merge
+from lora_ft.errors import ConfigError, Interrupted
+from lora_ft.merge import REPORT, merge
 
 FOLDER = Path("runs/quickstart")
+MERGED = "merged"
 BASE = "smollm2-135m"
 TRAIN_ROWS = 440
 HELD_OUT_ROWS = 100
@@ -34,32 +36,30 @@ def quickstart(out: Path | None = None, *, resume: bool = False) -> None:
 
     Args:
         out: folder for all of it; unset, `runs/quickstart`, with a number where that is taken.
+        resume: go on with the one that was interrupted there, in whatever it was doing.
 
     Raises:
+        ConfigError: the folder holds something else.
         ProofError: the adapter or the merged model is not what its seal says.
+        Interrupted: it was stopped and can be resumed.
     """
     console = Console()
     began = time.perf_counter()
     folder = out or _free_folder(resume)
-    held_out = meetings.rows(HELD_OUT_ROWS, "held_out")
-    _write_rows(folder / "train.jsonl", meetings.rows(TRAIN_ROWS, "train"))
-    _write_rows(folder / "held_out.jsonl", held_out)
-    finished = runs.run(dataclasses.replace(config(folder), resume=resume), console=console)
-    task, model = finished.task, finished.model
-    shots = meetings.rows(SHOTS, "train", seed=1)
-    with console.status("measuring the base with three examples in the prompt"), adapters.without(model):
-        few_shot = _score(task, model, held_out, shots)
-    del model
+    run_config, merged_folder = dataclasses.replace(config(folder), resume=resume), folder / MERGED
+    train_rows, held_out = meetings.rows(TRAIN_ROWS, "train"), meetings.rows(HELD_OUT_ROWS, "held_out")
+    files = {str(run_config.data.train): _lines(train_rows), str(run_config.data.eval): _lines(held_out)}
+    _refuse_to_overwrite(run_config, files, merged_folder)
+    for path, text in files.items():
+        atomicio.write(Path(path), text)
+    finished = runs.run(run_config, console=console)
+    try:
+        few_shot, merged_score, onto = _merge_and_measure(finished, held_out, merged_folder, console)
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped after the training, whose adapter is saved. To go on:") from None
+    # Last, as it ends the run: until here it can be resumed.
     with console.status("loading the adapter anew and replaying its seal"):
         finished.prove()
-    with console.status("merging"):
-        merged_folder = folder / "merged"
-        report = merge(finished.folder, merged_folder)
-    with console.status("measuring the merged model"):
-        merged, _ = seal.load_merged(task, merged_folder)
-        merged_score = _score(task, merged, held_out)
-    del merged
-    seal.verify(finished.folder, model_folder=merged_folder).require(merged_folder)
 
     metrics = finished.metrics
     columns = {
@@ -74,7 +74,7 @@ def quickstart(out: Path | None = None, *, resume: bool = False) -> None:
     console.print(
         f"trained on {finished.fit.tokens:,} tokens in {finished.fit.seconds:.0f} s: {finished.summary()}\n"
         f"adapter {finished.page.adapter_bytes / 2**20:.1f} MiB in {finished.folder}; "
-        f"merged onto {report['onto']} weights in {merged_folder}\n"
+        f"merged onto {onto} weights in {merged_folder}\n"
         f"all of it in {time.perf_counter() - began:.0f} s, peak {peak:.2f} GiB\n\nNext:\n"
         f"  {sys.argv[0]} chat {finished.folder}\n"
         f"  {sys.argv[0]} evaluate {finished.folder} --data {folder / 'held_out.jsonl'} --metrics {METRIC}\n"
@@ -82,6 +82,37 @@ def quickstart(out: Path | None = None, *, resume: bool = False) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _merge_and_measure(
+    finished: runs.Run, held_out: Sequence[Chat], merged_folder: Path, console: Console
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """Returns the scores of the base with examples in its prompt and of the merged model, and what was merged onto."""
+    task, shots = finished.task, meetings.rows(SHOTS, "train", seed=1)
+    with console.status("measuring the base with three examples in the prompt"), adapters.without(finished.model):
+        few_shot = _score(task, finished.model, held_out, shots)
+    finished.release()
+    with console.status("merging"):
+        if merged_folder.exists():  # of the quickstart that was interrupted
+            atomicio.remove(merged_folder)
+        report = merge(finished.folder, merged_folder)
+    with console.status("measuring the merged model"):
+        merged, _ = seal.load_merged(task, merged_folder)
+        merged_score = _score(task, merged, held_out)
+    del merged
+    seal.verify(finished.folder, model_folder=merged_folder).require(merged_folder)
+    return few_shot, merged_score, report["onto"]
+
+
+def _refuse_to_overwrite(run_config: RunConfig, files: dict[str, str], merged_folder: Path) -> None:
+    """Raises ConfigError where anything in the folder is not of the quickstart that is to be resumed."""
+    started.refuse_to_overwrite(run_config)
+    for name, text in files.items():
+        path = Path(name)
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            raise ConfigError(f"{path} is there already and is not the quickstart's: choose another --out.")
+    if merged_folder.exists() and not (run_config.resume and (merged_folder / REPORT).is_file()):
+        raise ConfigError(f"{merged_folder} is there already: choose another --out, or move it away.")
 
 
 def _free_folder(resume: bool) -> Path:
@@ -114,8 +145,8 @@ def _score(task: tasks.Task, model: Any, rows: Sequence[Chat], shots: Sequence[C
     return evaluate.replies_match(task, model, prompted, (METRIC,))
 
 
-def _write_rows(path: Path, rows: Sequence[Chat]) -> None:
-    atomicio.write(path, "".join(json.dumps({"messages": list(row.messages)}) + "\n" for row in rows))
+def _lines(rows: Sequence[Chat]) -> str:
+    return "".join(json.dumps({"messages": list(row.messages)}) + "\n" for row in rows)
 
 
 def _table(columns: dict[str, dict[str, float]]) -> Table:

@@ -195,6 +195,7 @@ def _view(summary: Summary) -> dict[str, Any]:
         "base": {**summary.base, "name": _portable(str(summary.base["name"]))},
         "device": environment.get("device"),
         "dtype": environment.get("dtype"),
+        "system": environment.get("task", {}).get("system"),
         "versions": environment.get("versions", {}),
         "quant": summary.config["quant"],
         "data": data,
@@ -304,10 +305,13 @@ def _literal(value: str | list[str]) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _call(head: str, arguments: Sequence[str]) -> list[str]:
-    """Returns the lines of a call, on one where it fits."""
-    line = f"{head}({', '.join(arguments)})"
-    return [line] if len(line) <= 88 else [f"{head}(", *(f"    {argument}," for argument in arguments), ")"]
+def _call(head: str, arguments: Sequence[str], brackets: str = "()") -> list[str]:
+    """Returns the lines of a call, or of a list, on one where it fits."""
+    opening, closing = brackets[0], brackets[1]
+    line = f"{head}{opening}{', '.join(arguments)}{closing}"
+    if len(line) <= 88:
+        return [line]
+    return [f"{head}{opening}", *(f"    {argument}," for argument in arguments), closing]
 
 
 def _use(summary: Summary) -> list[str]:
@@ -326,9 +330,12 @@ def _use(summary: Summary) -> list[str]:
         return [plain, forward, generated, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
     if summary.task == "chat":
         render = ["messages", "add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"']
-        messages = f'messages = [{{"role": "user", "content": {prompt}}}]'
+        turns = [f'{{"role": "user", "content": {prompt}}}']
+        if system := summary.environment.get("task", {}).get("system"):
+            turns.insert(0, f'{{"role": "system", "content": {_literal(_clean(system))}}}')
+        messages = _call("messages = ", turns, "[]")
         call = _call("inputs = tokenizer.apply_chat_template", render)
-        return [messages, *call, "inputs = inputs.to(model.device)", forward, generated, tail]
+        return [*messages, *call, "inputs = inputs.to(model.device)", forward, generated, tail]
     return [plain, forward, generated, tail]
 
 

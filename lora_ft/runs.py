@@ -26,6 +26,7 @@ from lora_ft import (
     evaluate,
     heap,
     locks,
+    replies,
     report,
     saved,
     seal,
@@ -47,7 +48,6 @@ from lora_ft.train import Streamed
 log = logging.getLogger(__name__)
 
 SAMPLES = 3
-SEALED = 16
 # Rows of an evaluation batch for each of a training batch: without gradients activations are let go at once.
 EVALUATION = 4
 EVA_BATCHES = 8
@@ -70,7 +70,8 @@ class Run:
     """A finished run: the adapter folder, the live model and what was measured."""
 
     folder: Path
-    base: Base
+    base: Base | None
+    """None once the run was proven, as is `model`."""
     model: Any
     task: Task
     fit: train.Fit
@@ -86,8 +87,7 @@ class Run:
         Raises:
             ProofError: the folder does not do what the run that wrote it did.
         """
-        del self.model, self.base
-        heap.give_back()
+        self.release()
         with _locked(self.folder):
             verdict = seal.verify(self.folder)
             proof = {"kl_live": verdict.kl_live, "passed": verdict.passed}
@@ -95,6 +95,11 @@ class Run:
             verdict.require(self.folder)
             # What a run needs to go on: until here it could be killed at any point.
             atomicio.remove(self.folder / train.CHECKPOINTS)
+
+    def release(self) -> None:
+        """Lets go of the live model and of the memory that it took."""
+        self.model = self.base = None
+        heap.give_back()
 
     def summary(self) -> str:
         """Returns the one line that ends every training: speed, memory and the evaluation."""
@@ -305,7 +310,7 @@ def _seal(task: Task, base: Base, model: Any, rows: Rows, out: Path) -> seal.Sea
         return seal.read(out)
     sealed_rows = rows.held_out_features or rows.train_features
     if isinstance(sealed_rows, Streamed):
-        sealed_rows = list(itertools.islice(sealed_rows, SEALED))
+        sealed_rows = list(itertools.islice(sealed_rows, replies.ROWS))
     return seal.make(task, base, model, sealed_rows, out)
 
 

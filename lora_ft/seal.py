@@ -178,11 +178,12 @@ def verify(
     All checks that can still run do, whatever failed before them.
 
     Raises:
-        AdapterError: there is no such folder.
+        AdapterError: one of the folders is not there.
         SourceError: the base of the adapter cannot be found.
     """
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder.")
+    for needed in (folder, model_folder or folder):
+        if not needed.is_dir():
+            raise AdapterError(f"{needed}: there is no such folder.")
     checks = Checks()
     sealed = checks.attempt("seal", "the files of the seal are there and as they were made", lambda: read(folder))
     if sealed is None:

@@ -178,6 +178,23 @@ def test_what_the_user_can_mend_is_one_message(words, status, message, capsys, t
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chat", "nowhere", "--max-new-tokens", "0"], "max-new-tokens must be at least 1, got 0"),
+        (["chat", "nowhere", "--temperature", "-1"], "temperature must be at least 0, got -1"),
+        (["evaluate", "nowhere", "--data", "y", "--batch-size", "0"], "batch-size must be at least 1, got 0"),
+        (["data", "check", "y", "--show", "-1"], "show must be at least 0, got -1"),
+        (["data", "check", "y", "--max-length", "4"], "max-length must be at least 8, got 4"),
+    ],
+)
+def test_numbers_out_of_range_exit_2(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_wrong_flags_exit_2(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", "chat", "--base", "b", "--out", "o", "--lora.rnak", "3"])

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from lora_ft import quickstart, train
+from lora_ft import base, cli, generate, quickstart, train
 from lora_ft.data import meetings
+from lora_ft.errors import ConfigError, Interrupted
 
 
 def results(folder):
@@ -25,8 +26,54 @@ def test_a_small_quickstart_ends_proven_and_merged(tmp_path, monkeypatch, capsys
         assert word in out
     assert json.loads((tmp_path / "run" / "merged" / "merge_report.json").read_text())["onto"]
     assert "Proven" in (tmp_path / "run" / "adapter" / "report.html").read_text(encoding="utf-8")
+    # Its own first sentence, asked with the system turn of the training or without.
+    folder, question = str(tmp_path / "run" / "adapter"), meetings.rows(1, "held_out")[0].messages[1]["content"]
+    asked = []
+    monkeypatch.setattr(generate, "generate", lambda model, tokenizer, prompts, **_: asked.extend(prompts) or ["{}"])
+    for more in ([], ["--system", ""], ["--system", "Be brief."]):
+        assert cli.main(["chat", folder, "--prompt", question, *more]) == 0
+    tokenizer = base.load_tokenizer(tmp_path / "run" / "adapter")
+    taught, bare, brief = (tokenizer.decode(ids) for ids in asked)
+    assert meetings.INSTRUCTION in taught
+    assert meetings.INSTRUCTION not in bare + brief
+    assert "Be brief." in brief
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert f'{{"role": "system", "content": {json.dumps(meetings.INSTRUCTION)}}}' in card
     rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert len(rows) == 12
+
+
+def digests(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "held_out.jsonl", "adapter/mine.txt", "merged/mine.txt"])
+def test_what_lies_in_the_folder_is_not_touched(tmp_path, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    before = digests(tmp_path)
+    with pytest.raises(ConfigError, match="choose another --out"):
+        quickstart.quickstart(tmp_path / "run")
+    assert digests(tmp_path) == before
+
+
+def test_stopped_while_merging_it_goes_on_to_its_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "TRAIN_ROWS", 4)
+    monkeypatch.setattr(quickstart, "HELD_OUT_ROWS", 2)
+    monkeypatch.setattr(quickstart, "SHOTS", 1)
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quickstart.seal, "load_merged", stopped)
+        with pytest.raises(Interrupted, match="To go on"):
+            quickstart.quickstart(tmp_path / "run")
+    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    quickstart.quickstart(tmp_path / "run", resume=True)
+    assert "Next:" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_another_quickstart_takes_another_folder(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_ft.data.formats import Chat as Conversation
@@ -17,6 +17,19 @@ class Chat(Causal):
     """Conversations, or prompts with an answer, through the model's chat template."""
 
     name = "chat"
+
+    def __init__(self, system: str | None = None) -> None:
+        if not isinstance(system, str | None):
+            raise TypeError("system is the text of a turn, or null")
+        self.system = system
+        """The system turn that all rows begin with; without it, an adapter is asked what it was not taught."""
+
+    def learn(self, examples: Sequence[Example]) -> None:
+        openings = {_system(example) for example in examples}
+        self.system = openings.pop() if len(openings) == 1 else None
+
+    def facts(self) -> dict[str, Any]:
+        return {"system": self.system}
 
     def prepare(self, tokenizer: Any, max_length: int) -> None:
         super().prepare(tokenizer, max_length)
@@ -42,6 +55,12 @@ class Chat(Causal):
 
     def end_ids(self) -> list[int]:
         return [self.renderer.end_id]
+
+
+def _system(example: Example) -> str | None:
+    """Returns the text of the system turn that a row begins with, if it does."""
+    first = example.messages[0] if isinstance(example, Conversation) and example.messages else {}
+    return first["content"] if first.get("role") == "system" and isinstance(first.get("content"), str) else None
 
 
 def _is_in_words(message: Mapping[str, Any]) -> bool:
