@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from lora_ft import blocks, environment, fused
 from lora_ft.base import Base
@@ -85,6 +86,8 @@ def attach(
     if config.init == "loftq":
         _correct_quantization_error(model, base)
     elif config.init in ("pissa", "olora"):
+        if config.init == "olora":
+            _refuse_transposed(model, base.source.name)
         # These moved the base by -s B A, so what is saved must say how far the adapter came from there.
         model.start = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items() if ".lora_" in k}
         if any(".lora_embedding_" in name for name in model.start):
@@ -133,17 +136,36 @@ def without(model: peft.PeftModel) -> Iterator[None]:
             yield
         return
     # W - s B0 A0 is what the base holds, so B0 and A0 give W back.
-    now = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items() if k in start}
+    # Copied by hand: PEFT asks for all that it saves, token rows and modules trained whole too.
+    learned = {name: p for name, p in model.named_parameters() if _saved_name(name) in start}
+    now = {name: p.detach().clone() for name, p in learned.items()}
     whole = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     try:
-        peft.set_peft_model_state_dict(model, start)
+        for name, parameter in learned.items():
+            parameter.data.copy_(start[_saved_name(name)])
         for module in whole:
             module.enable_adapters(False)
         yield
     finally:
-        peft.set_peft_model_state_dict(model, now)
+        for name, parameter in learned.items():
+            parameter.data.copy_(now[name])
         for module in whole:
             module.enable_adapters(True)
+
+
+def _refuse_transposed(model: peft.PeftModel, name: str) -> None:
+    """Raises AdapterError where a layer of the adapter holds its weight transposed, which OLoRA takes as it lies."""
+    for place, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), Conv1D):
+            raise AdapterError(
+                f"lora.init=olora: {place} of {name} is a Conv1D, whose weight lies transposed; PEFT starts only plain "
+                "linear layers so: use --lora.init pissa, or leave it out of lora.targets."
+            )
+
+
+def _saved_name(parameter: str) -> str:
+    """Returns the name that PEFT saves a parameter of A or B by."""
+    return parameter.replace(".default.", ".")
 
 
 def enlarge(model: PreTrainedModel, size: int) -> None:
