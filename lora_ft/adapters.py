@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import peft
 import torch
@@ -50,6 +51,11 @@ def attach(
     if config.dora and base.quant == "int8" and base.device.type == "cpu":
         # PEFT 0.21 moves the weight to read it, upon which bitsandbytes 0.50 loses its scales.
         raise AdapterError("lora.dora does not work on an int8 base on a CPU: use --quant nf4 or --quant none.")
+    if config.init == "eva" and base.model.config.is_encoder_decoder:
+        raise AdapterError(
+            f"lora.init=eva: {base.source.name} is a {base.model.config.model_type} model, whose encoder and decoder "
+            "read different texts; EVA starts models that read one: use another lora.init."
+        )
     token_rows = _token_rows(base, special_tokens, config.train_tokens, config.save_modules)
     settings = peft.LoraConfig(
         r=config.rank,
@@ -79,7 +85,9 @@ def attach(
         raise AdapterError(f"{base.source.name}: PEFT cannot adapt this model: {error}") from None
     if config.init == "eva":
         try:
-            peft.initialize_lora_eva_weights(model, list(batches))
+            peft.initialize_lora_eva_weights(model, list(batches), prepare_layer_inputs_fn=_of_tokens)
+        except AdapterError:
+            raise
         except ValueError as error:
             raise AdapterError(f"lora.init=eva: PEFT cannot start this adapter from activations: {error}") from None
     in_float32(model)
@@ -151,6 +159,21 @@ def without(model: peft.PeftModel) -> Iterator[None]:
             parameter.data.copy_(now[name])
         for module in whole:
             module.enable_adapters(True)
+
+
+def _of_tokens(layer_input: Any, places: torch.Tensor, name: str) -> torch.Tensor:
+    """Returns what a layer was given at the places of tokens, for EVA. Raises AdapterError for a layer of whole rows.
+
+    Args:
+        places: row and column of each token that is no padding, int64 [N, 2].
+    """
+    given_BTH = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    if given_BTH.ndim != 3:
+        raise AdapterError(
+            f"lora.init=eva: {name} is given one vector a row and not one a token, too few to start it from: name other "
+            "layers in lora.targets, or use another lora.init."
+        )
+    return given_BTH[places.T.unbind()]
 
 
 def _refuse_transposed(model: peft.PeftModel, name: str) -> None:

@@ -72,6 +72,7 @@ def test_whole_path(bases: dict[str, Path], tmp_path: Path, architecture: str, t
         ("llama", "nf4", {"plus_ratio": 16.0}),
         ("llama", "nf4", {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 4.0}}),
         ("llama", "nf4", {"init": "eva"}),
+        ("bert", "none", {"task": "classify", "init": "eva", "targets": ("query", "intermediate.dense")}),
         ("llama", "nf4", {"init": "loftq"}),
         ("llama", "none", {"init": "pissa", "rank_pattern": {"q_proj": 8}}),
         ("llama", "none", {"init": "olora", "rslora": True}),
@@ -105,6 +106,18 @@ def test_options(
 def test_olora_on_weights_that_lie_transposed_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"h\.0\.attn\.c_attn .* is a Conv1D.*use --lora\.init pissa"):
         tiny.run(tmp_path, bases["gpt2"], quant="none", init="olora")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("bert", r"lora\.init=eva: \S*pooler\.dense is given one vector a row.*name other layers in lora\.targets"),
+        ("t5", r"lora\.init=eva: t5 is a t5 model, whose encoder and decoder read different texts.*another lora\.init"),
+    ],
+)
+def test_eva_says_what_it_cannot_start(bases: dict[str, Path], tmp_path: Path, architecture: str, told: str) -> None:
+    with pytest.raises(AdapterError, match=told):
+        tiny.run(tmp_path, bases[architecture], task=tiny.TASK_OF[architecture], quant="none", init="eva")
 
 
 def test_dora_on_int8_on_a_cpu_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
