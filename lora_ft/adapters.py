@@ -170,8 +170,8 @@ def _of_tokens(layer_input: Any, places: torch.Tensor, name: str) -> torch.Tenso
     given_BTH = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
     if given_BTH.ndim != 3:
         raise AdapterError(
-            f"lora.init=eva: {name} is given one vector a row and not one a token, too few to start it from: name other "
-            "layers in lora.targets, or use another lora.init."
+            f"lora.init=eva: {name} is given one vector a row and not one a token, too few to start it from: "
+            "name other layers in lora.targets, or use another lora.init."
         )
     return given_BTH[places.T.unbind()]
 
