@@ -7,12 +7,14 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from lora_ft import blocks, environment, fused
 from lora_ft.base import Base
@@ -49,6 +51,11 @@ def attach(
     if config.dora and base.quant == "int8" and base.device.type == "cpu":
         # PEFT 0.21 moves the weight to read it, upon which bitsandbytes 0.50 loses its scales.
         raise AdapterError("lora.dora does not work on an int8 base on a CPU: use --quant nf4 or --quant none.")
+    if config.init == "eva" and base.model.config.is_encoder_decoder:
+        raise AdapterError(
+            f"lora.init=eva: {base.source.name} is a {base.model.config.model_type} model, whose encoder and decoder "
+            "read different texts; EVA starts models that read one: use another lora.init."
+        )
     token_rows = _token_rows(base, special_tokens, config.train_tokens, config.save_modules)
     settings = peft.LoraConfig(
         r=config.rank,
@@ -78,13 +85,17 @@ def attach(
         raise AdapterError(f"{base.source.name}: PEFT cannot adapt this model: {error}") from None
     if config.init == "eva":
         try:
-            peft.initialize_lora_eva_weights(model, list(batches))
+            peft.initialize_lora_eva_weights(model, list(batches), prepare_layer_inputs_fn=_of_tokens)
+        except AdapterError:
+            raise
         except ValueError as error:
             raise AdapterError(f"lora.init=eva: PEFT cannot start this adapter from activations: {error}") from None
     in_float32(model)
     if config.init == "loftq":
         _correct_quantization_error(model, base)
     elif config.init in ("pissa", "olora"):
+        if config.init == "olora":
+            _refuse_transposed(model, base.source.name)
         # These moved the base by -s B A, so what is saved must say how far the adapter came from there.
         model.start = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items() if ".lora_" in k}
         if any(".lora_embedding_" in name for name in model.start):
@@ -133,17 +144,51 @@ def without(model: peft.PeftModel) -> Iterator[None]:
             yield
         return
     # W - s B0 A0 is what the base holds, so B0 and A0 give W back.
-    now = {k: t.clone() for k, t in peft.get_peft_model_state_dict(model).items() if k in start}
+    # Copied by hand: PEFT asks for all that it saves, token rows and modules trained whole too.
+    learned = {name: p for name, p in model.named_parameters() if _saved_name(name) in start}
+    now = {name: p.detach().clone() for name, p in learned.items()}
     whole = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     try:
-        peft.set_peft_model_state_dict(model, start)
+        for name, parameter in learned.items():
+            parameter.data.copy_(start[_saved_name(name)])
         for module in whole:
             module.enable_adapters(False)
         yield
     finally:
-        peft.set_peft_model_state_dict(model, now)
+        for name, parameter in learned.items():
+            parameter.data.copy_(now[name])
         for module in whole:
             module.enable_adapters(True)
+
+
+def _of_tokens(layer_input: Any, places: torch.Tensor, name: str) -> torch.Tensor:
+    """Returns what a layer was given at the places of tokens, for EVA. Raises AdapterError for a layer of whole rows.
+
+    Args:
+        places: row and column of each token that is no padding, int64 [N, 2].
+    """
+    given_BTH = layer_input if isinstance(layer_input, torch.Tensor) else layer_input[0]
+    if given_BTH.ndim != 3:
+        raise AdapterError(
+            f"lora.init=eva: {name} is given one vector a row and not one a token, too few to start it from: "
+            "name other layers in lora.targets, or use another lora.init."
+        )
+    return given_BTH[places.T.unbind()]
+
+
+def _refuse_transposed(model: peft.PeftModel, name: str) -> None:
+    """Raises AdapterError where a layer of the adapter holds its weight transposed, which OLoRA takes as it lies."""
+    for place, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), Conv1D):
+            raise AdapterError(
+                f"lora.init=olora: {place} of {name} is a Conv1D, whose weight lies transposed; PEFT starts only plain "
+                "linear layers so: use --lora.init pissa, or leave it out of lora.targets."
+            )
+
+
+def _saved_name(parameter: str) -> str:
+    """Returns the name that PEFT saves a parameter of A or B by."""
+    return parameter.replace(".default.", ".")
 
 
 def enlarge(model: PreTrainedModel, size: int) -> None:

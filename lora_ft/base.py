@@ -89,6 +89,7 @@ def load(
     device: str | None = None,
     seed: int = 42,
     config_changes: dict[str, Any] | None = None,
+    why_dtype: str = "asked for",
 ) -> Base:
     """Returns the base `name` with frozen weights, quantized as it is read, one tensor at a time.
 
@@ -101,6 +102,7 @@ def load(
         dtype: `auto`, or a torch dtype by name.
         device: `cuda`, `cpu`, ...; unset, the GPU where there is one.
         config_changes: fields of the model's configuration to set, such as `num_labels`.
+        why_dtype: why a dtype is named, for the log.
 
     Raises:
         SourceError: the weights could not be had, are stored in another quantization than asked for, or are not
@@ -110,7 +112,7 @@ def load(
     source = name if isinstance(name, Source) else resolve(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compute_dtype, why = choose_dtype(dtype, device)
-    log.info("computing in %s: %s", str(compute_dtype).removeprefix("torch."), why)
+    log.info("computing in %s: %s", str(compute_dtype).removeprefix("torch."), why if dtype == "auto" else why_dtype)
     config = _text_config(source, model_class)
     for key, value in (config_changes or {}).items():
         setattr(config, key, value)

@@ -23,7 +23,10 @@ class Comparison:
 
     base: dict[str, Any]
     adapter: dict[str, Any]
-    """As `base`, with `loss_change_interval`: the 95% interval of the adapter's loss less the base's."""
+    """As `base`, with `loss_change_interval`: the 95% interval of the adapter's loss less the base's.
+
+    It is None for fewer rows than `losses.FEWEST_ROWS`.
+    """
     before: list[str]
     """The base's replies, where metrics on replies were asked for."""
     after: list[str]
@@ -55,7 +58,8 @@ def compare(
     adapter_losses = losses.of_rows(task, model, rows, batch_size)
     after = replies(task, model, examples) if names else []
     wanted = [task.question(example)[1] for example in examples] if names else []
-    interval = list(losses.difference_interval(base_losses, adapter_losses))
+    found = losses.difference_interval(base_losses, adapter_losses)
+    interval = None if found is None else list(found)
     return Comparison(
         _values(task, base_losses) | score_replies(before, wanted, names),
         _values(task, adapter_losses) | score_replies(after, wanted, names) | {"loss_change_interval": interval},

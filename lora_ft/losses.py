@@ -16,6 +16,8 @@ from lora_ft.tasks import Batch, Features, Task
 BOOTSTRAP_DRAWS = 2000
 # All draws of 100,000 rows at once would take 5 GB; a divisor of the above.
 DRAWS_AT_ONCE = 50
+# Of fewer rows a draw with replacement gives few different samples: with four, one in 64 is a single row over again.
+FEWEST_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,13 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
     return Losses(*sums)
 
 
-def difference_interval(before: Losses, after: Losses, seed: int = 0) -> tuple[float, float]:
-    """Returns the 95% interval of `after.mean - before.mean`, drawing rows with replacement (paired bootstrap)."""
+def difference_interval(before: Losses, after: Losses, seed: int = 0) -> tuple[float, float] | None:
+    """Returns the 95% interval of `after.mean - before.mean`, drawing rows with replacement (paired bootstrap).
+
+    None where there are too few rows: the interval of one is a point, however unsure it is.
+    """
+    if len(before.nll) < FEWEST_ROWS:
+        return None
     rng, rows, difference = np.random.default_rng(seed), len(before.nll), after.nll - before.nll
     changes = []
     for _ in range(0, BOOTSTRAP_DRAWS, DRAWS_AT_ONCE):

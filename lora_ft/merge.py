@@ -331,9 +331,14 @@ def _report(
     if parts.weights.unused:
         notes.append(f"Not part of this model, left out: {', '.join(parts.weights.unused)}.")
     weak = worst is not None and survival[worst] < ENOUGH_SURVIVES
-    if (weak or not passes) and name != "float32":
+    others = parts.quant != "none" and chosen == "original"
+    if weak and name != "float32":
         finer = "float16 or float32" if name == "bfloat16" else "float32"
         hints.append(f"Rounding to {name} loses part of the adapter: try --dtype {finer}.")
+    elif not passes and others:
+        hints.append("The adapter itself is whole; the original weights are not the quantized ones that training saw.")
+    elif not passes and name != "float32":
+        hints.append(f"The adapter itself is whole, but all weights are rounded to {name}: try --dtype float32.")
     if not passes and parts.quant != "none" and len(candidates) == 1 and not parts.weights.prequantized:
         hints.append("Try --onto auto, which takes the closer of the original and the dequantized weights.")
     return {

@@ -123,14 +123,16 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     config, task = read_task(folder, record)
     source = find_base(folder, record["base"], base_name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _dtype(record["dtype"], device)
     base = bases.load(
         source,
         quant=record["quant"],
         model_class=task.model_class,
-        dtype=_dtype(record["dtype"], device),
+        dtype=dtype,
         device=device,
         seed=config.train.seed,
         config_changes=task.config_changes(),
+        why_dtype="as in the run" if dtype == record["dtype"] else "in place of the run's",
     )
     base.tokenizer = bases.load_tokenizer(folder)
     adapters.enlarge(base.model, len(base.tokenizer))

@@ -72,9 +72,16 @@ def test_whole_path(bases: dict[str, Path], tmp_path: Path, architecture: str, t
         ("llama", "nf4", {"plus_ratio": 16.0}),
         ("llama", "nf4", {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 4.0}}),
         ("llama", "nf4", {"init": "eva"}),
+        ("bert", "none", {"task": "classify", "init": "eva", "targets": ("query", "intermediate.dense")}),
         ("llama", "nf4", {"init": "loftq"}),
         ("llama", "none", {"init": "pissa", "rank_pattern": {"q_proj": 8}}),
         ("llama", "none", {"init": "olora", "rslora": True}),
+        ("llama", "none", {"init": "pissa", "train_tokens": ("w5",)}),
+        ("llama", "none", {"init": "olora", "special_tokens": ("<|call|>",)}),
+        ("llama-untied", "none", {"init": "pissa", "save_modules": ("lm_head",)}),
+        ("gpt2", "none", {"init": "pissa"}),
+        ("bert", "none", {"task": "classify", "init": "pissa"}),
+        ("bert", "none", {"task": "classify", "init": "olora"}),
         ("llama", "nf4", {"train_tokens": ("w5", "w7")}),
         ("llama-untied", "nf4", {"train_tokens": ("w5",)}),
         ("llama", "nf4", {"special_tokens": ("<|call|>", "<|back|>")}),
@@ -94,6 +101,23 @@ def test_options(
     assert_passes(seal.verify(run.folder, model_folder=tmp_path / "merged"))
     merged = seal.load_merged(run.task, tmp_path / "merged", "cpu")[0]
     torch.testing.assert_close(_logits(run, merged), _logits(run, run.model), atol=1e-4, rtol=1e-4)
+
+
+def test_olora_on_weights_that_lie_transposed_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"h\.0\.attn\.c_attn .* is a Conv1D.*use --lora\.init pissa"):
+        tiny.run(tmp_path, bases["gpt2"], quant="none", init="olora")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("bert", r"lora\.init=eva: \S*pooler\.dense is given one vector a row.*name other layers in lora\.targets"),
+        ("t5", r"lora\.init=eva: t5 is a t5 model, whose encoder and decoder read different texts.*another lora\.init"),
+    ],
+)
+def test_eva_says_what_it_cannot_start(bases: dict[str, Path], tmp_path: Path, architecture: str, told: str) -> None:
+    with pytest.raises(AdapterError, match=told):
+        tiny.run(tmp_path, bases[architecture], task=tiny.TASK_OF[architecture], quant="none", init="eva")
 
 
 def test_dora_on_int8_on_a_cpu_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

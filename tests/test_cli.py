@@ -100,8 +100,20 @@ def test_evaluate_gives_one_object_with_plain_names(place, capsys):
     assert environment["data"]["train"]["rows"] == 30
 
 
-def test_verify_passes_and_says_each_check(place, capsys):
+def test_one_row_has_no_interval(place, tmp_path, capsys):
+    one = tmp_path / "one.jsonl"
+    one.write_text((place / "held_out.jsonl").read_text().splitlines()[0] + "\n")
+    words = ["evaluate", str(place / "adapter"), "--data", str(one)]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss_change_interval"] is None
+    assert main(words) == 0
+    assert "None" not in capsys.readouterr().out
+
+
+def test_verify_passes_and_says_each_check(place, capsys, caplog):
     assert main(["verify", str(place / "adapter")]) == 0
+    assert ": as in the run" in caplog.text
+    assert "asked for" not in caplog.text
     assert "FAIL" not in capsys.readouterr().out
     assert main(["verify", str(place / "adapter"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def double(question: Any) -> Any:
         return len(bytearray(1 << 30))
     if question == "long":
         return "a" * (cell.MAX_ANSWER_BYTES + 1)
+    if question == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if isinstance(question, list) and question[0] == "die once" and not Path(question[1]).exists():
+        Path(question[1]).symlink_to("/")  # a file could not be written
+        os.kill(os.getpid(), signal.SIGKILL)
+    if question == "whole group":
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
     if question == "raise":
         raise KeyError("no such thing")
     return 2 * question
@@ -74,6 +83,38 @@ def test_a_cell_is_stopped_and_answers_again(doubling: cell.Cell, question: str,
         doubling.ask(question)
     assert time.process_time() - before < 1
     assert doubling.ask(4) == 8
+
+
+def test_a_cell_outlives_what_stops_the_program(doubling: cell.Cell) -> None:
+    assert doubling.ask("whole group") == "whole group" * 2
+
+
+def test_a_cell_that_was_killed_is_asked_once_more(doubling: cell.Cell, tmp_path: Path) -> None:
+    assert doubling.ask(3) == 6
+    doubling._process.kill()
+    assert doubling.ask(4) == 8
+    assert doubling.ask(["die once", str(tmp_path / "mark")]) == ["die once", str(tmp_path / "mark")] * 2
+    with pytest.raises(cell.DiedError, match=r"ended twice \(SIGKILL\), not for its time"):
+        doubling.ask("die")
+    assert doubling.ask(5) == 10
+
+
+def test_a_cell_ends_with_its_program() -> None:
+    code = (
+        "from lora_ft.foreign import cell\n"
+        "from tests.test_foreign import double\n"
+        "made = cell.Cell(double, seconds=0.5, memory_bytes=200 << 20)\n"
+        "print(made.ask(1), made._process.pid, flush=True)\n"
+    )
+    for end, status in (("", 0), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)):
+        done = subprocess.run([sys.executable, "-c", code + end], capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done.stderr
+        answer, process = map(int, done.stdout.split())
+        assert answer == 2
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{process}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_cell_has_no_environment_and_writes_no_file(doubling: cell.Cell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +163,22 @@ def test_a_template_that_was_stopped_is_not_tried_again() -> None:
         with pytest.raises(templates.TemplateError, match="takes more than 1 s"):
             templates.render(source, MESSAGES, special_tokens=SPECIAL)
     assert time.monotonic() - started < 1
+
+
+def test_a_template_whose_process_was_killed_is_not_banned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(question: Any) -> None:
+        raise cell.DiedError("the process it runs in was ended twice")
+
+    source = "{{ messages|length }} of them"
+    assert templates.render(source, MESSAGES, special_tokens=SPECIAL)[0] == "4 of them"
+    with monkeypatch.context() as patch:
+        patch.setattr(templates._RENDERER.cell, "ask", die)
+        with pytest.raises(templates.TemplateError, match="ended twice"):
+            templates.render(source, MESSAGES, special_tokens=SPECIAL)
+    assert templates.render(source, MESSAGES, special_tokens=SPECIAL)[0] == "4 of them"
+    assert templates._RENDERER.cell is not None
+    templates._RENDERER.cell._process.kill()
+    assert templates.render(source, MESSAGES[:3], special_tokens=SPECIAL)[0] == "3 of them"
 
 
 def test_a_template_that_bides_its_time_is_stopped() -> None:

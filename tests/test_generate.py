@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -173,6 +174,16 @@ def test_the_interval_of_many_rows_needs_little_memory(monkeypatch: pytest.Monke
     # The mean of 20,000 differences of spread 1 is known to 1.96 / sqrt(20,000).
     middle, half = after.mean - before.mean, 1.96 / rows**0.5
     assert (low, high) == (pytest.approx(middle - half, abs=half / 5), pytest.approx(middle + half, abs=half / 5))
+
+
+def test_of_few_rows_there_is_no_interval() -> None:
+    def losses_of(rows: int, mean: float) -> losses.Losses:
+        return losses.Losses(np.full(rows, mean), np.ones(rows), np.zeros(rows))
+
+    few, enough = losses.FEWEST_ROWS - 1, losses.FEWEST_ROWS
+    for rows in (1, few):
+        assert losses.difference_interval(losses_of(rows, 2.0), losses_of(rows, 1.0)) is None
+    assert losses.difference_interval(losses_of(enough, 2.0), losses_of(enough, 1.0)) == (-1.0, -1.0)
 
 
 def test_a_cache_written_in_place_is_the_cache_that_is_copied():

@@ -307,7 +307,7 @@ def test_a_base_stored_quantized(bases: dict[str, Path], tmp_path: Path, archite
 def test_a_delta_that_rounding_swallows_is_noticed(tmp_path: Path) -> None:
     folder = tiny.model_folder(tmp_path / "base", dtype="bfloat16")
     run = tiny.run(tmp_path / "adapter", folder, quant="none", dtype="float32", steps=4, lr=2e-5)
-    with pytest.raises(ProofError, match="--dtype"):
+    with pytest.raises(ProofError, match="Rounding to bfloat16 loses part of the adapter: try --dtype"):
         merge.merge(run.folder, tmp_path / "merged")
     report = json.loads((tmp_path / "merged" / merge.REPORT).read_text())
     assert report["dtype"] == "bfloat16"
@@ -317,6 +317,21 @@ def test_a_delta_that_rounding_swallows_is_noticed(tmp_path: Path) -> None:
     better = merge.merge(run.folder, tmp_path / "float32", dtype="float32")
     assert better["passes"]
     assert better["delta_survival"]["min"] > 0.99
+
+
+def test_rounding_is_blamed_only_where_it_is_to_blame(
+    quantized: tiny.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seal, "drift", lambda *_: 0.399)
+    for onto, told in (
+        ("original", "the original weights are not the quantized ones that training saw. Try --onto auto"),
+        ("dequantized", "all weights are rounded to float16: try --dtype float32. Try --onto auto"),
+    ):
+        with pytest.raises(ProofError, match=told) as caught:
+            merge.merge(quantized.folder, tmp_path / onto, onto=onto, dtype="float16")  # type: ignore[arg-type]
+        assert "loses part of the adapter" not in str(caught.value)
+        report = json.loads((tmp_path / onto / merge.REPORT).read_text())
+        assert report["delta_survival"]["min"] > merge.ENOUGH_SURVIVES
 
 
 def test_float16_that_overflows_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

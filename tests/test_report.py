@@ -402,6 +402,17 @@ def test_a_change_is_called_better_only_where_its_interval_leaves_out_zero(
     assert row["change"] == "−1.000"
 
 
+def test_of_few_rows_no_interval_is_told() -> None:
+    few = summary(metrics={"base": {"loss": 2.0}, "adapter": {"loss": 1.0, "loss_change_interval": None}})
+    card = report.card(few)
+    assert "No interval is given: the rows are too few for one." in card
+    assert "drawing the held-out rows anew" not in card
+    assert "drawing the held-out rows anew" in report.card(summary())
+    for text in (card, report.page(few)):
+        assert "None" not in text
+        assert "reaches across zero" not in text
+
+
 def test_what_is_missing_leaves_its_section_out() -> None:
     whole, bare = summary(), summary(metrics={}, samples=[], seal={}, files={}, fit={}, adapter_bytes=0)
     bare = dataclasses.replace(bare, data={"train": bare.data["train"], "eval": None})

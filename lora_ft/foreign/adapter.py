@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import AdapterError
-from lora_ft.foreign.cell import Cell, RaisedError, StoppedError
+from lora_ft.foreign.cell import Cell, DiedError, RaisedError, StoppedError
 from lora_ft.foreign.strictjson import bare, quoted
 
 MAX_RANK = 4096
@@ -167,6 +167,10 @@ def refuse_patterns(settings: Mapping[str, Any], model: Any, where: str) -> None
     try:
         simple = all(PLAIN.fullmatch(pattern) for pattern in patterns)
         lost = (unmatched if simple else cell.ask)([patterns, names])
+    except DiedError as why:
+        raise AdapterError(
+            f"{where}: its patterns were not matched with the names of the base's modules: {why}."
+        ) from None
     except (StoppedError, RaisedError) as why:
         raise AdapterError(
             f"{where}: to match its patterns ({_cut(patterns[0])}) with the names of the base's modules {why}: "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -18,10 +20,16 @@ MAX_ANSWER_BYTES = 64 * 2**20
 # The limit of processor time ends a busy process; this one ends a process that waits, or runs where there is no such
 # limit. Generous, for the machine may be busy with other work.
 PATIENCE_S = 30.0
+# The exit code of a process that the limit of `_count_down` ended; where there is no such signal, none has it.
+TIME_IS_UP = -getattr(signal, "SIGPROF", 1 << 16)
 
 
 class StoppedError(Exception):
     """The process was ended for the time it took, or its answer refused; the text says why."""
+
+
+class DiedError(Exception):
+    """The process ended twice before it had answered, by a hand other than this module's; the text says how."""
 
 
 class RaisedError(Exception):
@@ -49,21 +57,41 @@ class Cell:
         self._owner = 0
 
     def ask(self, question: Any) -> Any:
-        """Returns the answer. Raises RaisedError where the question failed, StoppedError where it took too much."""
+        """Returns the answer.
+
+        Raises:
+            RaisedError: the question failed; StoppedError: it took too much.
+            DiedError: the process was killed, and another one for the same question too.
+        """
         told = _bytes_of(question)
         with self._lock:
-            self._start()
             try:
-                self._pipe.send_bytes(told)
-                if not self._pipe.poll(PATIENCE_S + self.seconds):
-                    raise EOFError
-                kind, value = json.loads(self._pipe.recv_bytes())
-            except (EOFError, OSError):
-                self.close()
-                raise StoppedError(f"takes more than {self.seconds:g} s") from None
+                kind, value = self._answer(told)
+            # One may be killed by who has nothing to do with the question, such as a system short of memory.
+            except DiedError:
+                kind, value = self._answer(told)
         if kind == "answer":
             return value
         raise {"raised": RaisedError, "stopped": StoppedError}[kind](value)
+
+    def _answer(self, told: bytes) -> list[Any]:
+        self._start()
+        try:
+            self._pipe.send_bytes(told)
+            if self._pipe.poll(PATIENCE_S + self.seconds):
+                return json.loads(self._pipe.recv_bytes())
+            ended = TIME_IS_UP
+        except (EOFError, OSError):
+            # Its end of the pipe is closed, so it is about to end.
+            self._process.join(PATIENCE_S)
+            ended = self._process.exitcode
+        self.close()
+        if ended == TIME_IS_UP:
+            raise StoppedError(f"takes more than {self.seconds:g} s")
+        raise DiedError(
+            f"the process it runs in was ended twice ({_ending(ended)}), not for its time: see what kills processes on "
+            "this machine, such as a lack of memory, and try again"
+        )
 
     def close(self) -> None:
         """Ends the child; the next question starts another."""
@@ -85,13 +113,18 @@ class Cell:
         )
         self._process.start()
         theirs.close()
+        # `multiprocessing` ends its children by SIGTERM, which this one ignores, and waits for them; this comes before.
+        atexit.unregister(self.close)
+        atexit.register(self.close)
         self._owner = os.getpid()
 
 
 def _serve(answer: Answer, pipe: Any, parents: Any, seconds: float, memory_bytes: int) -> None:
     """Answers until the parent is gone."""
     parents.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What stops the program is sent to all its processes; this one is needed until the parent has stopped.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.environ.clear()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -116,6 +149,16 @@ def _serve(answer: Answer, pipe: Any, parents: Any, seconds: float, memory_bytes
             told = _bytes_of(["raised", str(error)[:2000]])
         _count_down(0)
         pipe.send_bytes(told)
+
+
+def _ending(exitcode: int | None) -> str:
+    """Returns in words how a process ended."""
+    if exitcode is None or exitcode >= 0:
+        return f"status {exitcode}"
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
 
 
 def _bytes_of(value: Any) -> bytes:

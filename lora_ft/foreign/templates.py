@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_ft.foreign.cell import Cell, RaisedError, StoppedError
+from lora_ft.foreign.cell import Cell, DiedError, RaisedError, StoppedError
 
 # The longest template of the hub has some 20 KB.
 MAX_CHARS = 256 * 2**10
@@ -63,7 +63,7 @@ class _Renderer:
         }
         try:
             text, found = self.cell.ask(question)
-        except RaisedError as error:
+        except (DiedError, RaisedError) as error:
             raise TemplateError(str(error)) from None
         except StoppedError as why:
             self.stopped[digest] = f"to write a conversation it {why}, as a chat template never does"
