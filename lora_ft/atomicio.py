@@ -22,10 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import StorageError
+from lora_ft.foreign.files import bytes_of, is_plain_name
+from lora_ft.foreign.strictjson import bare, quoted
 from lora_ft.redaction import redacted
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+# 200 bytes a file, and a folder of ours holds a few dozen.
+MAX_MANIFEST_BYTES = 1 << 20
 # Names of what was being written, and of what was being deleted, when a program was killed.
 DRAFT, DOOMED = ".tmp-", ".del-"
 CHUNK = 1 << 20
@@ -218,9 +222,12 @@ def move_in(staged: Path, place: Path, *, last: str) -> None:
     May be cut short and called again: what has been moved is known by its digest.
 
     Raises:
-        StorageError: a file is neither in `staged` nor in `place` as it was written, or cannot be moved.
+        StorageError: a file is neither in `staged` nor in `place` as it was written, is reached through a link, or
+            cannot be moved.
     """
     files = read_manifest(staged)["files"]
+    for name in files:
+        _refuse_way_out(place, name)
     for name in sorted(files, key=lambda name: (name == last, name)):
         if _damage(staged / name, files[name]) is None:
             with _told(place / name):
@@ -233,20 +240,30 @@ def move_in(staged: Path, place: Path, *, last: str) -> None:
 
 
 def read_manifest(place: Path) -> dict[str, Any]:
-    """Returns the manifest of a committed folder. Raises StorageError where it is not as it was written."""
+    """Returns the manifest of a committed folder, whose names are all of files in it.
+
+    Raises:
+        StorageError: it is not as it was written, or names what is not in the folder or is reached through a link.
+            Anybody can write a manifest with the right digest.
+    """
     file = place / MANIFEST
+    if not os.path.lexists(file):
+        raise StorageError(f"{file}: is not there, so nothing says that the folder is whole.")
+    _refuse_way_out(place, MANIFEST)
+    data = bytes_of(file, MAX_MANIFEST_BYTES, StorageError)
     try:
-        data = file.read_bytes()
         found = json.loads(data)
         whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
-    except FileNotFoundError:
-        raise StorageError(f"{file}: is not there, so nothing says that the folder is whole.") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise StorageError(f"{file}: cannot be read: {error}.") from None
     if not whole:
         raise StorageError(f"{file}: is not as it was written: its own digest differs.")
-    if found["format"] != FORMAT:
-        raise StorageError(f"{file}: has format {found['format']}; this version reads format {FORMAT}.")
+    if found.get("format") != FORMAT:
+        raise StorageError(f"{file}: has format {bare(str(found.get('format')))}; this version reads format {FORMAT}.")
+    if not isinstance(found.get("facts"), dict) or not _is_list_of_files(found.get("files")):
+        raise StorageError(f"{file}: holds no facts, or no sizes and digests of files: it was not written by lora-ft.")
+    for name in found["files"]:
+        _refuse_way_out(place, name)
     return found
 
 
@@ -318,6 +335,33 @@ def _manifest(place: Path, facts: dict[str, Any]) -> bytes:
         for path in _files(place)
     }
     return _sealed({"format": FORMAT, "facts": facts, "files": files})
+
+
+def _is_list_of_files(files: Any) -> bool:
+    """Returns whether it is an object of names, each with size and digest."""
+    return isinstance(files, dict) and all(
+        isinstance(kept, dict)
+        and kept.keys() == {"bytes", "sha256"}
+        and type(kept["bytes"]) is int
+        and isinstance(kept["sha256"], str)
+        for kept in files.values()
+    )
+
+
+def _refuse_way_out(place: Path, name: str) -> None:
+    """Raises StorageError where a name, as a manifest writes it, leads out of `place` or goes through a link."""
+    if not all(map(is_plain_name, name.split("/"))):
+        raise StorageError(
+            f"{place / MANIFEST}: names {quoted(name)}, which is no file in its folder: it was made to deceive; "
+            "delete the folder."
+        )
+    inner = place
+    for part in name.split("/"):
+        inner = inner / part
+        if inner.is_symlink():
+            raise StorageError(
+                f"{inner}: it is a link, to what may be no part of the folder: put the file itself there."
+            )
 
 
 def _sealed(content: dict[str, Any]) -> bytes:

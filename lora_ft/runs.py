@@ -150,8 +150,9 @@ def _locked(out: Path) -> Iterator[None]:
 def _run(
     config: RunConfig, examples: Sequence[Example] | None, held_out: Sequence[Example] | None, console: Console
 ) -> Run:
-    started.clear_up(config.out)
+    started.sweep(config.out)
     started.refuse_to_overwrite(config)
+    started.clear_up(config.out)
     trained = config.resume and started.is_trained(config.out)
     if config.resume and not trained:
         checkpoints.newest(config.out / train.CHECKPOINTS)

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_ft import atomicio
-from lora_ft.errors import SourceError, UnsupportedModelError
+from lora_ft.errors import SourceError
 from lora_ft.foreign import gguf, tensors
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, is_plain_name, object_of, refuse_links_out
 
@@ -383,20 +382,7 @@ def _from_gguf(path: Path) -> Source:
 
 def _dequantize_gguf(file: Path, fresh: atomicio.Draft) -> None:
     """Writes the model in `file` as bfloat16 safetensors with config, tokenizer and chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     log.info("dequantizing %s, once", file.name)
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "local_files_only": True}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            **where,
-            trust_remote_code=False,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-    except (ValueError, LookupError, NotImplementedError, ArithmeticError, MemoryError, struct.error) as error:
-        raise UnsupportedModelError(f"{file.name}: transformers cannot read this GGUF file: {error}") from None
+    model, tokenizer = gguf.load(file)
     fresh.library(model.save_pretrained)
     fresh.library(tokenizer.save_pretrained)

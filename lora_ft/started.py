@@ -10,6 +10,7 @@ from typing import Any
 from lora_ft import atomicio, checkpoints, environment, saved
 from lora_ft.config import RunConfig, plain
 from lora_ft.errors import ConfigError, StorageError
+from lora_ft.foreign.files import object_of
 from lora_ft.train import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -40,19 +41,33 @@ def is_trained(out: Path) -> bool:
     return (out / environment.FILE).is_file() or (out / CHECKPOINTS / saved.STAGED).is_dir()
 
 
-def clear_up(out: Path) -> None:
-    """Removes what a run that was killed left half written in its folder, and finishes what it had begun to move."""
+def sweep(out: Path) -> None:
+    """Removes what a run that was killed left half written in its folder; nothing that has a name of its own.
+
+    Raises:
+        StorageError: a folder in it is a link, so what is swept could be somebody's.
+    """
+    for place in (out / CHECKPOINTS, out / CHECKPOINTS / saved.STAGED):
+        if place.is_symlink():
+            raise StorageError(f"{place}: it is a link, and what is behind it may be somebody's: put the folder there.")
     begun = (out / CHECKPOINTS / FILE).is_file()
     if not begun and (out / CHECKPOINTS).is_dir():
         # Killed in its very first write: nothing is there but a draft of that file.
         if all(path.name.startswith(f"{atomicio.DRAFT}{FILE}") for path in (out / CHECKPOINTS).iterdir()):
             atomicio.remove(out / CHECKPOINTS)
-        return
     # Only in a folder of ours: in another, such a file is somebody's.
-    if begun or (out / environment.FILE).is_file():
+    elif begun or (out / environment.FILE).is_file():
         for place in (out, out / CHECKPOINTS):
             atomicio.sweep(place)
-    if (out / CHECKPOINTS / saved.STAGED).is_dir():
+
+
+def clear_up(out: Path) -> None:
+    """Sweeps the folder of a run that was killed, and finishes what it had begun to move.
+
+    Moving writes over files, so it comes after `refuse_to_overwrite`.
+    """
+    sweep(out)
+    if (out / CHECKPOINTS / FILE).is_file() and (out / CHECKPOINTS / saved.STAGED).is_dir():
         try:
             move_in_adapter(out)
         except StorageError as error:
@@ -80,7 +95,7 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     now |= _flat({"rows": facts, "tokenizer": {"sha256": tokenizer_sha256}, "weights": base})
     now = json.loads(json.dumps(now))
     if config.resume:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = object_of(path, StorageError, any_number=True)
         unknown = [key for key in config.allow_changed if key not in now.keys() | before.keys()]
         if unknown:
             raise ConfigError(f"allow-changed: a run has no key {unknown[0]}; its keys are {', '.join(sorted(now))}.")

@@ -194,3 +194,51 @@ def test_lines_are_appended_one_by_one(tmp_path):
     for line in ("a", "b"):
         atomicio.append(tmp_path / "m.jsonl", line)
     assert (tmp_path / "m.jsonl").read_bytes() == b"a\nb\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../../x", "", ".", "a//b", "a\\b", "C:x", "a\n", "./a", "inner/.."]
+)
+def test_a_manifest_names_files_of_its_folder_alone(tmp_path, name):
+    place = make(tmp_path / "f")
+    (tmp_path / "x").write_text("x")
+    content = json.loads((place / atomicio.MANIFEST).read_bytes())
+    content.pop("sha256")
+    content["files"][name] = content["files"].pop("b.json")
+    (place / atomicio.MANIFEST).write_bytes(atomicio._sealed(content))
+    for action in (atomicio.verify, lambda place: atomicio.move_in(place, tmp_path, last="b.json")):
+        with pytest.raises(StorageError, match="which is no file in its folder"):
+            action(place)
+
+
+def test_nothing_is_read_or_moved_through_a_link(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "c.txt").write_text("c")
+    place = make(tmp_path / "run" / "f")
+    (tmp_path / "run" / "inner").symlink_to("../mine")
+    with pytest.raises(StorageError, match=r"run/inner: it is a link"):
+        atomicio.move_in(place, tmp_path / "run", last="b.json")
+    shutil.rmtree(place / "inner")
+    (place / "inner").symlink_to("../../mine")
+    with pytest.raises(StorageError, match=r"f/inner: it is a link"):
+        atomicio.verify(place)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": ["b.json"]},
+        {"files": {"b.json": 5}},
+        {"files": {"b.json": {"bytes": "5", "sha256": "0"}}},
+        {"files": {"b.json": {"bytes": 5, "sha256": None}}},
+        {"files": None},
+        {"facts": []},
+    ],
+)
+def test_a_manifest_of_the_wrong_types_is_no_traceback(tmp_path, change):
+    place = make(tmp_path / "f")
+    content = json.loads((place / atomicio.MANIFEST).read_bytes()) | change
+    content.pop("sha256")
+    (place / atomicio.MANIFEST).write_bytes(atomicio._sealed(content))
+    with pytest.raises(StorageError, match="was not written by lora-ft"):
+        atomicio.verify(place)

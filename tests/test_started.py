@@ -8,7 +8,7 @@ import pytest
 
 from lora_ft import atomicio, environment, runs, saved, started, train
 from lora_ft.config import DataConfig, RunConfig, TrainConfig
-from lora_ft.errors import ConfigError, StorageError
+from lora_ft.errors import ConfigError, LoraFtError, StorageError
 from tests import tiny
 from tests.reliability.disks import Failing
 
@@ -153,3 +153,62 @@ def test_an_adapter_that_was_damaged_before_it_was_moved_is_left_aside(trained, 
     assert not started.is_trained(tmp_path)
     assert f"is left aside as {saved.STAGED}.corrupt" in caplog.text
     assert json.loads((staged.parent / f"{saved.STAGED}.corrupt" / environment.FILE).read_text())
+
+
+def manifest(staged: Path, **files: Path) -> None:
+    """Writes a manifest with the right digests, as anybody can."""
+    kept = {name: {"bytes": p.stat().st_size, "sha256": environment.file_sha256(p)} for name, p in files.items()}
+    content = {"format": 1, "facts": {}, "files": kept}
+    (staged / atomicio.MANIFEST).write_bytes(atomicio._sealed(content))
+
+
+@pytest.fixture
+def deceitful(tmp_path: Path) -> Path:
+    """A downloaded run whose staged adapter would be moved onto the user's `.bashrc`, two folders above it."""
+    (tmp_path / ".bashrc").write_text("mine")
+    out = tmp_path / "downloads" / "run"
+    keep(out)
+    staged = out / train.CHECKPOINTS / saved.STAGED
+    staged.mkdir()
+    (out / ".bashrc").write_text("evil")
+    (staged / environment.FILE).write_text("{}")
+    manifest(staged, **{"../../.bashrc": out / ".bashrc", environment.FILE: staged / environment.FILE})
+    return out
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_downloaded_run_writes_over_no_file_outside_its_folder(deceitful: Path, resume: bool) -> None:
+    with pytest.raises(LoraFtError):
+        runs.run(config(deceitful, resume=resume))
+    assert (deceitful.parents[1] / ".bashrc").read_text() == "mine"
+
+
+def test_a_finished_move_comes_after_the_refusal_to_overwrite(trained, tmp_path, monkeypatch) -> None:
+    keep(tmp_path)
+    monkeypatch.setattr(runs.started, "move_in_adapter", lambda out: None)
+    save(trained, tmp_path)
+    monkeypatch.undo()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
+        runs.run(config(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", [train.CHECKPOINTS, f"{train.CHECKPOINTS}/{saved.STAGED}"])
+def test_what_is_behind_a_link_is_neither_swept_nor_moved(tmp_path: Path, place: str) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "run"
+    mine.mkdir()
+    (mine / started.FILE).write_text("{}")
+    (mine / ".tmp-mine").write_text("mine")
+    (out / place).parent.mkdir(parents=True)
+    (out / place).symlink_to(mine)
+    with pytest.raises(StorageError, match="it is a link"):
+        started.clear_up(out)
+    assert (mine / ".tmp-mine").exists()
+
+
+def test_a_record_of_the_start_that_is_none_is_named(tmp_path: Path) -> None:
+    keep(tmp_path)
+    (tmp_path / train.CHECKPOINTS / started.FILE).write_text("[1]")
+    with pytest.raises(StorageError, match=r"run\.json: it holds a list, not an object"):
+        keep(tmp_path, resume=True)

@@ -20,19 +20,28 @@ MAX_CONFIG_BYTES = 4 * MB
 MAX_TOKENIZER_BYTES = 128 * MB
 
 
-def text_of(path: Path, most_bytes: int, error: type[LoraFtError]) -> str:
-    """Returns the text of a file. Raises `error` where it is no plain file, too large or not UTF-8."""
+def bytes_of(path: Path, most_bytes: int, error: type[LoraFtError]) -> bytes:
+    """Returns the bytes of a file. Raises `error` where it is no plain file, or too large."""
     try:
         if path.exists() and not path.is_file():
             raise error(f"{path}: it is no plain file.")
         size = path.stat().st_size
         if size > most_bytes:
             raise error(f"{path}: it has {size:,} bytes; such a file has {most_bytes:,} at most.")
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
+    except OSError as why:
+        # Also an error of ours that is one of the system's kind.
+        if isinstance(why, LoraFtError):
+            raise
+        raise error(f"{path}: cannot be read: {why.strerror or why}.") from None
+
+
+def text_of(path: Path, most_bytes: int, error: type[LoraFtError]) -> str:
+    """Returns the text of a file. Raises `error` where it is no plain file, too large or not UTF-8."""
+    try:
+        return bytes_of(path, most_bytes, error).decode()
     except UnicodeDecodeError as why:
         raise error(f"{path}: cannot be read: byte {why.start + 1} is not UTF-8.") from None
-    except OSError as why:
-        raise error(f"{path}: cannot be read: {why.strerror or why}.") from None
 
 
 def object_of(
