@@ -26,8 +26,8 @@ from lora_ft.redaction import redacted
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-# Names of what was being written, and of what was being deleted, when a program was killed.
-DRAFT, DOOMED = ".tmp-", ".del-"
+# Names of what was being written, deleted, or exchanged for a new one, when a program was killed.
+DRAFT, DOOMED, OLD = ".tmp-", ".del-", ".old-"
 CHUNK = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -168,13 +168,15 @@ class Draft:
         with _told(self.path):
             disk.library(self.path, writer)
 
-    def commit(self, place: Path, facts: dict[str, Any] | None = None) -> None:
+    def commit(self, place: Path, facts: dict[str, Any] | None = None, *, exchange: bool = False) -> None:
         """Brings all files to the disk, and then the folder to `place`, which may be an empty folder.
 
         Where another process has put a folder there in the meantime, that one stays.
 
         Args:
             facts: what the manifest is to say besides its list of files; without them none is written.
+            exchange: the folder that is there makes room, once this one is whole on the disk. Killed between the two
+                renames, `sweep` gives that one its name back.
         """
         with _told(place):
             for file in _files(self.path):
@@ -185,9 +187,23 @@ class Draft:
                 disk.write(self.path / MANIFEST, _manifest(self.path, facts))
                 disk.sync(self.path / MANIFEST)
             disk.sync(self.path)
-            if not (place.is_dir() and any(place.iterdir())):
+            if exchange and place.exists():
+                self._exchange(place)
+            elif not (place.is_dir() and any(place.iterdir())):
                 disk.rename(self.path, place)
                 disk.sync(place.parent)
+
+    def _exchange(self, place: Path) -> None:
+        old = place.with_name(f"{OLD}{place.name}-{secrets.token_hex(4)}")
+        disk.rename(place, old)
+        try:
+            disk.rename(self.path, place)
+        except OSError:
+            with suppress(OSError):
+                disk.rename(old, place)
+            raise
+        disk.sync(place.parent)
+        _forget(old)
 
     def discard(self) -> None:
         """Removes what was not committed."""
@@ -293,7 +309,14 @@ def set_aside(place: Path) -> Path:
 
 
 def sweep(place: Path) -> None:
-    """Removes what programs that were killed have left half written or half deleted in a folder."""
+    """Removes what programs that were killed have left half written or half deleted in a folder.
+
+    What was to make room for a new one, and has none, gets its name back.
+    """
+    for path in place.glob(f"{OLD}*"):
+        name = path.name.removeprefix(OLD).rpartition("-")[0]
+        with _told(path):
+            disk.remove(path) if (place / name).exists() else disk.rename(path, place / name)
     for pattern in (f"{DRAFT}*", f"{DOOMED}*"):
         for path in place.glob(pattern):
             with _told(path):

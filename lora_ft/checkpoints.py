@@ -145,9 +145,8 @@ class Checkpoints:
         try:
             with atomicio.draft(place) as draft:
                 self._write(draft, adapter, best)
-                if place.exists():
-                    atomicio.remove(place)
-                draft.commit(place, {"step": step})
+                # Saved before where a signal ended its evaluation.
+                draft.commit(place, {"step": step}, exchange=True)
         except StorageError as error:
             kept = [path.name for path in found(folder)]
             log.warning(

@@ -122,6 +122,36 @@ def test_litter_of_a_killed_run_is_swept_when_it_goes_on(tmp_path, folder):
     assert not list(place.parent.glob(".*"))
 
 
+class Dead(BaseException):
+    """The program is dead."""
+
+
+def test_a_step_saved_again_is_never_without_its_checkpoint(tmp_path, folder, monkeypatch):
+    rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
+    settings = {"steps": 6, "eval_steps": 3, "batch_size": 4}
+    _, weights = fit(tmp_path / "whole", folder, rows, held_out, **settings)
+    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(train.losses, "of_rows", stop)
+        fit(tmp_path / "run", folder, rows, held_out, **settings)
+
+    class Dies(atomicio.Disk):
+        def rename(self, old, new):
+            if new.name == "checkpoint-3":
+                raise Dead
+            super().rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomicio, "disk", Dies())
+        patch.setattr(atomicio, "_forget", lambda path: None)
+        with pytest.raises(Dead):
+            fit(tmp_path / "run", folder, rows, held_out, resume=True, **settings)
+    assert not checkpoints.found(tmp_path / "run" / train.CHECKPOINTS)
+    _, again = fit(tmp_path / "run", folder, rows, held_out, resume=True, **settings)
+    assert same(again, weights)
+    assert not list((tmp_path / "run" / train.CHECKPOINTS).glob(".*"))
+
+
 class NoRoom(atomicio.Disk):
     def free_bytes(self, folder):
         return 10_000
