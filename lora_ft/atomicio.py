@@ -257,10 +257,12 @@ def read_manifest(place: Path) -> dict[str, Any]:
         whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
     except FileNotFoundError:
         raise StorageError(f"{file}: is not there, so nothing says that the folder is whole.") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise StorageError(f"{file}: cannot be read: {error}.") from None
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}.") from None
+    except (ValueError, AttributeError) as error:
+        raise StorageError.of_damage(f"{file}: cannot be read: {error}.") from None
     if not whole:
-        raise StorageError(f"{file}: is not as it was written: its own digest differs.")
+        raise StorageError.of_damage(f"{file}: is not as it was written: its own digest differs.")
     if found["format"] != FORMAT:
         raise StorageError(f"{file}: has format {found['format']}; this version reads format {FORMAT}.")
     return found
@@ -270,13 +272,21 @@ def verify(place: Path) -> dict[str, Any]:
     """Returns the facts in the manifest of a folder, every file of which has the size and sha256 written there.
 
     Raises:
-        StorageError: names each file that is missing or is not as it was written.
+        StorageError: names each file that is missing or is not as it was written, which is `damaged`, or that cannot
+            be read.
     """
-    manifest = read_manifest(place)
-    damages = {name: _damage(place / name, kept) for name, kept in manifest["files"].items()}
-    problems = [f"{name} {damage}" for name, damage in damages.items() if damage]
-    if problems:
-        raise StorageError(f"{place}: {'; '.join(problems)}.")
+    manifest, damages, unread = read_manifest(place), [], []
+    for name, kept in manifest["files"].items():
+        try:
+            damage = _damage(place / name, kept)
+        except OSError as error:
+            unread.append(f"{name} cannot be read: {error.strerror}")
+        else:
+            damages += [f"{name} {damage}"] if damage else []
+    if damages or unread:
+        told = StorageError(f"{place}: {'; '.join(damages + unread)}.")
+        told.damaged = bool(damages)
+        raise told
     return manifest["facts"]
 
 
@@ -350,10 +360,13 @@ def _sealed(content: dict[str, Any]) -> bytes:
 
 
 def _damage(path: Path, kept: dict[str, Any]) -> str | None:
-    """Returns what is wrong with a file, or None where it is as the manifest has it."""
-    if not path.is_file():
+    """Returns what is wrong with a file, or None where it is as the manifest has it. Raises OSError."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
         return "is missing"
-    size = path.stat().st_size
+    if not path.is_file():
+        return "is no file"
     if size != kept["bytes"]:
         return f"has {size} bytes, not {kept['bytes']}"
     return None if _sha256(path) == kept["sha256"] else "has the right size but other bytes than were written"

@@ -50,20 +50,32 @@ def found(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path:
-    """Returns the newest whole checkpoint in a folder. Damaged ones on the way are named, and renamed `.corrupt`.
+    """Returns the newest whole checkpoint in a folder.
+
+    On the way to it, those of other bytes than were written are named, and renamed `.corrupt`. Those that cannot be
+    read, or are not of this module, are named and left as they are.
 
     Raises:
         AdapterError: there is none, or none that is whole; training never starts anew unasked.
     """
-    damaged = []
+    damaged, passed = [], []
     for place in reversed(found(folder)):
         try:
             atomicio.verify(place)
         except StorageError as error:
-            log.warning("%s is left aside as %s: %s", place.name, atomicio.set_aside(place).name, error)
-            damaged.append(place.name)
+            if error.damaged:
+                log.warning("%s is left aside as %s: %s", place.name, atomicio.set_aside(place).name, error)
+                damaged.append(place.name)
+            else:
+                log.warning("%s is passed over: %s", place.name, error)
+                passed.append(str(error))
             continue
         return place
+    if passed:
+        raise AdapterError(
+            f"{folder}: no checkpoint could be read, though they may be whole: {' '.join(passed)} Mend that and go on "
+            "with --resume, or train into another folder."
+        )
     if damaged:
         raise AdapterError(f"{folder}: no checkpoint is whole ({', '.join(damaged)}); start anew without --resume.")
     raise AdapterError(f"{folder}: there is no checkpoint to resume from; run without --resume.")
@@ -238,6 +250,8 @@ class Checkpoints:
         try:
             atomicio.verify(place)
         except StorageError as error:
+            if not error.damaged and place.is_dir():
+                raise
             aside = atomicio.set_aside(place) if place.is_dir() else place
             raise StorageError(
                 f"The adapter of the best evaluation, {aside.name}, is lost: {error} Go on with --resume from another."

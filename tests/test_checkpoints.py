@@ -91,9 +91,54 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, folde
     assert done.steps == 6
 
 
+def unreadable(monkeypatch, place: Path, number: int, name: str) -> None:
+    """Has a file of a checkpoint fail to be read, as a disk or a limit of the system does."""
+    opened = Path.open
+
+    def fail(self, *args, **kwargs):
+        if self == place / name:
+            raise OSError(number, os.strerror(number), str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_left_as_it_is(
+    tmp_path, folder, monkeypatch, caplog, number, name
+):
+    older, newest = (saved(tmp_path / f"checkpoint-{step}") for step in (3, 4))
+    with monkeypatch.context() as patch:
+        unreadable(patch, newest, number, name)
+        assert checkpoints.newest(tmp_path) == older
+        unreadable(patch, older, number, name)
+        with pytest.raises(AdapterError, match=r"no checkpoint could be read, though they may be whole: .*cannot be"):
+            checkpoints.newest(tmp_path)
+    assert f"checkpoint-4 is passed over: {newest}" in caplog.text
+    assert os.strerror(number) in caplog.text
+    assert checkpoints.newest(tmp_path) == newest
+
+
+def test_a_checkpoint_of_a_newer_version_is_no_damaged_one(tmp_path, monkeypatch):
+    older = saved(tmp_path / "checkpoint-3")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomicio, "FORMAT", 99)
+        newest = saved(tmp_path / "checkpoint-4")
+    assert checkpoints.newest(tmp_path) == older
+    assert newest.is_dir()
+
+
+def saved(place: Path) -> Path:
+    """Returns a folder that is written as a checkpoint is."""
+    with atomicio.folder(place, {"step": checkpoints.step_of(place)}) as draft:
+        draft.write("optimizer.safetensors", "numbers")
+    return place
+
+
 def test_where_no_checkpoint_is_whole_nothing_starts_from_the_beginning(tmp_path, folder):
     place = stopped(tmp_path / "run", folder)
-    (place / atomicio.MANIFEST).unlink()
+    (place / checkpoints.ADAPTER).unlink()
     with pytest.raises(AdapterError, match=r"no checkpoint is whole \(checkpoint-3\); start anew without --resume"):
         resumed(tmp_path / "run", folder)
 

@@ -17,7 +17,10 @@ def main() -> None:
     kills, names, rivals, draws, every, changes = (6, 5, 2, 6, 40, 300) if small else (500, 500, 100, 50, 1, 1000)
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
-        places = {name: Path(scratch) / name for name in ("kill", "evaluated", "resume", "full", "small", "corrupt", "signals")}
+        places = {
+            name: Path(scratch) / name
+            for name in ("kill", "evaluated", "resume", "full", "small", "corrupt", "signals")
+        }
         for place in places.values():
             place.mkdir()
         tally = kill.ours(places["kill"], kills)
