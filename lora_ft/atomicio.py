@@ -26,6 +26,7 @@ from lora_ft.redaction import redacted
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MAX_SEALED_BYTES = 16 << 20
 # Names of what was being written, deleted, or exchanged for a new one, when a program was killed.
 DRAFT, DOOMED, OLD = ".tmp-", ".del-", ".old-"
 CHUNK = 1 << 20
@@ -116,6 +117,33 @@ def write(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
     """Writes a JSON file without any secrets in it, as `write` does."""
     write(path, _json(value, sort_keys))
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that holds a digest of itself, without any secrets in it, as `write` does."""
+    write(path, _sealed({"format": FORMAT, "content": json.loads(redacted(json.dumps(content)))}))
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """Returns what `write_sealed` wrote. Raises StorageError, ending in `remedy`, where it is not as it was written."""
+    try:
+        if path.stat().st_size > MAX_SEALED_BYTES:
+            raise StorageError.of_damage(f"{path}: is larger than {MAX_SEALED_BYTES:,} bytes; {remedy}")
+        data = path.read_bytes()
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path}: cannot be read: {error.strerror}.") from None
+    try:
+        found = json.loads(data)
+        whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
+    except (ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise StorageError.of_damage(f"{path}: is not as it was written: its own digest differs; {remedy}")
+    if found["format"] != FORMAT:
+        raise StorageError(f"{path}: has format {found['format']}; this version reads format {FORMAT}.")
+    return found["content"]
 
 
 def append(path: Path, line: str) -> None:
