@@ -199,12 +199,13 @@ class Draft:
     def commit(self, place: Path, facts: dict[str, Any] | None = None, *, exchange: bool = False) -> None:
         """Brings all files to the disk, and then the folder to `place`, which may be an empty folder.
 
-        Where another process has put a folder there in the meantime, that one stays.
-
         Args:
             facts: what the manifest is to say besides its list of files; without them none is written.
             exchange: the folder that is there makes room, once this one is whole on the disk. Killed between the two
                 renames, `sweep` gives that one its name back.
+
+        Raises:
+            StorageError: also where a folder is there that is not empty, and was not to be exchanged.
         """
         with _told(place):
             for file in _files(self.path):
@@ -217,9 +218,13 @@ class Draft:
             disk.sync(self.path)
             if exchange and place.exists():
                 self._exchange(place)
-            elif not (place.is_dir() and any(place.iterdir())):
-                disk.rename(self.path, place)
-                disk.sync(place.parent)
+                return
+            if _is_taken(place):
+                raise StorageError(
+                    f"{place}: is there already, and stays as it is: remove it, or choose another place."
+                )
+            disk.rename(self.path, place)
+            disk.sync(place.parent)
 
     def _exchange(self, place: Path) -> None:
         old = place.with_name(f"{OLD}{place.name}-{secrets.token_hex(4)}")
@@ -254,6 +259,18 @@ def folder(place: Path, facts: dict[str, Any] | None = None) -> Iterator[Draft]:
     with draft(place) as made:
         yield made
         made.commit(place, facts)
+
+
+@contextmanager
+def cached(place: Path) -> Iterator[Draft]:
+    """Yields a draft as `folder` does. Where another process has made `place` in the meantime, that one stays."""
+    with draft(place) as made:
+        yield made
+        try:
+            made.commit(place)
+        except StorageError:
+            if not _is_taken(place):
+                raise
 
 
 def move_in(staged: Path, place: Path, *, last: str) -> None:
@@ -367,6 +384,10 @@ def _json(value: Any, sort_keys: bool) -> str:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{DRAFT}{path.name}-{secrets.token_hex(4)}")
+
+
+def _is_taken(place: Path) -> bool:
+    return place.is_dir() and any(place.iterdir())
 
 
 def _files(place: Path) -> list[Path]:

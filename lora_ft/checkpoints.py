@@ -301,8 +301,12 @@ class Checkpoints:
         trainer: Any = self
         place = Path(output_dir or trainer.args.output_dir)
         staged = place / "staged-model"
+        if staged.exists():  # of a save that failed, with the weights of then
+            atomicio.remove(staged)
         with atomicio.folder(staged, {}) as draft:
             draft.library(lambda folder: trainer.model.save_pretrained(folder, state_dict=state_dict))
+            if trainer.processing_class is not None:
+                draft.library(trainer.processing_class.save_pretrained)
         atomicio.move_in(staged, place, last="")
 
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 FILE = "run.json"
 LOST = (
-    "nothing says how the run was started, unless another version of lora-ft began it: put the file back, or start anew "
+    "nothing says how the run was started, or another version of lora-ft began it: put the file back, or start anew "
     "in another folder."
 )
 # What may change when a run is resumed: none of it changes the adapter, as the digests of rows and base may not.

@@ -93,6 +93,20 @@ def test_a_folder_appears_whole_with_a_manifest_and_the_modes_of_the_umask(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+def test_a_folder_that_is_there_is_never_passed_over_in_silence(tmp_path):
+    make(tmp_path / "f")
+    with pytest.raises(StorageError, match="f: is there already, and stays as it is: remove it"):
+        make(tmp_path / "f")
+    with atomicio.cached(tmp_path / "f") as draft:  # what another process made first will do
+        draft.write("b.json", "[]")
+    atomicio.verify(tmp_path / "f")
+    (tmp_path / "g").mkdir()
+    with atomicio.cached(tmp_path / "g") as draft:
+        draft.write("b.json", "[]")
+    assert (tmp_path / "g" / "b.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "g"]
+
+
 def test_a_full_disk_at_any_call_leaves_no_folder_and_no_litter(tmp_path, monkeypatch):
     total = calls(lambda: make(tmp_path / "f"))
     shutil.rmtree(tmp_path / "f")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -335,6 +336,31 @@ def test_any_trainer_can_have_these_checkpoints(tmp_path, folder):
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
+
+
+def test_a_model_saved_after_a_save_that_failed_has_the_weights_of_now(tmp_path, folder, monkeypatch):
+    trainer = plain(folder, tmp_path / "run")
+    trainer.processing_class = tiny.tokenizer()
+
+    class NoMove(atomicio.Disk):
+        def rename(self, old, new):
+            if old.parent.name == "staged-model":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomicio, "disk", NoMove())
+        with pytest.raises(StorageError, match="No space left"):
+            trainer.save_model(str(tmp_path / "saved"))
+    with torch.no_grad():
+        for parameter in adapters.trained(trainer.model).values():
+            parameter.add_(1.0)
+    trainer.save_model(str(tmp_path / "saved"))
+    found, now = load_file(tmp_path / "saved" / "adapter_model.safetensors"), get_peft_model_state_dict(trainer.model)
+    assert same(found, now)
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    assert "staged-model" not in names
 
 
 def test_a_new_run_does_not_mix_its_checkpoints_with_another(tmp_path, folder):
