@@ -28,10 +28,11 @@ from lora_ft.redaction import redacted
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MAX_SEALED_BYTES = 16 << 20
 # 200 bytes a file, and a folder of ours holds a few dozen.
 MAX_MANIFEST_BYTES = 1 << 20
-# Names of what was being written, and of what was being deleted, when a program was killed.
-DRAFT, DOOMED = ".tmp-", ".del-"
+# Names of what was being written, deleted, or exchanged for a new one, when a program was killed.
+DRAFT, DOOMED, OLD = ".tmp-", ".del-", ".old-"
 CHUNK = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -122,6 +123,35 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
     write(path, _json(value, sort_keys))
 
 
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file that holds a digest of itself, without any secrets in it, as `write` does."""
+    write(path, _sealed({"format": FORMAT, "content": json.loads(redacted(json.dumps(content)))}))
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """Returns what `write_sealed` wrote. Raises StorageError, ending in `remedy`, where it is not as it was written."""
+    try:
+        if path.stat().st_size > MAX_SEALED_BYTES:
+            raise StorageError.of_damage(f"{path}: is larger than {MAX_SEALED_BYTES:,} bytes; {remedy}")
+        data = path.read_bytes()
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path}: cannot be read: {error.strerror}.") from None
+    try:
+        found = json.loads(data)
+        whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
+    except (ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise StorageError.of_damage(f"{path}: is not as it was written: its own digest differs; {remedy}")
+    if found.get("format") != FORMAT:
+        raise StorageError(f"{path}: has format {bare(str(found.get('format')))}; this version reads format {FORMAT}.")
+    if not isinstance(found.get("content"), dict):
+        raise StorageError(f"{path}: holds no object: it was not written by lora-ft.")
+    return found["content"]
+
+
 def append(path: Path, line: str) -> None:
     """Writes one line at the end of a file; a crash may leave the last line cut short. Raises StorageError."""
     with _told(path):
@@ -172,13 +202,16 @@ class Draft:
         with _told(self.path):
             disk.library(self.path, writer)
 
-    def commit(self, place: Path, facts: dict[str, Any] | None = None) -> None:
+    def commit(self, place: Path, facts: dict[str, Any] | None = None, *, exchange: bool = False) -> None:
         """Brings all files to the disk, and then the folder to `place`, which may be an empty folder.
-
-        Where another process has put a folder there in the meantime, that one stays.
 
         Args:
             facts: what the manifest is to say besides its list of files; without them none is written.
+            exchange: the folder that is there makes room, once this one is whole on the disk. Killed between the two
+                renames, `sweep` gives that one its name back.
+
+        Raises:
+            StorageError: also where a folder is there that is not empty, and was not to be exchanged.
         """
         with _told(place):
             for file in _files(self.path):
@@ -189,9 +222,27 @@ class Draft:
                 disk.write(self.path / MANIFEST, _manifest(self.path, facts))
                 disk.sync(self.path / MANIFEST)
             disk.sync(self.path)
-            if not (place.is_dir() and any(place.iterdir())):
-                disk.rename(self.path, place)
-                disk.sync(place.parent)
+            if exchange and place.exists():
+                self._exchange(place)
+                return
+            if _is_taken(place):
+                raise StorageError(
+                    f"{place}: is there already, and stays as it is: remove it, or choose another place."
+                )
+            disk.rename(self.path, place)
+            disk.sync(place.parent)
+
+    def _exchange(self, place: Path) -> None:
+        old = place.with_name(f"{OLD}{place.name}-{secrets.token_hex(4)}")
+        disk.rename(place, old)
+        try:
+            disk.rename(self.path, place)
+        except OSError:
+            with suppress(OSError):
+                disk.rename(old, place)
+            raise
+        disk.sync(place.parent)
+        _forget(old)
 
     def discard(self) -> None:
         """Removes what was not committed."""
@@ -214,6 +265,18 @@ def folder(place: Path, facts: dict[str, Any] | None = None) -> Iterator[Draft]:
     with draft(place) as made:
         yield made
         made.commit(place, facts)
+
+
+@contextmanager
+def cached(place: Path) -> Iterator[Draft]:
+    """Yields a draft as `folder` does. Where another process has made `place` in the meantime, that one stays."""
+    with draft(place) as made:
+        yield made
+        try:
+            made.commit(place)
+        except StorageError:
+            if not _is_taken(place):
+                raise
 
 
 def move_in(staged: Path, place: Path, *, last: str) -> None:
@@ -255,9 +318,9 @@ def read_manifest(place: Path) -> dict[str, Any]:
         found = json.loads(data)
         whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
     except (ValueError, AttributeError, RecursionError) as error:
-        raise StorageError(f"{file}: cannot be read: {error}.") from None
+        raise StorageError.of_damage(f"{file}: cannot be read: {error}.") from None
     if not whole:
-        raise StorageError(f"{file}: is not as it was written: its own digest differs.")
+        raise StorageError.of_damage(f"{file}: is not as it was written: its own digest differs.")
     if found.get("format") != FORMAT:
         raise StorageError(f"{file}: has format {bare(str(found.get('format')))}; this version reads format {FORMAT}.")
     if not isinstance(found.get("facts"), dict) or not _is_list_of_files(found.get("files")):
@@ -271,13 +334,21 @@ def verify(place: Path) -> dict[str, Any]:
     """Returns the facts in the manifest of a folder, every file of which has the size and sha256 written there.
 
     Raises:
-        StorageError: names each file that is missing or is not as it was written.
+        StorageError: names each file that is missing or is not as it was written, which is `damaged`, or that cannot
+            be read.
     """
-    manifest = read_manifest(place)
-    damages = {name: _damage(place / name, kept) for name, kept in manifest["files"].items()}
-    problems = [f"{name} {damage}" for name, damage in damages.items() if damage]
-    if problems:
-        raise StorageError(f"{place}: {'; '.join(problems)}.")
+    manifest, damages, unread = read_manifest(place), [], []
+    for name, kept in manifest["files"].items():
+        try:
+            damage = _damage(place / name, kept)
+        except OSError as error:
+            unread.append(f"{name} cannot be read: {error.strerror}")
+        else:
+            damages += [f"{name} {damage}"] if damage else []
+    if damages or unread:
+        told = StorageError(f"{place}: {'; '.join(damages + unread)}.")
+        told.damaged = bool(damages)
+        raise told
     return manifest["facts"]
 
 
@@ -310,7 +381,14 @@ def set_aside(place: Path) -> Path:
 
 
 def sweep(place: Path) -> None:
-    """Removes what programs that were killed have left half written or half deleted in a folder."""
+    """Removes what programs that were killed have left half written or half deleted in a folder.
+
+    What was to make room for a new one, and has none, gets its name back.
+    """
+    for path in place.glob(f"{OLD}*"):
+        name = path.name.removeprefix(OLD).rpartition("-")[0]
+        with _told(path):
+            disk.remove(path) if (place / name).exists() else disk.rename(path, place / name)
     for pattern in (f"{DRAFT}*", f"{DOOMED}*"):
         for path in place.glob(pattern):
             with _told(path):
@@ -323,6 +401,10 @@ def _json(value: Any, sort_keys: bool) -> str:
 
 def _beside(path: Path) -> Path:
     return path.with_name(f"{DRAFT}{path.name}-{secrets.token_hex(4)}")
+
+
+def _is_taken(place: Path) -> bool:
+    return place.is_dir() and any(place.iterdir())
 
 
 def _files(place: Path) -> list[Path]:
@@ -371,10 +453,13 @@ def _sealed(content: dict[str, Any]) -> bytes:
 
 
 def _damage(path: Path, kept: dict[str, Any]) -> str | None:
-    """Returns what is wrong with a file, or None where it is as the manifest has it."""
-    if not path.is_file():
+    """Returns what is wrong with a file, or None where it is as the manifest has it. Raises OSError."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
         return "is missing"
-    size = path.stat().st_size
+    if not path.is_file():
+        return "is no file"
     if size != kept["bytes"]:
         return f"has {size} bytes, not {kept['bytes']}"
     return None if _sha256(path) == kept["sha256"] else "has the right size but other bytes than were written"

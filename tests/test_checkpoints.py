@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -92,9 +93,54 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, folde
     assert done.steps == 6
 
 
+def unreadable(monkeypatch, place: Path, number: int, name: str) -> None:
+    """Has a file of a checkpoint fail to be read, as a disk or a limit of the system does."""
+    opened = Path.open
+
+    def fail(self, *args, **kwargs):
+        if self == place / name:
+            raise OSError(number, os.strerror(number), str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", fail)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_left_as_it_is(
+    tmp_path, folder, monkeypatch, caplog, number, name
+):
+    older, newest = (saved(tmp_path / f"checkpoint-{step}") for step in (3, 4))
+    with monkeypatch.context() as patch:
+        unreadable(patch, newest, number, name)
+        assert checkpoints.newest(tmp_path) == older
+        unreadable(patch, older, number, name)
+        with pytest.raises(AdapterError, match=r"no checkpoint could be read, though they may be whole: .*cannot be"):
+            checkpoints.newest(tmp_path)
+    assert f"checkpoint-4 is passed over: {newest}" in caplog.text
+    assert os.strerror(number) in caplog.text
+    assert checkpoints.newest(tmp_path) == newest
+
+
+def test_a_checkpoint_of_a_newer_version_is_no_damaged_one(tmp_path, monkeypatch):
+    older = saved(tmp_path / "checkpoint-3")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomicio, "FORMAT", 99)
+        newest = saved(tmp_path / "checkpoint-4")
+    assert checkpoints.newest(tmp_path) == older
+    assert newest.is_dir()
+
+
+def saved(place: Path) -> Path:
+    """Returns a folder that is written as a checkpoint is."""
+    with atomicio.folder(place, {"step": checkpoints.step_of(place)}) as draft:
+        draft.write("optimizer.safetensors", "numbers")
+    return place
+
+
 def test_where_no_checkpoint_is_whole_nothing_starts_from_the_beginning(tmp_path, folder):
     place = stopped(tmp_path / "run", folder)
-    (place / atomicio.MANIFEST).unlink()
+    (place / checkpoints.ADAPTER).unlink()
     with pytest.raises(AdapterError, match=r"no checkpoint is whole \(checkpoint-3\); start anew without --resume"):
         resumed(tmp_path / "run", folder)
 
@@ -117,6 +163,36 @@ def test_litter_of_a_killed_run_is_swept_when_it_goes_on(tmp_path, folder):
         (place.parent / name).mkdir()
     resumed(tmp_path / "run", folder)
     assert not list(place.parent.glob(".*"))
+
+
+class Dead(BaseException):
+    """The program is dead."""
+
+
+def test_a_step_saved_again_is_never_without_its_checkpoint(tmp_path, folder, monkeypatch):
+    rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
+    settings = {"steps": 6, "eval_steps": 3, "batch_size": 4}
+    _, weights = fit(tmp_path / "whole", folder, rows, held_out, **settings)
+    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(train.losses, "of_rows", stop)
+        fit(tmp_path / "run", folder, rows, held_out, **settings)
+
+    class Dies(atomicio.Disk):
+        def rename(self, old, new):
+            if new.name == "checkpoint-3":
+                raise Dead
+            super().rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomicio, "disk", Dies())
+        patch.setattr(atomicio, "_forget", lambda path: None)
+        with pytest.raises(Dead):
+            fit(tmp_path / "run", folder, rows, held_out, resume=True, **settings)
+    assert not checkpoints.found(tmp_path / "run" / train.CHECKPOINTS)
+    _, again = fit(tmp_path / "run", folder, rows, held_out, resume=True, **settings)
+    assert same(again, weights)
+    assert not list((tmp_path / "run" / train.CHECKPOINTS).glob(".*"))
 
 
 class NoRoom(atomicio.Disk):
@@ -257,6 +333,31 @@ def test_any_trainer_can_have_these_checkpoints(tmp_path, folder):
     assert {p.name for p in (tmp_path / "saved").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
+
+
+def test_a_model_saved_after_a_save_that_failed_has_the_weights_of_now(tmp_path, folder, monkeypatch):
+    trainer = plain(folder, tmp_path / "run")
+    trainer.processing_class = tiny.tokenizer()
+
+    class NoMove(atomicio.Disk):
+        def rename(self, old, new):
+            if old.parent.name == "staged-model":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomicio, "disk", NoMove())
+        with pytest.raises(StorageError, match="No space left"):
+            trainer.save_model(str(tmp_path / "saved"))
+    with torch.no_grad():
+        for parameter in adapters.trained(trainer.model).values():
+            parameter.add_(1.0)
+    trainer.save_model(str(tmp_path / "saved"))
+    found, now = load_file(tmp_path / "saved" / "adapter_model.safetensors"), get_peft_model_state_dict(trainer.model)
+    assert same(found, now)
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
+    assert "staged-model" not in names
 
 
 def test_a_new_run_does_not_mix_its_checkpoints_with_another(tmp_path, folder):

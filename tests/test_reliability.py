@@ -23,6 +23,7 @@ def figures(*words: str) -> str:
 def test_a_few_kills_resumes_full_disks_and_damages_lose_nothing():
     told = figures("--small")
     assert "6 kills: 0 unreadable checkpoints chosen, 0 with more than one save interval lost, 0 resumed" in told
+    assert "kill, from within an evaluation: 5 kills: 0 unreadable" in told
     assert "resume: 6 of 6" in told
     assert "corrupt: 300 of 300" in told
     assert "signals: 5 of 5" in told

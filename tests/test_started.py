@@ -67,6 +67,31 @@ def test_a_key_that_no_run_has_is_named(tmp_path):
         keep(tmp_path, resume=True, allow_changed=("train.rate",))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: b"[1]",
+        lambda data: b"[" * 100_000,
+        lambda data: data.replace(b"train.lr", b"train.ls"),
+        lambda data: data.replace(b'"seed": 42', b'"seed": 43').replace(b'"train.seed": 42', b'"train.seed": 43'),
+        # What the versions before wrote.
+        lambda data: json.dumps(json.loads(data)["content"]).encode(),
+    ],
+)
+def test_a_damaged_record_of_the_start_is_one_clear_message(tmp_path, damage):
+    keep(tmp_path)
+    path = tmp_path / train.CHECKPOINTS / started.FILE
+    data = path.read_bytes()
+    path.write_bytes(damage(data))
+    assert path.read_bytes() != data
+    with pytest.raises(StorageError, match=r"run\.json: is not as it was written: .* put the file back, or start anew"):
+        keep(tmp_path, resume=True)
+    path.write_bytes(data)
+    keep(tmp_path, resume=True)
+
+
 def test_what_does_not_change_the_adapter_may_change(tmp_path):
     keep(tmp_path)
     keep(tmp_path, resume=True, log_steps=5, report_to=())
@@ -208,7 +233,8 @@ def test_what_is_behind_a_link_is_neither_swept_nor_moved(tmp_path: Path, place:
 
 
 def test_a_record_of_the_start_that_is_none_is_named(tmp_path: Path) -> None:
+    """Anybody can write one with the right digest."""
     keep(tmp_path)
-    (tmp_path / train.CHECKPOINTS / started.FILE).write_text("[1]")
-    with pytest.raises(StorageError, match=r"run\.json: it holds a list, not an object"):
+    atomicio.write_sealed(tmp_path / train.CHECKPOINTS / started.FILE, [1])
+    with pytest.raises(StorageError, match=r"run\.json: holds no object"):
         keep(tmp_path, resume=True)

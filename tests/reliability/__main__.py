@@ -14,15 +14,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="few of each, for every test run")
     small = parser.parse_args().small
-    kills, rivals, draws, every, changes = (6, 2, 6, 40, 300) if small else (500, 100, 50, 1, 1000)
+    kills, names, rivals, draws, every, changes = (6, 5, 2, 6, 40, 300) if small else (500, 500, 100, 50, 1, 1000)
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
-        places = {name: Path(scratch) / name for name in ("kill", "resume", "full", "small", "corrupt", "signals")}
+        places = {
+            name: Path(scratch) / name
+            for name in ("kill", "evaluated", "resume", "full", "small", "corrupt", "signals")
+        }
         for place in places.values():
             place.mkdir()
         tally = kill.ours(places["kill"], kills)
         print(f"kill: {tally}", flush=True)
         wrong += [] if tally.clean else ["kill", *tally.notes]
+        again = kill.evaluated(places["evaluated"], names)
+        print(f"kill, from within an evaluation: {again}", flush=True)
+        wrong += [] if again.clean else ["kill, from within an evaluation", *again.notes]
         print(f"kill, Trainer and PEFT: {kill.rival(places['kill'], rivals)}", flush=True)
         differing = resume.differing(places["resume"], draws)
         print(f"resume: {draws - len(differing)} of {draws} equal the run in one piece bit for bit", flush=True)

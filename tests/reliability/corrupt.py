@@ -1,4 +1,4 @@
-"""Checkpoints whose bytes change: flipped bits, cut ends, zeros where there were none; each must be seen.
+"""Checkpoints and the record of their run's start, changed: flipped bits, cut ends, zeros; each must be seen.
 
     python -m tests.reliability.corrupt --count 1000
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lora_ft import atomicio, train
+from lora_ft import atomicio, started, train
 from lora_ft.checkpoints import found
 from lora_ft.errors import StorageError
 from tests.reliability.disks import Deadly
@@ -49,7 +49,8 @@ def opens(file: Path) -> bool:
 def seen(place: Path, count: int, seed: int = 0) -> tuple[collections.Counter, collections.Counter, list[str]]:
     """Returns how many changes of each kind were made, how many their formats took, and which were not seen."""
     rng = random.Random(seed)
-    files = sorted(path for path in place.iterdir() if path.is_file())
+    run = place.parent / started.FILE
+    files = [*sorted(path for path in place.iterdir() if path.is_file()), run]
     made, taken, missed = collections.Counter(), collections.Counter(), []
     while made.total() < count:
         file, kind = files[made.total() % len(files)], rng.choice(["flip", "truncation", "zero-fill"])
@@ -61,7 +62,7 @@ def seen(place: Path, count: int, seed: int = 0) -> tuple[collections.Counter, c
         made[kind] += 1
         taken[kind] += opens(file)
         try:
-            atomicio.verify(place)
+            atomicio.read_sealed(run, started.LOST) if file == run else atomicio.verify(place)
             missed.append(f"{kind} in {file.name}")
         except StorageError as error:
             if file.name not in str(error):

@@ -46,10 +46,14 @@ class Deadly(atomicio.Disk):
 
     A rename counts as a byte, before and after it, so that the process also dies between files. Tensors are written
     by the test, for the library does it out of reach: under the final name within the draft, which is worse.
+
+    Args:
+        after: the bytes; `at_name`: instead of them, before or after which change of a checkpoint's name, counted from
+            1, it dies.
     """
 
-    def __init__(self, after: int | None) -> None:
-        self.after, self.written = after, 0
+    def __init__(self, after: int | None, at_name: int | None = None) -> None:
+        self.after, self.at_name, self.written, self.names = after, at_name, 0, 0
 
     def put(self, stream, data: bytes) -> None:
         if self.after is not None and self.written + len(data) >= self.after:
@@ -62,21 +66,22 @@ class Deadly(atomicio.Disk):
         self.write(path, save(tensors, metadata))
 
     def rename(self, old: Path, new: Path) -> None:
-        self.tick()
+        self.tick(old)
         super().rename(old, new)
-        self.tick()
+        self.tick(old)
 
     def remove(self, path: Path) -> None:
-        self.tick()
+        self.tick(path)
         if path.is_dir():
             for file in sorted(path.rglob("*"), reverse=True):
                 file.rmdir() if file.is_dir() else file.unlink()
-                self.tick()
+                self.tick(path)
         super().remove(path)
 
-    def tick(self) -> None:
+    def tick(self, path: Path) -> None:
         self.written += 1
-        if self.after is not None and self.written >= self.after:
+        self.names += "checkpoint-" in path.name
+        if (self.after is not None and self.written >= self.after) or self.names == self.at_name:
             self.die()
 
     def die(self) -> None:

@@ -28,7 +28,7 @@ from tests import tiny
 
 # kill -9 loses nothing that the kernel has taken, so the disk may be memory, which is quicker.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
-LITTER = (".tmp-*", ".del-*", "*.corrupt", "staged-*")
+LITTER = (".tmp-*", ".del-*", ".old-*", "*.corrupt", "staged-*")
 
 
 @dataclasses.dataclass

@@ -3,8 +3,9 @@
     python -m tests.reliability.kill --count 500 --rival 100
 
 A run trains, saves at every step, and writes, seals and proves its adapter. It dies, as of `kill -9`, at a random byte
-of all that it writes, or in every fifth case at a random moment. The rival, transformers' Trainer with PEFT, saves the
-same model as often and is killed at a random moment of a save.
+of all that it writes, or in every fifth case at a random moment. Others go on from an evaluation that a signal ended,
+whose step is saved a second time, and die at each change of a checkpoint's name in turn. The rival, transformers'
+Trainer with PEFT, saves the same model as often and is killed at a random moment of a save.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lora_ft import adapters, checkpoints, tasks, train
 from lora_ft import base as bases
@@ -66,8 +68,8 @@ class Written(Deadly):
         super().__init__(None)
         self.told = told
 
-    def tick(self) -> None:
-        super().tick()
+    def tick(self, path: Path) -> None:
+        super().tick(path)
         self.told.write_text(str(self.written))
 
     def put(self, stream, data: bytes) -> None:
@@ -108,6 +110,35 @@ def ours(folder: Path, count: int, seed: int = 0) -> Tally:
         shutil.rmtree(out)
         if tally.kills % 50 == 0:
             print(f"so far: {tally}", file=sys.stderr, flush=True)
+    return tally
+
+
+def evaluated(folder: Path, count: int) -> Tally:
+    """Returns what came of `count` kills of runs that go on from the evaluation of their first step."""
+    place, tally = Place(folder, more=("--data.eval", "0.3", "--train.eval-steps", "1")), Tally()
+    whole, begun, out = folder / "whole", folder / "begun", folder / "run"
+    ended = place.run(whole)
+    assert ended.status == 0, ended.said
+    expected, final = fingerprints(whole), (whole / "adapter_model.safetensors").read_bytes()
+    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    with mock.patch.object(train.losses, "of_rows", stop):
+        ended = place.run(begun)
+    assert ended.status == 130, ended.said
+    while tally.kills < count:
+        shutil.copytree(begun, out)
+        ended = place.run(out, "--resume", disk=Deadly(None, at_name=tally.kills + 1))
+        if not ended.killed:  # all changes of names have had their turn
+            break
+        tally.kills += 1
+        done = (out / "environment.json").is_file() and not (out / train.CHECKPOINTS).exists()
+        ended = place.finish(out) if done else place.run(out, "--resume")
+        tally.unreadable += ended.status != 0
+        if fingerprints(out) != expected or (out / "adapter_model.safetensors").read_bytes() != final:
+            tally.unlike += 1
+        tally.litter += len(litter(out))
+        if not tally.clean and len(tally.notes) < 3:
+            tally.notes.append(ended.said)
+        shutil.rmtree(out)
     return tally
 
 
@@ -216,10 +247,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
         tally = ours(Path(scratch), options.count, options.seed)
         print(f"lora_ft: {tally}", *tally.notes, sep="\n", flush=True)
+        (Path(scratch) / "evaluated").mkdir()
+        again = evaluated(Path(scratch) / "evaluated", options.count)
+        print(f"lora_ft, from within an evaluation: {again}", *again.notes, sep="\n", flush=True)
         if options.rival:
             found = rival(Path(scratch), options.rival, options.seed)
             print(f"Trainer and PEFT: {found}", *found.notes, sep="\n")
-    if not tally.clean:
+    if not (tally.clean and again.clean):
         raise SystemExit(1)
 
 
