@@ -41,7 +41,7 @@ LAYERS = [
     {"report"},
     {"started"},
     {"runs", "doctor", "bench"},
-    {"quickstart", "cli"},
+    {"quickstart", "cli", "serve"},
 ]
 
 
@@ -112,7 +112,7 @@ def test_requirements_are_floors_and_every_one_has_a_tested_version() -> None:
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    for requirement in project["dependencies"]:
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["serve"]]:
         requirement, _, place = requirement.partition(";")
         name, _, floor = requirement.partition(">=")
         assert floor, f"{requirement} has no floor"

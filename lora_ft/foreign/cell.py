@@ -92,6 +92,8 @@ def _serve(answer: Answer, pipe: Any, parents: Any, seconds: float, memory_bytes
     """Answers until the parent is gone."""
     parents.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent's own way of ending, which a fork brings along, would keep this process from ending at all.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.clear()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
