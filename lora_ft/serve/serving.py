@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -48,7 +49,9 @@ def serve(
             app.create(server, host), log_level="warning", access_log=False, timeout_graceful_shutdown=5,
             server_header=False, lifespan="on",
         )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+        # uvicorn raises the signal that ended it again, once all is saved; for a server that is how it ends.
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listening(host: str, port: int) -> socket.socket:
