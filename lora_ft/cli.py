@@ -123,6 +123,20 @@ class DataCheckConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPrepareConfig:
+    """Look a file of rows over, mend it as far as you agree, and split it for training."""
+
+    file: tyro.conf.Positional[Path]
+    """Rows: CSV, TSV, TXT, JSON, JSONL or Parquet."""
+    base: str = "smollm2-135m"
+    """The model they are for."""
+    yes: bool = False
+    """Agree to all that is advised."""
+    json: bool = False
+    """Print one JSON object, and agree to nothing but with --yes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Answer OpenAI's fine-tuning API on this machine: files, jobs, events, checkpoints, chat."""
 
@@ -291,6 +305,25 @@ def data_check(config: DataCheckConfig) -> None:
     _say(f"{found['file']}: {counted}{cut}{masked}; all good")
 
 
+def data_prepare(config: DataPrepareConfig) -> None:
+    from lora_ft.prepare import prepare
+
+    def agree(question: str) -> bool:
+        if config.yes or config.json:
+            if not config.json:
+                _say(f"{question}: yes")
+            return config.yes
+        _say(f"{question}? [Y/n]")
+        try:
+            return input("> ").strip().lower() in ("", "y", "yes")
+        except EOFError:
+            raise LoraFtError("Nobody answers: add --yes to agree to all that is advised.") from None
+
+    done = prepare(config.file, config.base, agree=agree, say=(lambda text: None) if config.json else _say)
+    if config.json:
+        _say(json.dumps(asdict(done)))
+
+
 def serve(config: ServeConfig) -> None:
     try:
         from lora_ft.serve.serving import serve as run
@@ -360,6 +393,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "verify": (VerifyConfig, verify),
     "merge": (MergeConfig, merge),
     "data check": (DataCheckConfig, data_check),
+    "data prepare": (DataPrepareConfig, data_prepare),
     "bench kernels": (BenchConfig, bench_kernels),
     "serve": (ServeConfig, serve),
     "doctor": (DoctorConfig, doctor),

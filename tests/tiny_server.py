@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import random
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from tests.in_process import FORM, form
 from tests.tiny import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
+JOBS = "/v1/fine_tuning/jobs"
 SPECIALS = ("<pad>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -110,6 +117,68 @@ class Server:
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait(120)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+        """Returns status and JSON (or text) of an answer."""
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=120)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        given = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json", **headers}
+        try:
+            connection.request(method, path, data, given)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        finally:
+            connection.close()
+        return answer.status, json.loads(text) if text.startswith("{") else text
+
+    def upload(self, text: str) -> str:
+        """Returns the id of a new file of rows."""
+        kind = {"Content-Type": str(FORM["content-type"])}
+        return str(self.ask("POST", "/v1/files", form(text.encode(), purpose="fine-tune"), **kind)[1]["id"])
+
+    def start_job(self, file: str, **more: Any) -> str:
+        """Returns the id of a new job."""
+        status, made = self.ask("POST", JOBS, {"model": "tiny", "training_file": file, **more})
+        assert status == 200, made
+        return str(made["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Returns a job as it stands."""
+        return dict(self.ask("GET", f"{JOBS}/{job_id}")[1])
+
+    def until(self, job_id: str, is_so: Callable[[dict[str, Any]], bool], seconds: float = 120) -> dict[str, Any]:
+        """Returns the job once something holds of it."""
+        end = time.monotonic() + seconds
+        while not is_so(found := self.job(job_id)):
+            assert time.monotonic() < end, (found, self.log[-30:])
+            time.sleep(0.05)
+        return found
+
+    def ended(self, job_id: str) -> dict[str, Any]:
+        """Returns the job once it has ended."""
+        return self.until(job_id, lambda job: job["status"] in ("succeeded", "failed", "cancelled"))
+
+    def events(self, job_id: str) -> list[dict[str, Any]]:
+        """Returns all events of a job, the oldest first."""
+        return list(self.ask("GET", f"{JOBS}/{job_id}/events?limit=1000")[1]["data"])[::-1]
+
+    def steps(self, job_id: str) -> int:
+        """Returns how many steps of a job were told."""
+        return sum(event["type"] == "metrics" for event in self.events(job_id))
+
+    def adapter(self, job_id: str) -> bytes:
+        """Returns the bytes of the adapter that a job made."""
+        return (self.home / "runs" / job_id / "adapter_model.safetensors").read_bytes()
+
+    def workers(self, job_id: str) -> list[psutil.Process]:
+        """Returns the processes that work on a job."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                words = process.cmdline()
+                if "lora_ft.serve.worker" in words and job_id in words and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
     def kill(self) -> None:
         """Ends the server as `kill -9` does."""

@@ -80,7 +80,10 @@ class CallForm:
             closing = self.after.strip()
             if closing and text[at:].lstrip().startswith(closing):
                 at = text.index(closing, at) + len(closing)
-        said = (said + text[at:]).strip() if calls else text
+        rest = text[at:].strip()
+        if calls and any(mark.startswith(rest) for mark in (self.mark, self.after.strip())):
+            rest = ""  # a further call that was cut off right at its beginning, or the end of the last one
+        said = f"{said}{rest}".strip() if calls else text
         return (said or None), calls
 
     def _call(self, text: str, start: int) -> tuple[dict[str, Any] | None, int]:

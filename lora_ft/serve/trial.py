@@ -18,7 +18,7 @@ from lora_ft import atomicio, saved, sources, tasks
 from lora_ft import base as bases
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig, plain
 from lora_ft.data import formats, pack
-from lora_ft.data.formats import Chat, Example, Pair
+from lora_ft.data.formats import Chat, Example, Pair, Text
 from lora_ft.errors import AdapterError, DataError, LoraFtError, UnsupportedModelError
 from lora_ft.serve import hyperparameters
 from lora_ft.serve.files import ROWS
@@ -97,6 +97,10 @@ def examine(row: sqlite3.Row, source: str, parent: Path | None) -> Plan:
     if held_out:
         _features(task, held_out, "validation_file")
     per_epoch = steps_per_epoch(lengths, sections["train"], task.max_length if rows.packing else None)
+    total = per_epoch * values["n_epochs"]
+    # The first step of a warm-up has a learning rate of 0: of a job of few steps it would take a good part, or all.
+    if TrainConfig().warmup * total < 1:
+        sections["train"].setdefault("warmup", 0.0)
     train = TrainConfig(**sections["train"], seed=row["seed"], save_steps=min(per_epoch, SAVE_STEPS))
     config = RunConfig(
         task=name,  # type: ignore[arg-type]
@@ -111,7 +115,7 @@ def examine(row: sqlite3.Row, source: str, parent: Path | None) -> Plan:
         ),
         train=train,
     )
-    return Plan(config, values, per_epoch * values["n_epochs"], notes)
+    return Plan(config, values, total, notes)
 
 
 def steps_per_epoch(lengths: Sequence[int], train: dict[str, Any], packed: int | None) -> int:
@@ -157,10 +161,10 @@ def _of_rows(error: DataError, param: str) -> JobError:
 def _task_of(examples: Sequence[Example], param: str) -> str:
     if isinstance(examples[0], Chat):
         return "chat"
-    if isinstance(examples[0], Pair):
+    if isinstance(examples[0], Pair | Text):
         return "complete"
     what = type(examples[0]).__name__.lower()
-    told = f"Line 1: a {what} row cannot be trained on here; give messages, or prompt and completion."
+    told = f"Line 1: a {what} row cannot be trained on here; give messages, prompt and completion, or text."
     raise JobError(f"invalid_{param}", told, param)
 
 
