@@ -90,9 +90,7 @@ def prepare(
         return done
     done.estimate = (estimated or estimate)(Path(done.files["train"]), kind, base)
     seconds, memory, tokens = (done.estimate[name] for name in ("seconds", "bytes", "tokens"))
-    say(
-        f"Training takes about {_duration(seconds)} and {memory / 2**30:.1f} GiB here: 3 passes of {tokens:,.0f} tokens."
-    )
+    say(f"Training takes about {_duration(seconds)} and {memory / 2**30:.1f} GiB here: 3 times {tokens:,.0f} tokens.")
     say(f"Next:\n  {done.command}")
     return done
 

@@ -172,13 +172,14 @@ class Server:
 
     def workers(self, job_id: str) -> list[psutil.Process]:
         """Returns the processes that work on a job."""
-        found = []
+        found = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 words = process.cmdline()
                 if "lora_ft.serve.worker" in words and job_id in words and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    found[process.pid] = process
+        # A process that one of them forked has the same words.
+        return [process for process in found.values() if process.ppid() not in found]
 
     def kill(self) -> None:
         """Ends the server as `kill -9` does."""

@@ -133,7 +133,10 @@ class Jobs:
         where: list[tuple[str, Any]] = []
         for name, value in (metadata or {}).items():
             pair = dumps([name, value])
-            test = "EXISTS (SELECT 1 FROM json_each(metadata) WHERE json_array(key, value) = json(?))"
+            test = (
+                "EXISTS (SELECT 1 FROM json_each(metadata) AS held, (SELECT ? AS pair) WHERE "
+                "held.key = json_extract(pair, '$[0]') AND held.value = json_extract(pair, '$[1]'))"
+            )
             where.append((f"metadata IS NOT NULL AND {test}", pair))
         if metadata == {}:
             where.append(("metadata IS NULL AND 1 = ?", 1))

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 BUSY = 75
 
 
+_server_gone = threading.Event()
+
+
 class TakenAway(Exception):  # noqa: N818 - it is no error, only an end
     """The job is no longer this process's to work on."""
 
@@ -149,7 +152,8 @@ class Worker:
                 told = f"The job has been paused at step {self.row['step']}; its state is saved"
                 events.add(connection, self.job_id, told)
             else:
-                jobs.back_to_queue(connection, self.row, "the server was stopped")
+                gone = "the server ended before the job did" if _server_gone.is_set() else "the server was stopped"
+                jobs.back_to_queue(connection, self.row, gone)
 
     def fail(self, code: str, message: str) -> None:
         """Ends the job with an error, whether it was validated or trained."""
@@ -234,6 +238,7 @@ def _end_with_server() -> None:
     # Not through sys.stdin: a process forked meanwhile would wait for ever for its lock.
     while os.read(0, 1):
         continue
+    _server_gone.set()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
