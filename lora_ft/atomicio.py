@@ -185,12 +185,17 @@ class Draft:
         with _told(self.path / name):
             disk.tensors(self.path / name, tensors, metadata)
 
-    def copy(self, file: Path) -> None:
-        """Writes a copy of a file, under its own name."""
-        with file.open("rb") as source, _told(self.path / file.name):
-            disk.write(self.path / file.name, b"")
+    def append(self, name: str, data: bytes) -> None:
+        """Writes bytes at the end of one file, which is made where it is not there."""
+        with _told(self.path / name):
+            disk.write(self.path / name, data, append=True)
+
+    def copy(self, file: Path, name: str | None = None) -> None:
+        """Writes a copy of a file, under its own name or another, behind what the draft has under it."""
+        with file.open("rb") as source:
+            self.append(name or file.name, b"")
             while chunk := source.read(CHUNK):
-                disk.write(self.path / file.name, chunk, append=True)
+                self.append(name or file.name, chunk)
 
     def remove(self, name: str) -> None:
         """Removes one file, which need not be there."""

@@ -136,6 +136,40 @@ class DataCheckConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPrepareConfig:
+    """Look a file of rows over, mend it as far as you agree, and split it for training."""
+
+    file: tyro.conf.Positional[Path]
+    """Rows: CSV, TSV, TXT, JSON, JSONL or Parquet."""
+    base: str = "smollm2-135m"
+    """The model they are for."""
+    yes: bool = False
+    """Agree to all that is advised."""
+    json: bool = False
+    """Print one JSON object, and agree to nothing but with --yes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Answer OpenAI's fine-tuning API on this machine: files, jobs, events, checkpoints, chat."""
+
+    home: Path
+    """Folder of the server: its database, files, adapters, and models.json, which names its bases."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any other than loopback's is reached from other machines, by whoever has the token."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    new_token: bool = False
+    """Make another token in place of the one printed at the first start."""
+    results_base64: bool = False
+    """Hand result files out in base64, as the hosted service does and some scripts expect."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be from 0 to 65535, got {self.port}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Say what this machine has and can do."""
 
@@ -292,6 +326,43 @@ def data_check(config: DataCheckConfig) -> None:
     _say(f"{found['file']}: {counted}{cut}{masked}; all good")
 
 
+def data_prepare(config: DataPrepareConfig) -> None:
+    from lora_ft.prepare import prepare
+
+    def agree(question: str) -> bool:
+        if config.yes or config.json:
+            if not config.json:
+                _say(f"{question}: yes")
+            return config.yes
+        _say(f"{question}? [Y/n]")
+        try:
+            return input("> ").strip().lower() in ("", "y", "yes")
+        except EOFError:
+            raise LoraFtError("Nobody answers: add --yes to agree to all that is advised.") from None
+
+    done = prepare(config.file, config.base, agree=agree, say=(lambda text: None) if config.json else _say)
+    if config.json:
+        _say(json.dumps(asdict(done)))
+
+
+def serve(config: ServeConfig) -> None:
+    try:
+        from lora_ft.serve.serving import serve as run
+    except ModuleNotFoundError as missing:
+        raise LoraFtError(
+            f"{missing.name} is not installed: `pip install 'lora-ft[serve]'` brings the server."
+        ) from None
+    # Line by line also into a file, where the address and the token are waited for.
+    run(
+        config.home,
+        config.host,
+        config.port,
+        new_token=config.new_token,
+        results_base64=config.results_base64,
+        say=lambda text: print(text, flush=True),
+    )
+
+
 def doctor(config: DoctorConfig) -> None:
     from lora_ft.doctor import examine
 
@@ -343,7 +414,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "verify": (VerifyConfig, verify),
     "merge": (MergeConfig, merge),
     "data check": (DataCheckConfig, data_check),
+    "data prepare": (DataPrepareConfig, data_prepare),
     "bench kernels": (BenchConfig, bench_kernels),
+    "serve": (ServeConfig, serve),
     "doctor": (DoctorConfig, doctor),
 }
 # First words that a second one must follow.

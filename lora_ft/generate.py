@@ -78,11 +78,11 @@ def generate(
         prompts: token ids of each prompt; encoder-decoder models take them as the source.
         stop_ids: tokens that end a reply besides the model's own end of text.
     """
-    in_place = _can_share(model)
+    in_place = can_share(model)
     shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies = [""] * len(prompts)
-    with evaluating(model), four_bits.dequantized(model), _without_rules(model), _contiguous_head(model):
+    with evaluating(model), four_bits.dequantized(model), _without_rules(model), contiguous_head(model):
         cache = _prefilled(model, prompts[0][:shared]) if in_place else None
         while order:
             # The longest first: the memory of the whole run is known after one batch.
@@ -105,7 +105,7 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     return common if common >= SHORTEST_SHARED else 0
 
 
-def _can_share(model: Any) -> bool:
+def can_share(model: Any) -> bool:
     """Returns whether padding may stand between the shared beginning and the rest.
 
     It may where attention reads every slot that the mask does not hide, and a token's place is told apart from its
@@ -140,7 +140,7 @@ def _without_rules(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _contiguous_head(model: Any) -> Iterator[None]:
+def contiguous_head(model: Any) -> Iterator[None]:
     """Runs the block with the hidden states of each last token side by side when the head multiplies them.
 
     A slice of all hidden states is what transformers hands it; of that, a processor with bfloat16 instructions makes a
@@ -195,14 +195,15 @@ def _batch(
         **inputs,
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({*_end_ids(model, tokenizer), *stop_ids}),
+        eos_token_id=sorted({*end_ids(model, tokenizer), *stop_ids}),
         **({"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {}),
     )
     new = out if model.config.is_encoder_decoder else out[:, longest:]
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Returns the tokens that the model and its tokenizer say a text ends with."""
     end = model.generation_config.eos_token_id
     ids = [end] if isinstance(end, int) else list(end or [])
     return [i for i in (*ids, tokenizer.eos_token_id) if i is not None]

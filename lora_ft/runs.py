@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import TrainerCallback
 
 from lora_ft import (
     adapters,
@@ -63,6 +64,10 @@ class Rows:
     held_out_features: Sequence[Features]
     facts: dict[str, Any]
     """Name, number and digest of each part."""
+
+
+Watch = Callable[[Task, Base, Any, Rows], Iterable[TrainerCallback]]
+"""Takes what is about to be trained, the adapter in it, and returns callbacks that watch the training."""
 
 
 @dataclass
@@ -117,11 +122,13 @@ def run(
     examples: Sequence[Example] | None = None,
     held_out: Sequence[Example] | None = None,
     console: Console | None = None,
+    watch: Watch = lambda *_: (),
 ) -> Run:
     """Returns the run that `config` describes; its adapter folder is complete and sealed, and `Run.prove` tests it.
 
     Args:
         examples, held_out: rows already made, instead of those that `config.data` names.
+        watch: called before a training begins or goes on.
 
     Raises:
         ProofError: the run cannot prove what it did; Interrupted: it was stopped and can be resumed.
@@ -129,7 +136,7 @@ def run(
     """
     _refuse_many_processes()
     with _locked(config.out):
-        return _run(config, examples, held_out, console or Console(stderr=True))
+        return _run(config, examples, held_out, console or Console(stderr=True), watch)
 
 
 @contextmanager
@@ -148,7 +155,11 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _run(
-    config: RunConfig, examples: Sequence[Example] | None, held_out: Sequence[Example] | None, console: Console
+    config: RunConfig,
+    examples: Sequence[Example] | None,
+    held_out: Sequence[Example] | None,
+    console: Console,
+    watch: Watch,
 ) -> Run:
     started.sweep(config.out)
     started.refuse_to_overwrite(config)
@@ -160,7 +171,7 @@ def _run(
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source, examples, held_out)
     started.keep_or_compare(config, rows.facts, environment.tokenizer_sha256(task.tokenizer), source.record())
-    base, model, fit = _recall(config.out) if trained else _train(config, task, source, rows, console)
+    base, model, fit = _recall(config.out) if trained else _train(config, task, source, rows, console, watch)
     sealed = _seal(task, base, model, rows, config.out)
     measured = None
     if rows.held_out:
@@ -178,7 +189,7 @@ def _run(
 
 
 def _train(
-    config: RunConfig, task: Task, source: sources.Source, rows: Rows, console: Console
+    config: RunConfig, task: Task, source: sources.Source, rows: Rows, console: Console, watch: Watch
 ) -> tuple[Base, Any, train.Fit]:
     """Returns base, model and what training did, the adapter saved."""
     base = bases.load(
@@ -200,7 +211,8 @@ def _train(
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
     names = [example.where for example in rows.train]
-    fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [Bar(console)], names)
+    watching = [Bar(console), *watch(task, base, model, rows)]
+    fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, watching, names)
     if fit.interrupted:
         raise _stopped(config.out, fit.steps)
     _save(config, task, base, model, rows, fit)

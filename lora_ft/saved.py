@@ -139,7 +139,7 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     fused.register(settings)
     model = inject(base.model, settings, folder)
     adapters.in_float32(model)
-    _fill(model, folder)
+    fill(model, folder)
     model.eval()
     four_bits.keep_in_place(model)
     blocks.compute_whole(model)
@@ -314,9 +314,16 @@ def inject(model: PreTrainedModel, settings: peft.LoraConfig, folder: Path) -> p
         return peft.get_peft_model(model, settings)
 
 
-def _fill(model: peft.PeftModel, folder: Path) -> None:
-    """Copies the tensors of the folder into the model; every name and shape must fit, every number be finite."""
-    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+def fill(model: peft.PeftModel, folder: Path, name: str = "default") -> None:
+    """Copies the tensors of the folder into an adapter of the model.
+
+    Args:
+        name: what the model calls that adapter.
+
+    Raises:
+        AdapterError: a name or shape does not fit, or a number is not finite.
+    """
+    wanted = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # The header alone, so that nothing is read of a file that does not fit.
     shapes = {name: tuple(spec["shape"]) for name, spec in tensors.header(folder / WEIGHTS, AdapterError)[1].items()}
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
@@ -335,7 +342,7 @@ def _fill(model: peft.PeftModel, folder: Path) -> None:
     if broken:
         more = f" and {len(broken) - 1} more tensors" if broken[1:] else ""
         raise AdapterError(f"{folder / WEIGHTS}: {broken[0]}{more} are not finite: the file was damaged.")
-    peft.set_peft_model_state_dict(model, found)
+    peft.set_peft_model_state_dict(model, found, adapter_name=name)
 
 
 def _write_difference(start: dict[str, torch.Tensor], draft: atomicio.Draft, settings: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ LAYERS = [
     {"report"},
     {"started"},
     {"runs", "doctor", "bench"},
-    {"quickstart", "cli"},
+    {"quickstart", "prepare", "cli", "serve"},
 ]
 
 
@@ -102,7 +102,12 @@ def test_a_wheel_holds_the_two_packages_and_the_templates_only(tmp_path: Path) -
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lora_ft", "lora_kernels"}
-    assert {"lora_ft/py.typed", "lora_ft/templates/card.md.jinja", "lora_ft/templates/report.html.jinja"} <= set(names)
+    assert {
+        "lora_ft/py.typed",
+        "lora_ft/templates/card.md.jinja",
+        "lora_ft/templates/report.html.jinja",
+        "lora_ft/serve/page.html",
+    } <= set(names)
 
 
 def test_requirements_are_floors_and_every_one_has_a_tested_version() -> None:
@@ -112,7 +117,7 @@ def test_requirements_are_floors_and_every_one_has_a_tested_version() -> None:
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    for requirement in project["dependencies"]:
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["serve"]]:
         requirement, _, place = requirement.partition(";")
         name, _, floor = requirement.partition(">=")
         assert floor, f"{requirement} has no floor"

@@ -7,10 +7,10 @@ import pytest
 
 LIBRARY = Path(__file__).parents[1] / "lora_ft"
 
-# A scratch folder of the system for pip to download into, of which nothing outlives the block; and what a process with
-# limits prints goes to the null device.
+# A scratch folder of the system for pip to download into, of which nothing outlives the block; what a process with
+# limits prints goes to the null device; and SQLite writes its own files, whole or not at all, which one module opens.
 ALLOWED = {
-    ("sources.py", "TemporaryDirectory"), ("sources.py", "extractall"), ("cell.py", "open"),
+    ("sources.py", "TemporaryDirectory"), ("sources.py", "extractall"), ("cell.py", "open"), ("store.py", "connect"),
     ("gguf.py", "TemporaryDirectory"),  # empty, so that nothing beside the file is read
 }  # fmt: skip
 WRITERS = {
@@ -20,7 +20,14 @@ WRITERS = {
     "makedirs", "symlink_to", "rename", "rmtree", "unlink", "rmdir", "fdopen",
 }  # fmt: skip
 # Of the torch or shutil modules only: `Draft.copy` and `Accelerator.save` are other things.
-OF_MODULES = {("torch", "save"), ("shutil", "copy"), ("np", "save"), ("os", "replace"), ("os", "remove")}
+OF_MODULES = {
+    ("sqlite3", "connect"),
+    ("torch", "save"),
+    ("shutil", "copy"),
+    ("np", "save"),
+    ("os", "replace"),
+    ("os", "remove"),
+}
 
 
 def writes(code: str) -> list[str]:
@@ -63,7 +70,7 @@ def test_only_one_module_writes() -> None:
     [
         "open(p, 'w')", "p.open('ab')", "p.open(mode='x')", "open(p, mode='r+b')", "os.open(p, os.O_WRONLY)",
         "p.write_text('a')", "torch.save(a, p)", "save_file(t, p)", "shutil.copy(a, b)", "tempfile.mkdtemp()",
-        "model.save_pretrained(p)", "json.dump(a, f)",
+        "model.save_pretrained(p)", "json.dump(a, f)", "sqlite3.connect(p)",
     ],
 )  # fmt: skip
 def test_a_second_writer_would_be_seen(code: str) -> None:

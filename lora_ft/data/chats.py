@@ -56,15 +56,21 @@ SHAREGPT = Dialect(
 )
 
 
-def conversation(turns: Any, place: str, dialect: Dialect, faults: Faults) -> tuple[Message, ...]:
-    """Returns the messages in the normal form; notes what is wrong with them in `faults`."""
+def conversation(
+    turns: Any, place: str, dialect: Dialect, faults: Faults, *, trained: bool = True
+) -> tuple[Message, ...]:
+    """Returns the messages in the normal form; notes what is wrong with them in `faults`.
+
+    Args:
+        trained: whether they are to be learned from, and not to be answered.
+    """
     if not isinstance(turns, list) or not turns:
         faults.add(place, found(turns), "give a list with at least one message")
         return ()
     messages = [_message(turn, f"{place}[{index}]", dialect, faults) for index, turn in enumerate(turns)]
     _check_answers(messages, place, faults)
     # Where a role is wrong, that message may have been the assistant's.
-    if all(message["role"] for message in messages) and not any(map(_is_trained, messages)):
+    if trained and all(message["role"] for message in messages) and not any(map(_is_trained, messages)):
         faults.add(
             place,
             "has no assistant message to learn from",

@@ -45,6 +45,8 @@ class ChatRenderer:
     """What the template does unasked, by name (see `lora_ft.data.template`); another once a row has tools."""
     end_of_turn: str
     """The token, as text, that ends an assistant turn."""
+    header: str
+    """What stands right before an assistant turn."""
     end_id: int
     """Its id: generation must stop at it, which `tokenizer.eos_token_id` does not always say."""
 
@@ -69,6 +71,7 @@ class ChatRenderer:
         except RefusedError as error:
             raise MaskError([f"{name}: {error}"]) from error
         self.rules, self.end_of_turn, self.end_id = template.rules, template.end_of_turn, template.end_id
+        self.header = template.header
 
     def render(self, example: Chat | Pair) -> Rendered:
         """The row as ids and labels, at most `max_length` of each. Raises MaskError when it breaks the contract."""
@@ -92,6 +95,15 @@ class ChatRenderer:
         if wrong:
             raise MaskError([f"prompt: {wrong}"])
         return ids
+
+    def text(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of a conversation as the template writes it. Raises MaskError where it refuses."""
+        told_with = [dict(tool) for tool in tools]
+        try:
+            template = self._template(told_with, messages)
+            return template.render(template.messages(messages), told_with)
+        except RefusedError as error:
+            raise MaskError([f"prompt: {error}"]) from error
 
     def _template(self, tools: Sequence[Any], messages: Sequence[Mapping[str, Any]] = ()) -> Template:
         """The template for a conversation; the tokenizer keeps it where it had to be taught tools."""

@@ -1,0 +1,410 @@
+"""One base in memory and adapters on it: answers of many requests computed together, token by token.
+
+Requests join a running batch before its next token and leave it after their last. The adapters of a batch may all
+differ (PEFT's mixed batches). Rows of a batch are padded on the left; what a row says depends on its neighbours by
+rounding only.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import secrets
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import DynamicCache
+
+from lora_ft import base as bases
+from lora_ft import four_bits, fused, heap, saved, sources
+from lora_ft.errors import LoraFtError, UnsupportedModelError
+from lora_ft.generate import BATCH_TOKENS, InPlaceLayer, can_share, contiguous_head
+from lora_ft.modes import unwrapped
+from lora_ft.serve.decoding import Decoder, Piece
+from lora_ft.serve.refusals import RequestError
+from lora_ft.serve.sampling import Chooser, Settings, logprobs_of
+from lora_ft.tasks import get as get_task
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 16
+# Adapters kept beside the base: of SmolLM2-135M at rank 16 each takes 10 MB in bfloat16.
+MAX_ADAPTERS = 16
+# Requests that may wait; beyond them a client is told to come again.
+MAX_WAITING = 256
+NO_ADAPTER = "__base__"
+"""PEFT's word for a row that no adapter changes."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """A base as adapters and requests name it: what must be the same for them to share it."""
+
+    source: sources.Source
+    digest: str
+    quant: Any = "nf4"
+    dtype: str = "auto"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.digest, self.quant, self.dtype
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer that is asked for."""
+
+    home: Home
+    adapter: Path | None
+    ids: list[int]
+    settings: Settings
+    tokenizer: Any
+    tell: Callable[[Piece | Exception], None]
+    """Called from the engine's thread with each piece, the last of which says why the answer ends."""
+    grammar: Any = None
+    echo: int | None = None
+    """Whether the tokens of the prompt are told first, with this many likeliest ones at each place."""
+    cancelled: bool = False
+    chooser: Chooser = field(init=False)
+    decoder: Decoder = field(init=False)
+    name: str = field(init=False, default=NO_ADAPTER)
+    made: int = field(init=False, default=0)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of prompt and answer together."""
+        return len(self.ids) + self.settings.max_tokens
+
+
+class Engine:
+    """Answers in a thread of its own, which begins with the first request."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Row] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+        self._forgotten: set[Path] = set()
+        self._held: _Held | None = None
+
+    def submit(self, rows: Sequence[Row]) -> None:
+        """Queues answers. Raises RequestError (429) where too many wait already."""
+        with self._changed:
+            if len(self._waiting) + len(rows) > MAX_WAITING:
+                raise RequestError(
+                    429, f"{len(self._waiting)} answers wait already; try again in a moment.", code="overloaded"
+                )
+            self._waiting.extend(rows)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def forget(self, adapter: Path) -> None:
+        """Lets go of an adapter whose folder is gone."""
+        with self._changed:
+            self._forgotten.add(adapter)
+
+    def stop(self) -> None:
+        """Ends the thread; whatever it was answering is told so."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        batch: _Batch | None = None
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    while not self._waiting and not self._ending and not (batch and batch.rows):
+                        self._changed.wait()
+                    if self._ending:
+                        break
+                    forgotten, self._forgotten = self._forgotten, set()
+                if self._held is not None:
+                    for place in forgotten:
+                        self._held.drop(place)
+                batch = self._advanced(batch)
+        gone = RequestError(503, "The server is stopping.", code="server_stopping")
+        for row in [*(batch.rows if batch else ()), *self._waiting]:
+            row.tell(gone)
+
+    def _advanced(self, batch: _Batch | None) -> _Batch | None:
+        """Returns the batch after one token of all its rows, with those that wait taken in where they fit."""
+        joining = self._joining(batch)
+        try:
+            if joining:
+                held = self._holding(joining[0].home)
+                if not held.mixes:
+                    with self._changed:
+                        self._waiting.extendleft(reversed(joining[1:]))
+                    joining = joining[:1]
+                joining = held.ready(joining)
+                batch = batch if batch is not None and batch.held is held else _Batch(held)
+                batch.join(joining)
+                joining = []
+            elif batch is not None:
+                batch.step()
+        except Exception as error:
+            # Whatever it was, nobody may be left waiting, or take what came so far for the whole answer.
+            log.error("answers could not be computed", exc_info=not isinstance(error, LoraFtError), stack_info=False)
+            for row in {id(row): row for row in (*joining, *(batch.rows if batch else ()))}.values():
+                row.tell(error)
+            heap.give_back()
+            return None
+        return batch
+
+    def _joining(self, batch: _Batch | None) -> list[Row]:
+        """Returns the rows, the oldest first, that go with the batch as it is, or together where there is none."""
+        chosen: list[Row] = []
+        running = list(batch.rows) if batch else []
+        with self._changed:
+            while self._waiting:
+                row = self._waiting[0]
+                others = [*running, *chosen]
+                if row.cancelled:
+                    self._waiting.popleft()
+                    continue
+                if others and not self._fits(row, others):
+                    break
+                chosen.append(self._waiting.popleft())
+        return chosen
+
+    def _fits(self, row: Row, others: Sequence[Row]) -> bool:
+        if row.home.key != others[0].home.key or len(others) >= MAX_ROWS:
+            return False
+        if self._held is not None and self._held.home.key == row.home.key and not self._held.mixes:
+            return False
+        return max(row.longest, *(other.longest for other in others)) * (len(others) + 1) <= BATCH_TOKENS
+
+    def _holding(self, home: Home) -> _Held:
+        if self._held is None or self._held.home.key != home.key:
+            # The one before goes first: two bases need not fit.
+            self._held = None
+            heap.give_back()
+            self._held = _Held(home)
+        return self._held
+
+
+class _Held:
+    """The base in memory and the adapters on it."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        base = bases.load(home.source, quant=home.quant, model_class=get_task("chat").model_class, dtype=home.dtype)
+        self.base, self.model = base, base.model
+        self.model.eval()
+        takes = inspect.signature(self.model.forward).parameters
+        if "past_key_values" not in takes:
+            raise UnsupportedModelError(
+                f"{home.source.name}: a {self.model.config.model_type} model keeps no cache of what it has read, so it "
+                "would read all of it anew for every token: it is not served."
+            )
+        self.keeps_logits = "logits_to_keep" in takes
+        self.mixes = can_share(self.model)
+        if not self.mixes:
+            log.info("%s answers one request at a time: its attention does not allow padding", home.source.name)
+        self._kept = ExitStack()
+        self._kept.enter_context(four_bits.dequantized(self.model))
+        self._kept.enter_context(contiguous_head(self.model))
+        self._names: OrderedDict[Path, str] = OrderedDict()
+        self._made = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def ready(self, rows: Sequence[Row]) -> list[Row]:
+        """Returns the rows whose adapters are in the model; the others are told why theirs is not."""
+        found = []
+        for row in rows:
+            try:
+                row.name = NO_ADAPTER if row.adapter is None else self._name_of(row.adapter)
+            except LoraFtError as error:
+                row.tell(error)
+                continue
+            seed = secrets.randbits(63) if row.settings.seed is None else row.settings.seed % 2**63
+            row.chooser = Chooser(row.settings, row.grammar, self.device, seed)
+            row.decoder = Decoder(row.tokenizer, row.settings.stop)
+            found.append(row)
+        return found
+
+    def drop(self, place: Path) -> None:
+        """Takes an adapter out of the model."""
+        if name := self._names.pop(place, None):
+            self.model.delete_adapter(name)
+
+    def _name_of(self, place: Path) -> str:
+        if place in self._names:
+            self._names.move_to_end(place)
+            return self._names[place]
+        settings = saved.lora_settings(place)
+        self._made += 1
+        name = f"a{self._made}"
+        fused.register(settings)
+        if isinstance(self.model, peft.PeftModel):
+            self.model.add_adapter(name, settings)
+        else:
+            self.model.name_or_path = settings.base_model_name_or_path
+            self.model = peft.get_peft_model(self.model, settings, adapter_name=name)
+        try:
+            saved.fill(self.model, place, name)
+        except LoraFtError:
+            self.model.delete_adapter(name)
+            raise
+        # Autocast would make the same numbers of them, for every product anew.
+        for parameter_name, parameter in self.model.named_parameters():
+            if f".{name}." in parameter_name:
+                parameter.data = parameter.data.to(self.base.dtype)
+                parameter.requires_grad_(False)
+        self.model.eval()
+        self._names[place] = name
+        return name
+
+    def let_go(self, but: set[str]) -> None:
+        """Drops the adapters that were not used for longest, where there are too many."""
+        for place in [place for place, name in self._names.items() if name not in but]:
+            if len(self._names) <= MAX_ADAPTERS:
+                return
+            self.drop(place)
+
+    def run(self, names: Sequence[str], **inputs: Any) -> Any:
+        """Returns the model's output for rows, each with the adapter of its name."""
+        if isinstance(self.model, peft.PeftModel):
+            return self.model(**inputs, adapter_names=list(names))
+        return self.model(**inputs)
+
+
+class _Batch:
+    """The rows being answered, with keys and values of all their tokens, padded on the left to one length."""
+
+    def __init__(self, held: _Held) -> None:
+        self.held = held
+        self.rows: list[Row] = []
+        self.cache: Any = None
+        self.mask_BT: torch.Tensor = torch.zeros(0, 0, dtype=torch.int64, device=held.device)
+        self.last: list[int] = []
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Reads the prompts of new rows and takes the rows in with the first token of each."""
+        if not rows:
+            return
+        held = self.held
+        held.let_go({row.name for row in (*self.rows, *rows)})
+        longest = max(len(row.ids) for row in rows)
+        pad = held.base.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(r.ids)) + r.ids for r in rows], device=held.device)
+        mask = torch.tensor([[0] * (longest - len(r.ids)) + [1] * len(r.ids) for r in rows], device=held.device)
+        echoes = any(row.echo is not None for row in rows)
+        cache = _cache(held)
+        places = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "attention_mask": mask} if held.mixes else {}
+        kept = {"logits_to_keep": 1} if held.keeps_logits and not echoes else {}
+        out = held.run([r.name for r in rows], input_ids=ids, past_key_values=cache, use_cache=True, **places, **kept)
+        for place, row in enumerate(rows):
+            if row.echo is not None:
+                start = longest - len(row.ids)
+                told = logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo)
+                row.tell(Piece(tokens=told))
+        if self.rows:
+            self.cache, self.mask_BT = _joined(held, self.cache, self.mask_BT, out.past_key_values, mask)
+        else:
+            self.cache, self.mask_BT = out.past_key_values, mask
+        self.rows = [*self.rows, *rows]
+        self.last = [*self.last, *self._chosen(rows, out.logits[:, -1])]
+        self._leave()
+
+    def step(self) -> None:
+        """Computes one more token of each row."""
+        held = self.held
+        self._leave()
+        if not self.rows:
+            return
+        ids = torch.tensor(self.last, device=held.device)[:, None]
+        places = {}
+        self.mask_BT = torch.cat([self.mask_BT, self.mask_BT.new_ones(len(self.rows), 1)], dim=1)
+        if held.mixes:
+            places = {"position_ids": self.mask_BT.sum(dim=1, keepdim=True) - 1, "attention_mask": self.mask_BT}
+        names = [row.name for row in self.rows]
+        out = held.run(names, input_ids=ids, past_key_values=self.cache, use_cache=True, **places)
+        self.cache = out.past_key_values
+        self.last = self._chosen(self.rows, out.logits[:, -1])
+        self._leave()
+
+    def _chosen(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> list[int]:
+        tokens = []
+        for row, logits in zip(rows, logits_BV.float(), strict=True):
+            tokens.append(-1)
+            if row.settings.max_tokens == 0:
+                row.tell(row.decoder.end("length"))
+                continue
+            chosen = row.chooser.choose(logits)
+            row.made += 1
+            if chosen.token in row.settings.ends or (row.grammar is not None and row.grammar.done):
+                if row.grammar is not None and chosen.token not in row.settings.ends:
+                    row.tell(row.decoder.add(chosen))
+                row.tell(row.decoder.end("stop"))
+                continue
+            piece = row.decoder.add(chosen)
+            row.tell(piece)
+            if piece.finish is not None:
+                continue
+            if row.made >= row.settings.max_tokens:
+                row.tell(row.decoder.end("length"))
+                continue
+            tokens[-1] = chosen.token
+        return tokens
+
+    def _leave(self) -> None:
+        """Takes the rows out that have ended, or that nobody waits for any more."""
+        staying = [i for i, row in enumerate(self.rows) if self.last[i] >= 0 and not row.cancelled]
+        if len(staying) == len(self.rows):
+            return
+        self.rows, self.last = [self.rows[i] for i in staying], [self.last[i] for i in staying]
+        if not staying:
+            self.cache, self.mask_BT = None, self.mask_BT[:0, :0]
+            return
+        chosen = torch.tensor(staying, device=self.held.device)
+        mask = self.mask_BT[chosen]
+        # Columns that are padding in every row that stays are let go too.
+        start = int((mask.sum(dim=0) > 0).int().argmax())
+        cache = _cache(self.held)
+        for new, old in zip(cache.layers, self.cache.layers, strict=True):
+            new.update(old.keys[chosen, :, start:], old.values[chosen, :, start:])
+        self.cache, self.mask_BT = cache, mask[:, start:]
+
+
+def _cache(held: _Held) -> DynamicCache:
+    """Returns an empty cache: the model's own kind where a batch has one row only."""
+    config = unwrapped(held.model).config
+    cache = DynamicCache(config=config)
+    if held.mixes:
+        cache.layers = [InPlaceLayer() for _ in cache.layers or range(config.num_hidden_layers)]
+    return cache
+
+
+def _joined(
+    held: _Held, first: DynamicCache, first_mask: torch.Tensor, second: DynamicCache, second_mask: torch.Tensor
+) -> tuple[DynamicCache, torch.Tensor]:
+    """Returns the caches and masks of two batches as those of one, the shorter padded on the left."""
+    longest = max(first_mask.shape[1], second_mask.shape[1])
+    cache = _cache(held)
+    for new, one, two in zip(cache.layers, first.layers, second.layers, strict=True):
+        keys = torch.cat([_padded(one.keys, longest), _padded(two.keys, longest)])
+        new.update(keys, torch.cat([_padded(one.values, longest), _padded(two.values, longest)]))
+    masks = [torch.nn.functional.pad(m, (longest - m.shape[1], 0)) for m in (first_mask, second_mask)]
+    return cache, torch.cat(masks)
+
+
+def _padded(states_BHTD: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.nn.functional.pad(states_BHTD, (0, 0, longest - states_BHTD.shape[2], 0))
