@@ -194,7 +194,8 @@ def _train(
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
     names = [example.where for example in rows.train]
-    fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [Bar(console)], names)
+    with Bar(console) as bar:
+        fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [bar], names)
     if fit.interrupted:
         raise _stopped(config.out, fit.steps)
     _save(config, task, base, model, rows, fit)

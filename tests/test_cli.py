@@ -1,9 +1,14 @@
 """The commands, from rows on disk to a merged model, on a tiny random Llama; exit statuses and messages."""
 
+import dataclasses
+import io
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -320,6 +325,39 @@ def test_a_folder_with_other_files_is_never_written_into(place, tmp_path, capsys
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     assert main(train_words(place, tmp_path)) == 2
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_failing_training_gives_the_cursor_back(place, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from lora_ft import train, watch
+    from lora_ft.config import from_yaml
+
+    def fail(*args, **kwargs):
+        raise LoraFtError("the training fails")
+
+    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", fail)
+    screen = Console(file=io.StringIO(), force_terminal=True)
+    config = from_yaml(RunConfig, place / "adapter" / "config.yaml")
+    local = {"base": str(place / "base"), "out": tmp_path / "run"}
+    data = dataclasses.replace(config.data, train=str(place / "train.jsonl"), eval=None, metrics=())
+    with pytest.raises(LoraFtError, match="the training fails"):
+        runs.run(dataclasses.replace(config, **local, data=data), console=screen)
+    written = screen.file.getvalue()
+    show = watch.SHOW_CURSOR.decode()
+    assert written.rfind(show) > written.rfind(show.replace("h", "l")) > -1
+
+
+def test_a_second_signal_gives_the_cursor_back():
+    import pty
+
+    ours, theirs = pty.openpty()
+    code = "from lora_ft.watch import Interrupt; i = Interrupt(); i._ask(2, None); i._ask(2, None)"
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, timeout=120)
+    assert done.returncode == 130
+    assert b"\x1b[?25hStopped at once." in os.read(ours, 10_000)
+    for end in (ours, theirs):
+        os.close(end)
 
 
 def test_a_failing_evaluation_loses_no_adapter(place, tmp_path, monkeypatch):
