@@ -231,11 +231,13 @@ def merge(config: MergeConfig) -> None:
 
 def data_check(config: DataCheckConfig) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from lora_ft import sources, tasks
     from lora_ft.base import load_tokenizer
     from lora_ft.data import formats
     from lora_ft.data.render import Rendered, coloured
+    from lora_ft.data.show import TRAINED_STYLE
 
     examples = formats.read(config.file, config.columns)
     task = tasks.get(config.task)
@@ -243,7 +245,7 @@ def data_check(config: DataCheckConfig) -> None:
     tokenizer = load_tokenizer(sources.resolve(config.base).folder)
     task.prepare(tokenizer, config.max_length)
     rows = tasks.featurize(task, examples)
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths = [length for row in rows for length in task.lengths(row)]
     found = {
         "file": Path(config.file).name,
         "rows": len(rows),
@@ -259,10 +261,12 @@ def data_check(config: DataCheckConfig) -> None:
     console = Console()
     for example, row in list(zip(examples, rows, strict=True))[: config.show]:
         console.rule(example.where)
-        if isinstance(row["labels"], int) or len(row["labels"]) != len(row["input_ids"]):
-            console.print(tokenizer.decode(row["input_ids"]), markup=False)
-        else:
+        answer = task.answer(row)
+        if answer is None:
             console.print(coloured(tokenizer, Rendered(example.where, row["input_ids"], row["labels"])))
+        else:
+            console.print(tokenizer.decode(row["input_ids"]), markup=False, highlight=False)
+            console.print(Text.assemble("-> ", (answer, TRAINED_STYLE)))
     for rule in task.rules:
         _say(f"the chat template {rule}")
     cut = f", {task.cut_rows} cut at {config.max_length}" if task.cut_rows else ""

@@ -264,8 +264,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     rows = read_rows(config, task, source)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
     if not isinstance(rows.train_features, Streamed):
-        lengths = [len(row["input_ids"]) for row in rows.train_features]
-        items = len(pack.fill(lengths, config.data.max_length)) if config.data.packing else len(lengths)
+        counts = [len(row["input_ids"]) for row in rows.train_features]
+        lengths = [length for row in rows.train_features for length in task.lengths(row)]
+        items = len(pack.fill(counts, config.data.max_length)) if config.data.packing else len(counts)
         batches = math.ceil(items / config.train.batch_size)
         steps = config.train.steps or math.ceil(config.train.epochs * math.ceil(batches / config.train.accumulate))
         plan |= {"tokens": sum(lengths), "longest_row": max(lengths), "cut_rows": task.cut_rows, "steps": steps}

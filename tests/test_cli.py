@@ -163,6 +163,29 @@ def test_data_check_counts_and_shows(place, capsys):
     assert "train.jsonl:1" in out
 
 
+@pytest.mark.parametrize(
+    ("task", "rows", "architecture", "told", "lengths"),
+    [
+        ("classify", [{"text": "w50 w51", "label": "x"}, {"text": "w52", "label": "y"}], "bert", "-> x", [2, 1]),
+        ("seq2seq", [{"source": "w50 w51", "target": "w60 w61"}], "t5", "-> w60 w61 </s>", [2, 3]),
+    ],
+)
+def test_data_check_shows_and_counts_what_is_trained(tmp_path, capsys, task, rows, architecture, told, lengths):
+    base = tiny.model_folder(tmp_path / "base", architecture)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data", "check", str(file), "--base", str(base), "--task", task, "--show", "2"]
+    assert main(words) == 0
+    assert told in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    words = ["train", task, "--base", str(base), "--data.train", str(file), "--out", str(tmp_path / "x"), "--dry-run"]
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == plan["tokens"] == sum(lengths)
+    assert found["longest_row"] == plan["longest_row"] == max(lengths)
+
+
 def test_bad_rows_are_all_named_and_the_status_is_1(place, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(

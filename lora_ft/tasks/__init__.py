@@ -83,6 +83,14 @@ class Task:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""
         raise NotImplementedError
 
+    def answer(self, row: Features) -> str | None:
+        """Returns what `features` made the row learn, in words; None where it is some of the row's own tokens."""
+        return None
+
+    def lengths(self, row: Features) -> list[int]:
+        """Returns how many tokens each text of a row has: one text, but where the target is another."""
+        return [len(row["input_ids"])]
+
     def question(self, example: Example) -> tuple[list[int], str]:
         """Returns the prompt of a row as token ids, and the reply it should get. Raises DataError if it has none."""
         raise DataError([f"{example.where}: {self.name} rows have no reply to generate; evaluate their loss."])
