@@ -236,7 +236,7 @@ def read_rows(
     task.learn([*examples, *held_out])
     tokenizer = bases.load_tokenizer(source.folder)
     tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
-    task.prepare(tokenizer, data.max_length)
+    task.prepare(tokenizer, bases.longest_row(source, task.model_class, data.max_length))
     facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": _digest(examples)}
     if held_out:
         facts["eval"] = {"name": _name(data.eval), "rows": len(held_out), "sha256": _digest(held_out)}
@@ -249,7 +249,7 @@ def read_rows(
     else:
         features = tasks.featurize(task, examples)
     held_out_features = tasks.featurize(task, held_out)
-    _check_evaluation(config, task, held_out)
+    _check_evaluation(config, task, source, held_out)
     for rule in task.rules:
         log.info("the chat template %s", rule)
     tasks.tell_of_cut_rows(task)
@@ -323,12 +323,15 @@ def _finish(
 ) -> Run:
     """Writes card and report."""
     out, record = config.out, environment.read(config.out)
+    settings = plain(config)
+    # Rows end where the base has no more positions, whatever was asked for.
+    settings["data"]["max_length"] = task.max_length
     metrics = {"base": measured.base, "adapter": measured.adapter} if measured else {}
     page = report.Summary(
         title=out.name,
         task=config.task,
         base=record["base"],
-        config=plain(config),
+        config=settings,
         environment=record,
         data=rows.facts,
         metrics=metrics,
@@ -362,7 +365,7 @@ def _refuse_many_processes() -> None:
         raise ConfigError("Training runs in one process on one device; start lora-ft without torchrun or accelerate.")
 
 
-def _check_evaluation(config: RunConfig, task: Task, held_out: Sequence[Example]) -> None:
+def _check_evaluation(config: RunConfig, task: Task, source: sources.Source, held_out: Sequence[Example]) -> None:
     """Raises before training where an evaluation that was asked for could not be made after it."""
     if not held_out:
         asked = {"data.metrics": config.data.metrics, "train.eval-steps": config.train.eval_steps}
@@ -371,7 +374,17 @@ def _check_evaluation(config: RunConfig, task: Task, held_out: Sequence[Example]
                 raise ConfigError(f"{name} needs held-out rows: give --data.eval a file or a fraction.")
         return
     if config.data.metrics:
-        wanted = [task.question(example)[1] for example in held_out]
+        questions = [task.question(example) for example in held_out]
+        held = bases.positions(bases.text_config(source, task.model_class), source.name)
+        too_long = [
+            f"{example.where}: the prompt has {len(prompt)} tokens, and {source.name} has positions for {held}, so "
+            "no reply could be measured: shorten it, or leave out --data.metrics."
+            for example, (prompt, _) in zip(held_out, questions, strict=True)
+            if held is not None and len(prompt) > held
+        ]
+        if too_long:
+            raise DataError(too_long)
+        wanted = [reply for _, reply in questions]
         evaluate.score_replies(wanted, wanted, config.data.metrics)
 
 

@@ -186,6 +186,55 @@ def test_data_check_shows_and_counts_what_is_trained(tmp_path, capsys, task, row
     assert found["longest_row"] == plan["longest_row"] == max(lengths)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "task", "positions", "held"),
+    [
+        ("bert", "classify", {"max_position_embeddings": 32}, 32),
+        ("gpt2", "chat", {"n_positions": 48}, 48),
+        ("llama", "chat", {"max_position_embeddings": 40}, 40),
+    ],
+)
+def test_rows_end_where_the_base_has_no_more_positions(tmp_path, capsys, caplog, architecture, task, positions, held):
+    base = tiny.model_folder(tmp_path / "base", architecture, **positions)
+    file = tmp_path / "rows.jsonl"
+    long = " ".join(f"w{i}" for i in range(40, 100))
+    texts = [("w50 w51", "w10"), ("w60 w61", "w11"), ("w70", f"w12 {long}")]
+    said = (
+        [{"text": f"{text} {answer}", "label": answer[:3]} for text, answer in texts]
+        if task == "classify"
+        else [
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+            for text, answer in texts
+        ]
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in said * 2))
+    told = f"rows end at {held} tokens, for which base has positions, and not at 1024"
+    assert main(["data", "check", str(file), "--base", str(base), "--task", task]) == 0
+    assert f"2 cut at {held}" in capsys.readouterr().out
+    assert told in caplog.text
+    words = ["train", task, "--base", str(base), "--data.train", str(file), "--out", str(tmp_path / "run")]
+    words += ["--train.steps", "12", "--train.lr", "1e-2"]
+    assert main([*words, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["cut_rows"], plan["longest_row"]) == (2, held)
+    assert main(words) == 0
+    assert f"Rows longer than {held} tokens were cut" in (tmp_path / "run" / "README.md").read_text()
+    caplog.clear()
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(file), "--json"]) == 0
+    assert told in caplog.text
+    assert f"2 rows have more than {held} tokens, and were cut" in caplog.text
+    if task == "chat":
+        assert main(["chat", str(tmp_path / "run"), "--prompt", long, "--max-new-tokens", "4"]) == 1
+        assert f"the model has positions for {held}: shorten it" in capsys.readouterr().err
+        asked = tmp_path / "asked.jsonl"
+        turns = [("user", "w50"), ("assistant", "w1"), ("user", long), ("assistant", "w2")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        asked.write_text(json.dumps({"messages": messages}) + "\n")
+        measured = ["--data.eval", str(asked), "--data.metrics", "exact_match", "--out", str(tmp_path / "other")]
+        assert main([*words, *measured]) == 1
+        assert f"tokens, and base has positions for {held}, so no reply could be measured" in capsys.readouterr().err
+
+
 def test_bad_rows_are_all_named_and_the_status_is_1(place, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(
@@ -461,7 +510,8 @@ def test_evaluate_says_how_many_rows_it_cut(place, tmp_path, caplog):
     cut = {"messages": [*json.loads(lines[0])["messages"], long, {"role": "assistant", "content": "w9"}]}
     rows.write_text("\n".join([*lines, json.dumps(cut)]) + "\n")
     assert main(["evaluate", str(place / "adapter"), "--data", str(rows), "--json"]) == 0
-    assert "1 rows are longer than data.max-length, 1024 tokens, and were cut" in caplog.text
+    assert "rows end at 512 tokens, for which base has positions, and not at 1024" in caplog.text
+    assert "1 rows have more than 512 tokens, and were cut" in caplog.text
 
 
 @pytest.mark.parametrize("error", [ValueError("a page, not JSON"), OSError("no route")])

@@ -143,7 +143,7 @@ def featurize(task: Task, examples: Iterable[Example]) -> list[Features]:
 def tell_of_cut_rows(task: Task) -> None:
     """Warns where rows were longer than the longest that the task may return."""
     if task.cut_rows:
-        log.warning("%d rows are longer than data.max-length, %d tokens, and were cut", task.cut_rows, task.max_length)
+        log.warning("%d rows have more than %d tokens, and were cut", task.cut_rows, task.max_length)
 
 
 def tokens(batch: Batch) -> int:
