@@ -194,8 +194,15 @@ def _train(
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
     names = [example.where for example in rows.train]
-    with Bar(console) as bar:
-        fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [bar], names)
+    try:
+        with Bar(console) as bar:
+            fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, [bar], names)
+    except DataError as error:
+        raise DataError([*error.problems, _after_bad_row(config.out, rows.facts["train"]["sha256"])]) from None
+    if rows.facts["train"].get("cut_rows"):
+        facts = rows.facts["train"]
+        log.warning("%d of the %d rows read have more than %d tokens, and were cut", facts["cut_rows"],
+                    facts["rows_read"], task.max_length)  # fmt: skip
     if fit.interrupted:
         raise _stopped(config.out, fit.steps)
     _save(config, task, base, model, rows, fit)
@@ -211,6 +218,21 @@ def _stopped(out: Path, steps: int) -> LoraFtError:
         "a checkpoint is saved" if saved_steps[-1] == steps else f"the last checkpoint is of step {saved_steps[-1]}"
     )
     return Interrupted(f"Stopped at step {steps}; {saved_at}. To go on:")
+
+
+def _after_bad_row(out: Path, digest: str | None) -> str:
+    """Returns what to do where a row that was streamed ended the training."""
+    saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / train.CHECKPOINTS)]
+    if not saved_steps:
+        return (
+            "No step was made before it: mend the row and start anew. --dry-run reads all rows and names each problem."
+        )
+    # The digest of the file is then another, which a resumed run asks about.
+    allowed = " --allow-changed rows.train.sha256" if digest else ""
+    return (
+        f"A checkpoint of step {saved_steps[-1]} is saved: mend the row in its place, leaving those before it as they "
+        f"are, and go on with --resume{allowed}."
+    )
 
 
 def read_rows(
@@ -245,7 +267,7 @@ def read_rows(
         local = Path(str(data.train))
         digest = environment.file_sha256(local) if local.is_file() else None
         facts["train"] = {"name": _name(data.train), "rows": None, "sha256": digest}
-        features = Streamed(lambda: _stream(config, task))
+        features = Streamed(lambda: _stream(config, task, facts["train"]))
     else:
         features = tasks.featurize(task, examples)
     held_out_features = tasks.featurize(task, held_out)
@@ -263,7 +285,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
-    if not isinstance(rows.train_features, Streamed):
+    if isinstance(rows.train_features, Streamed):
+        plan |= _check_stream(config, task)
+        tasks.tell_of_cut_rows(task)
+    else:
         counts = [len(row["input_ids"]) for row in rows.train_features]
         lengths = [length for row in rows.train_features for length in task.lengths(row)]
         items = len(pack.fill(counts, config.data.max_length)) if config.data.packing else len(counts)
@@ -333,7 +358,8 @@ def _finish(
         base=record["base"],
         config=settings,
         environment=record,
-        data=rows.facts,
+        # Not those of `rows`: of streamed ones it was counted in training, which a resumed run may have behind it.
+        data=record["data"],
         metrics=metrics,
         fit=dataclasses.asdict(fit) | {"tokens_per_s": fit.tokens_per_s},
         seal={"kl_effect": sealed.effect, "rows": sum(len(batch["labels"]) for batch in sealed.batches)},
@@ -410,9 +436,38 @@ def _split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[lis
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
 
-def _stream(config: RunConfig, task: Task) -> Iterator[Features]:
-    for example in formats.stream(str(config.data.train), config.data.columns):
+def _stream(config: RunConfig, task: Task, facts: dict[str, Any]) -> Iterator[Features]:
+    """Yields the rows of one pass; `facts` say how many of a pass have been read, and cut, so far."""
+    before = task.cut_rows
+    for number, example in enumerate(formats.stream(str(config.data.train), config.data.columns), 1):
         yield task.features(example)
+        read = {"rows_read": number, "cut_rows": task.cut_rows - before}
+        facts.update({key: max(count, facts.get(key, 0)) for key, count in read.items()})
+
+
+def _check_stream(config: RunConfig, task: Task) -> dict[str, Any]:
+    """Returns what there is to say of rows that are streamed, each read once. Raises DataError with all problems."""
+    problems: list[str] = []
+    rows, tokens, longest, before = 0, 0, 0, task.cut_rows
+    try:
+        for example in formats.each(str(config.data.train), config.data.columns, streaming=True):
+            try:
+                if isinstance(example, DataError):
+                    raise example
+                lengths = task.lengths(task.features(example))
+            except DataError as error:
+                problems += error.problems
+                if len(problems) >= formats.MAX_PROBLEMS:
+                    problems.append(f"The rest was not read, after {len(problems):,} problems.")
+                    break
+            else:
+                rows, tokens, longest = rows + 1, tokens + sum(lengths), max(longest, *lengths)
+    except DataError as last:
+        problems += last.problems
+    if problems:
+        raise DataError(problems)
+    cut = task.cut_rows - before
+    return {"rows": rows, "tokens": tokens, "longest_row": longest, "cut_rows": cut, "steps": config.train.steps}
 
 
 def _first_batches(task: Task, rows: Rows, config: RunConfig) -> list[dict[str, Any]]:

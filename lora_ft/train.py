@@ -221,6 +221,7 @@ def fit(
         ProofError: no gradient reached the adapter, or a frozen weight changed.
         AdapterError: there is no whole checkpoint to resume from.
         DivergedError: loss or gradient were not finite in step after step; `model` is that of the last checkpoint.
+        DataError: a row that was streamed is a bad one; the steps before it are saved.
         StorageError: the folder cannot be written to, or the best checkpoint is damaged.
     """
     out, train = config.out, config.train
@@ -256,6 +257,11 @@ def fit(
     except DivergedError as diverged:
         step = trainer.back_to_last_good()
         raise DivergedError(f"{diverged} {_way_back(step)}") from None
+    except DataError:
+        # Rows that are streamed are found out when their turn comes, before the step that they are for.
+        if trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model)
+        raise
     finally:
         interrupt.restore()
     seconds = clock.seconds()

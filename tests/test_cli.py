@@ -470,6 +470,75 @@ def test_a_streamed_run_is_not_resumed_on_other_rows(place, tmp_path, capsys, mo
     assert main([*words, "--resume"]) == 0
 
 
+def test_a_dry_run_streams_through_the_rows_once(place, tmp_path, capsys, caplog):
+    rows = shutil.copy(place / "train.jsonl", tmp_path / "rows.jsonl")
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "6", "--dry-run")
+    words[words.index("--data.train") + 1] = str(rows)
+    with rows.open("a") as file:
+        file.write(json.dumps(long_row()) + "\n")
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["rows"], plan["cut_rows"], plan["longest_row"], plan["steps"]) == (31, 1, 512, 6)
+    assert "1 rows have more than 512 tokens, and were cut" in caplog.text
+    with rows.open("a") as file:
+        file.write('{"messages": []}\n{"messages"\n{"text": "w1"}\n')
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert all(f"rows.jsonl:{line}:" in error for line in (32, 33, 34))
+
+
+def long_row():
+    turns = [("user", "w50"), ("assistant", "w9 " * 600)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def test_streamed_rows_that_were_cut_are_told(place, tmp_path, caplog):
+    rows = shutil.copy(place / "train.jsonl", tmp_path / "rows.jsonl")
+    rows.write_text(json.dumps(long_row()) + "\n" + rows.read_text())
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "10")
+    words[words.index("--data.train") + 1] = str(rows)
+    assert main(words) == 0
+    # More than a pass: no row is counted twice.
+    assert "1 of the 31 rows read have more than 512 tokens, and were cut" in caplog.text
+    data = json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"]
+    assert (data["rows"], data["rows_read"], data["cut_rows"]) == (None, 31, 1)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "The training rows were streamed: 31 of them were read, and 1 cut, as too long." in card
+
+
+def test_a_bad_row_in_mid_run_saves_the_steps_before_it(place, tmp_path, capsys):
+    good = (place / "train.jsonl").read_text()
+    rows = tmp_path / "rows.jsonl"
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "7")
+    words[words.index("--data.train") + 1] = str(rows)
+    rows.write_text(good)
+    whole = [*words]
+    whole[words.index("--out") + 1] = str(tmp_path / "whole")
+    assert main(whole) == 0
+    lines = good.splitlines()
+    rows.write_text("\n".join([*lines[:20], '{"messages": []}', *lines[21:]]) + "\n")
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl:21: messages" in error
+    assert re.search(r"A checkpoint of step [345] is saved: mend the row in its place", error)
+    assert "go on with --resume --allow-changed rows.train.sha256." in error
+    rows.write_text(good)
+    assert main([*words, "--resume"]) == 2
+    assert "add --allow-changed rows.train.sha256" in capsys.readouterr().err
+    assert main([*words, "--resume", "--allow-changed", "rows.train.sha256"]) == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_a_bad_row_at_the_start_saves_nothing(place, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "w1"}]}\n')
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "7")
+    words[words.index("--data.train") + 1] = str(rows)
+    assert main(words) == 1
+    assert "No step was made before it: mend the row and start anew." in capsys.readouterr().err
+
+
 def test_rows_of_the_hub_have_no_digest_so_a_resumed_run_keeps_their_name(place, tmp_path):
     def keep(train: str, resume: bool) -> None:
         data = DataConfig(train=train, streaming=True)
