@@ -147,6 +147,7 @@ def _run(
 ) -> Run:
     started.clear_up(config.out)
     started.refuse_to_overwrite(config)
+    train.require_trackers(config.train)
     trained = config.resume and started.is_trained(config.out)
     if config.resume and not trained:
         checkpoints.newest(config.out / train.CHECKPOINTS)
@@ -281,6 +282,7 @@ def read_rows(
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Returns what a run would do, having checked its rows and loss mask; loads no weights."""
     started.refuse_to_overwrite(config)
+    train.require_trackers(config.train)
     task = tasks.get(config.task)
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source)

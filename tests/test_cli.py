@@ -388,6 +388,27 @@ def test_what_could_not_be_evaluated_or_reported_is_refused_before_training(plac
     assert message in capsys.readouterr().err
 
 
+def test_a_missing_tracker_is_noticed_before_anything_is_loaded(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs.sources, "resolve", lambda *_: pytest.fail("the base was looked for"))
+    for more in ([], ["--dry-run"]):
+        assert main(train_words(place, tmp_path / "run", "--train.report-to", "wandb", *more)) == 2
+        assert "train.report-to wandb: the package is not installed" in capsys.readouterr().err
+
+
+def test_each_run_has_its_events_and_none_lies_in_the_adapter(place, tmp_path, monkeypatch):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    for name, steps in (("one", 2), ("two", 3)):
+        words = train_words(place, tmp_path / name, "--train.report-to", "tensorboard", "--train.steps", str(steps))
+        assert main(words) == 0
+        assert {p.name for p in (tmp_path / name).iterdir()} == FOLDER
+        (events,) = (tmp_path / f"{name}-tensorboard").iterdir()
+        found = [event for event in loader.EventFileLoader(str(events)).Load() if event.HasField("summary")]
+        losses = [event.step for event in found for value in event.summary.value if value.tag == "train/loss"]
+        assert losses == list(range(1, steps + 1))
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
 def test_references_that_are_no_json_are_refused_before_training(place, tmp_path, capsys):
     assert main(train_words(place, tmp_path / "run", "--data.metrics", "json_match")) == 1
     assert "JSON" in capsys.readouterr().err
