@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -113,14 +114,15 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compute_dtype, why = choose_dtype(dtype, device)
     log.info("computing in %s: %s", str(compute_dtype).removeprefix("torch."), why if dtype == "auto" else why_dtype)
-    config = _text_config(source, model_class)
+    config = text_config(source, model_class)
     for key, value in (config_changes or {}).items():
         setattr(config, key, value)
     tokenizer = load_tokenizer(source.folder)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
     stored = _stored_quant(config, source, quant)
-    skeleton = _skeleton(source, config, model_class)
+    skeleton = _skeleton(source.name, config, model_class)
+    _compare_size(source, skeleton)
     output, task_heads = heads(skeleton)
     misread = four_bits.misread(skeleton, but=output + task_heads) if quant == "nf4" and device == "cpu" else ()
     if misread and not stored:
@@ -225,7 +227,34 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
+def longest_row(source: Source, model_class: Any, asked: int) -> int:
+    """Returns how many tokens a row may have: `asked`, or as many as the base has positions for, and then says so."""
+    held = positions(text_config(source, model_class), source.name)
+    if held is None or asked <= held:
+        return asked
+    log.info("rows end at %d tokens, for which %s has positions, and not at %d", held, source.name, asked)
+    return held
+
+
+def positions(config: PreTrainedConfig, name: str) -> int | None:
+    """Returns how many tokens in a row a model was made for, None where nothing bounds them.
+
+    More find no row in a table of positions. Rotary ones could be computed, but the model never saw them.
+    """
+    count = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(count, int) or count < 1:
+        return None
+    if type(config) not in AutoModelForMaskedLM._model_mapping:
+        return count
+    # Models after RoBERTa count from the row after that of the padding.
+    for place, table in _skeleton(name, config, AutoModel).named_modules():
+        if place.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    return count
+
+
+def text_config(source: Source, model_class: Any) -> PreTrainedConfig:
+    """Returns the configuration of a base. Raises UnsupportedModelError where `model_class` cannot be made of it."""
     try:
         config = read_config(source.folder)
     except LoraFtError:
@@ -256,19 +285,23 @@ def _text_config(source: Source, model_class: Any) -> PreTrainedConfig:
     return config
 
 
-def _skeleton(source: Source, config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
-    """Returns the model on the meta device, having compared its size with that of the files.
+def _skeleton(name: str, config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
+    """Returns the model on the meta device."""
+    try:
+        with torch.device("meta"):
+            return model_class.from_config(config)
+    # As above: sizes that do not go together raise what the arithmetic does.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"{name}: config.json describes no model: {reason}.") from None
+
+
+def _compare_size(source: Source, skeleton: PreTrainedModel) -> None:
+    """Raises SourceError where the weight files hold far fewer numbers than the model is made of.
 
     A weight that the files lack, or hold in another shape, is made anew by transformers, as large as the
     configuration says.
     """
-    try:
-        with torch.device("meta"):
-            skeleton = model_class.from_config(config)
-    # As above: sizes that do not go together raise what the arithmetic does.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(f"{source.name}: config.json describes no model: {reason}.") from None
     called_for = sum(parameter.numel() for parameter in skeleton.parameters())
     specs = [s for file in safetensors_files(source.folder) for s in safetensors_header(file)[1].values()]
     held = sum(math.prod(spec["shape"]) * (2 if spec["dtype"] == "U8" else 1) for spec in specs)
@@ -277,7 +310,6 @@ def _skeleton(source: Source, config: PreTrainedConfig, model_class: Any) -> Pre
             f"{source.name}: config.json calls for {called_for:,} numbers, but the weight files hold {held:,}: they "
             "are not of one model; fetch the base again."
         )
-    return skeleton
 
 
 def _stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> bool:

@@ -214,7 +214,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     examples = formats.read(config.data, config.columns)
     loaded = saved.load(config.adapter, config.base)
-    loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)
+    loaded.prepare_task()
     rows = tasks.featurize(loaded.task, examples)
     tasks.tell_of_cut_rows(loaded.task)
     found = evaluation.compare(
@@ -233,7 +233,7 @@ def chat(config: ChatConfig) -> None:
     loaded = saved.load(config.adapter, config.base)
     if loaded.task.name != "chat":
         raise LoraFtError(f"{config.adapter} was trained for the task {loaded.task.name}; only chat adapters converse.")
-    loaded.task.prepare(loaded.base.tokenizer, loaded.config.data.max_length)
+    loaded.prepare_task()
     sampling = Sampling(config.max_new_tokens, config.temperature)
     messages = _opening(config.system, loaded.task.facts()["system"])
 
@@ -286,19 +286,22 @@ def merge(config: MergeConfig) -> None:
 
 def data_check(config: DataCheckConfig) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from lora_ft import sources, tasks
-    from lora_ft.base import load_tokenizer
+    from lora_ft.base import load_tokenizer, longest_row
     from lora_ft.data import formats
     from lora_ft.data.render import Rendered, coloured
+    from lora_ft.data.show import TRAINED_STYLE
 
     examples = formats.read(config.file, config.columns)
     task = tasks.get(config.task)
     task.learn(examples)
-    tokenizer = load_tokenizer(sources.resolve(config.base).folder)
-    task.prepare(tokenizer, config.max_length)
+    source = sources.resolve(config.base)
+    tokenizer = load_tokenizer(source.folder)
+    task.prepare(tokenizer, longest_row(source, task.model_class, config.max_length))
     rows = tasks.featurize(task, examples)
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths = [length for row in rows for length in task.lengths(row)]
     found = {
         "file": Path(config.file).name,
         "rows": len(rows),
@@ -314,13 +317,15 @@ def data_check(config: DataCheckConfig) -> None:
     console = Console()
     for example, row in list(zip(examples, rows, strict=True))[: config.show]:
         console.rule(example.where)
-        if isinstance(row["labels"], int) or len(row["labels"]) != len(row["input_ids"]):
-            console.print(tokenizer.decode(row["input_ids"]), markup=False)
-        else:
+        answer = task.answer(row)
+        if answer is None:
             console.print(coloured(tokenizer, Rendered(example.where, row["input_ids"], row["labels"])))
+        else:
+            console.print(tokenizer.decode(row["input_ids"]), markup=False, highlight=False)
+            console.print(Text.assemble("-> ", (answer, TRAINED_STYLE)))
     for rule in task.rules:
         _say(f"the chat template {rule}")
-    cut = f", {task.cut_rows} cut at {config.max_length}" if task.cut_rows else ""
+    cut = f", {task.cut_rows} cut at {task.max_length}" if task.cut_rows else ""
     masked = f"; mask found by {' and '.join(task.ways)}" if task.ways else ""
     counted = f"{len(rows)} {config.task} rows, {found['tokens']} tokens, longest {found['longest_row']}"
     _say(f"{found['file']}: {counted}{cut}{masked}; all good")

@@ -174,7 +174,7 @@ class TrainConfig:
     log_steps: int = 1
     """Optimizer steps between lines of metrics.jsonl."""
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Trackers to send metrics to; none unless named."""
+    """Trackers to send metrics to; none unless named. TensorBoard's files come to lie beside the adapter folder."""
 
     def __post_init__(self) -> None:
         at_least("train.batch-size", self.batch_size, 1)

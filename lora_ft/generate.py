@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from lora_ft import base as bases
 from lora_ft import four_bits
+from lora_ft.errors import LoraFtError
 from lora_ft.modes import evaluating, unwrapped
+
+log = logging.getLogger(__name__)
 
 # Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.38 GB in float32.
 BATCH_TOKENS = 8192
@@ -77,7 +82,19 @@ def generate(
     Args:
         prompts: token ids of each prompt; encoder-decoder models take them as the source.
         stop_ids: tokens that end a reply besides the model's own end of text.
+
+    Raises:
+        LoraFtError: a prompt has more tokens than the model has positions; replies that reach them end there, which is
+            said.
     """
+    held = bases.positions(unwrapped(model).config, "the base")
+    longest = max(map(len, prompts), default=0)
+    if held is not None and longest > held:
+        raise LoraFtError(
+            f"The prompt, with all that was said before, has {longest} tokens, and the model has positions for {held}: "
+            "shorten it, or begin a new conversation."
+        )
+    cut = 0
     in_place = can_share(model)
     shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -87,11 +104,26 @@ def generate(
         while order:
             # The longest first: the memory of the whole run is known after one batch.
             rows = max(1, BATCH_TOKENS // (len(prompts[order[-1]]) + sampling.max_new_tokens))
+            room = _room(model, held, len(prompts[order[-1]]))
+            limits = sampling
+            if room is not None and room < sampling.max_new_tokens:
+                # Alone, or what is left for this one would be all that others get.
+                rows, limits = 1, replace(sampling, max_new_tokens=room)
             order, chosen = order[:-rows], order[-rows:]
-            made = _batch(model, tokenizer, [prompts[i] for i in chosen], shared, cache, sampling, stop_ids)
+            made, ended = _batch(model, tokenizer, [prompts[i] for i in chosen], shared, cache, limits, stop_ids)
+            cut += limits is not sampling and not ended
             for i, reply in zip(chosen, made, strict=True):
                 replies[i] = reply
+    if cut:
+        log.warning("%d replies were cut at the last of the %d positions that the model has", cut, held)
     return replies
+
+
+def _room(model: Any, held: int | None, prompt: int) -> int | None:
+    """Returns how many tokens can follow a prompt of so many, None for any number; the last needs no position."""
+    if held is None:
+        return None
+    return held if unwrapped(model).config.is_encoder_decoder else held - prompt + 1
 
 
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
@@ -174,7 +206,8 @@ def _batch(
     cache: DynamicCache | None,
     sampling: Sampling,
     stop_ids: Sequence[int],
-) -> list[str]:
+) -> tuple[list[str], bool]:
+    """Returns the replies, and whether each of them came to its end."""
     longest = max(map(len, prompts))
     # Padding stands between the shared beginning and the rest, so that the cache fits every row.
     ids, mask = [], []
@@ -191,15 +224,17 @@ def _batch(
         if shared:
             rows.batch_repeat_interleave(len(prompts))
         inputs["past_key_values"] = rows
+    ends = sorted({*end_ids(model, tokenizer), *stop_ids})
     out = model.generate(
         **inputs,
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({*end_ids(model, tokenizer), *stop_ids}),
+        eos_token_id=ends,
         **({"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {}),
     )
     new = out if model.config.is_encoder_decoder else out[:, longest:]
-    return tokenizer.batch_decode(new, skip_special_tokens=True)
+    ended = bool(torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1).all())
+    return tokenizer.batch_decode(new, skip_special_tokens=True), ended
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:

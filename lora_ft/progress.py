@@ -10,7 +10,10 @@ from transformers import TrainerCallback
 
 
 class Bar(TrainerCallback):
-    """A progress bar on a terminal; elsewhere a line every tenth of the run."""
+    """A progress bar on a terminal; elsewhere a line every tenth of the run.
+
+    A context manager: however its block ends, the terminal has its cursor again.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -23,6 +26,12 @@ class Bar(TrainerCallback):
             console=console,
             transient=True,
         )
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.progress.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, state="")

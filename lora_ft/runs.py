@@ -163,6 +163,7 @@ def _run(
 ) -> Run:
     started.sweep(config.out)
     started.refuse_to_overwrite(config)
+    train.require_trackers(config.train)
     started.clear_up(config.out)
     trained = config.resume and started.is_trained(config.out)
     if config.resume and not trained:
@@ -211,8 +212,16 @@ def _train(
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
     names = [example.where for example in rows.train]
-    watching = [Bar(console), *watch(task, base, model, rows)]
-    fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, watching, names)
+    try:
+        with Bar(console) as bar:
+            watching = [bar, *watch(task, base, model, rows)]
+            fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, watching, names)
+    except DataError as error:
+        raise DataError([*error.problems, _after_bad_row(config.out, rows.facts["train"]["sha256"])]) from None
+    if rows.facts["train"].get("cut_rows"):
+        facts = rows.facts["train"]
+        log.warning("%d of the %d rows read have more than %d tokens, and were cut", facts["cut_rows"],
+                    facts["rows_read"], task.max_length)  # fmt: skip
     if fit.interrupted:
         raise _stopped(config.out, fit.steps)
     _save(config, task, base, model, rows, fit)
@@ -228,6 +237,21 @@ def _stopped(out: Path, steps: int) -> LoraFtError:
         "a checkpoint is saved" if saved_steps[-1] == steps else f"the last checkpoint is of step {saved_steps[-1]}"
     )
     return Interrupted(f"Stopped at step {steps}; {saved_at}. To go on:")
+
+
+def _after_bad_row(out: Path, digest: str | None) -> str:
+    """Returns what to do where a row that was streamed ended the training."""
+    saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / train.CHECKPOINTS)]
+    if not saved_steps:
+        return (
+            "No step was made before it: mend the row and start anew. --dry-run reads all rows and names each problem."
+        )
+    # The digest of the file is then another, which a resumed run asks about.
+    allowed = " --allow-changed rows.train.sha256" if digest else ""
+    return (
+        f"A checkpoint of step {saved_steps[-1]} is saved: mend the row in its place, leaving those before it as they "
+        f"are, and go on with --resume{allowed}."
+    )
 
 
 def read_rows(
@@ -253,7 +277,7 @@ def read_rows(
     task.learn([*examples, *held_out])
     tokenizer = bases.load_tokenizer(source.folder)
     tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
-    task.prepare(tokenizer, data.max_length)
+    task.prepare(tokenizer, bases.longest_row(source, task.model_class, data.max_length))
     facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": _digest(examples)}
     if held_out:
         facts["eval"] = {"name": _name(data.eval), "rows": len(held_out), "sha256": _digest(held_out)}
@@ -262,11 +286,11 @@ def read_rows(
         local = Path(str(data.train))
         digest = environment.file_sha256(local) if local.is_file() else None
         facts["train"] = {"name": _name(data.train), "rows": None, "sha256": digest}
-        features = Streamed(lambda: _stream(config, task))
+        features = Streamed(lambda: _stream(config, task, facts["train"]))
     else:
         features = tasks.featurize(task, examples)
     held_out_features = tasks.featurize(task, held_out)
-    _check_evaluation(config, task, held_out)
+    _check_evaluation(config, task, source, held_out)
     for rule in task.rules:
         log.info("the chat template %s", rule)
     tasks.tell_of_cut_rows(task)
@@ -276,13 +300,18 @@ def read_rows(
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Returns what a run would do, having checked its rows and loss mask; loads no weights."""
     started.refuse_to_overwrite(config)
+    train.require_trackers(config.train)
     task = tasks.get(config.task)
     source = sources.resolve(config.base, config.revision)
     rows = read_rows(config, task, source)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
-    if not isinstance(rows.train_features, Streamed):
-        lengths = [len(row["input_ids"]) for row in rows.train_features]
-        items = len(pack.fill(lengths, config.data.max_length)) if config.data.packing else len(lengths)
+    if isinstance(rows.train_features, Streamed):
+        plan |= _check_stream(config, task)
+        tasks.tell_of_cut_rows(task)
+    else:
+        counts = [len(row["input_ids"]) for row in rows.train_features]
+        lengths = [length for row in rows.train_features for length in task.lengths(row)]
+        items = len(pack.fill(counts, config.data.max_length)) if config.data.packing else len(counts)
         batches = math.ceil(items / config.train.batch_size)
         steps = config.train.steps or math.ceil(config.train.epochs * math.ceil(batches / config.train.accumulate))
         plan |= {"tokens": sum(lengths), "longest_row": max(lengths), "cut_rows": task.cut_rows, "steps": steps}
@@ -339,14 +368,18 @@ def _finish(
 ) -> Run:
     """Writes card and report."""
     out, record = config.out, environment.read(config.out)
+    settings = plain(config)
+    # Rows end where the base has no more positions, whatever was asked for.
+    settings["data"]["max_length"] = task.max_length
     metrics = {"base": measured.base, "adapter": measured.adapter} if measured else {}
     page = report.Summary(
         title=out.name,
         task=config.task,
         base=record["base"],
-        config=plain(config),
+        config=settings,
         environment=record,
-        data=rows.facts,
+        # Not those of `rows`: of streamed ones it was counted in training, which a resumed run may have behind it.
+        data=record["data"],
         metrics=metrics,
         fit=dataclasses.asdict(fit) | {"tokens_per_s": fit.tokens_per_s},
         seal={"kl_effect": sealed.effect, "rows": sum(len(batch["labels"]) for batch in sealed.batches)},
@@ -378,7 +411,7 @@ def _refuse_many_processes() -> None:
         raise ConfigError("Training runs in one process on one device; start lora-ft without torchrun or accelerate.")
 
 
-def _check_evaluation(config: RunConfig, task: Task, held_out: Sequence[Example]) -> None:
+def _check_evaluation(config: RunConfig, task: Task, source: sources.Source, held_out: Sequence[Example]) -> None:
     """Raises before training where an evaluation that was asked for could not be made after it."""
     if not held_out:
         asked = {"data.metrics": config.data.metrics, "train.eval-steps": config.train.eval_steps}
@@ -387,7 +420,17 @@ def _check_evaluation(config: RunConfig, task: Task, held_out: Sequence[Example]
                 raise ConfigError(f"{name} needs held-out rows: give --data.eval a file or a fraction.")
         return
     if config.data.metrics:
-        wanted = [task.question(example)[1] for example in held_out]
+        questions = [task.question(example) for example in held_out]
+        held = bases.positions(bases.text_config(source, task.model_class), source.name)
+        too_long = [
+            f"{example.where}: the prompt has {len(prompt)} tokens, and {source.name} has positions for {held}, so "
+            "no reply could be measured: shorten it, or leave out --data.metrics."
+            for example, (prompt, _) in zip(held_out, questions, strict=True)
+            if held is not None and len(prompt) > held
+        ]
+        if too_long:
+            raise DataError(too_long)
+        wanted = [reply for _, reply in questions]
         evaluate.score_replies(wanted, wanted, config.data.metrics)
 
 
@@ -413,9 +456,38 @@ def _split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[lis
     return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
 
 
-def _stream(config: RunConfig, task: Task) -> Iterator[Features]:
-    for example in formats.stream(str(config.data.train), config.data.columns):
+def _stream(config: RunConfig, task: Task, facts: dict[str, Any]) -> Iterator[Features]:
+    """Yields the rows of one pass; `facts` say how many of a pass have been read, and cut, so far."""
+    before = task.cut_rows
+    for number, example in enumerate(formats.stream(str(config.data.train), config.data.columns), 1):
         yield task.features(example)
+        read = {"rows_read": number, "cut_rows": task.cut_rows - before}
+        facts.update({key: max(count, facts.get(key, 0)) for key, count in read.items()})
+
+
+def _check_stream(config: RunConfig, task: Task) -> dict[str, Any]:
+    """Returns what there is to say of rows that are streamed, each read once. Raises DataError with all problems."""
+    problems: list[str] = []
+    rows, tokens, longest, before = 0, 0, 0, task.cut_rows
+    try:
+        for example in formats.each(str(config.data.train), config.data.columns, streaming=True):
+            try:
+                if isinstance(example, DataError):
+                    raise example
+                lengths = task.lengths(task.features(example))
+            except DataError as error:
+                problems += error.problems
+                if len(problems) >= formats.MAX_PROBLEMS:
+                    problems.append(f"The rest was not read, after {len(problems):,} problems.")
+                    break
+            else:
+                rows, tokens, longest = rows + 1, tokens + sum(lengths), max(longest, *lengths)
+    except DataError as last:
+        problems += last.problems
+    if problems:
+        raise DataError(problems)
+    cut = task.cut_rows - before
+    return {"rows": rows, "tokens": tokens, "longest_row": longest, "cut_rows": cut, "steps": config.train.steps}
 
 
 def _first_batches(task: Task, rows: Rows, config: RunConfig) -> list[dict[str, Any]]:

@@ -106,6 +106,11 @@ class Loaded:
     config: RunConfig
     record: dict[str, Any]
 
+    def prepare_task(self) -> None:
+        """Prepares the task for rows as long as those of the run."""
+        asked = self.config.data.max_length
+        self.task.prepare(self.base.tokenizer, bases.longest_row(self.base.source, self.task.model_class, asked))
+
 
 def load(folder: Path, base_name: str | None = None, device: str | None = None) -> Loaded:
     """Returns the adapter in `folder` on the base that it was made on, in evaluation mode.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from lora_ft import adapters, attention, four_bits, heap, losses
 from lora_ft.base import Base
@@ -221,6 +221,7 @@ def fit(
         ProofError: no gradient reached the adapter, or a frozen weight changed.
         AdapterError: there is no whole checkpoint to resume from.
         DivergedError: loss or gradient were not finite in step after step; `model` is that of the last checkpoint.
+        DataError: a row that was streamed is a bad one; the steps before it are saved.
         StorageError: the folder cannot be written to, or the best checkpoint is damaged.
     """
     out, train = config.out, config.train
@@ -229,6 +230,8 @@ def fit(
         row_names = data.names(row_names)
     interrupt, clock, proof = Interrupt(), Clock(base.device), GradientProof()
     chosen = [proof, interrupt, clock, MetricsFile(out / METRICS, clock), *callbacks]
+    if "tensorboard" in train.report_to:
+        chosen.append(_tensorboard(out))
     if train.patience is not None:
         chosen.append(EarlyStoppingCallback(train.patience))
     trainer = AdapterTrainer(
@@ -256,6 +259,11 @@ def fit(
     except DivergedError as diverged:
         step = trainer.back_to_last_good()
         raise DivergedError(f"{diverged} {_way_back(step)}") from None
+    except DataError:
+        # Rows that are streamed are found out when their turn comes, before the step that they are for.
+        if trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model)
+        raise
     finally:
         interrupt.restore()
     seconds = clock.seconds()
@@ -302,17 +310,29 @@ def _way_back(step: int | None) -> str:
     )
 
 
+def require_trackers(train: TrainConfig) -> None:
+    """Raises ConfigError where a package that `train.report-to` names is not installed."""
+    missing = [name for name in train.report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"train.report-to {missing[0]}: the package is not installed; `pip install {missing[0]}`.")
+
+
+def _tensorboard(out: Path) -> TrainerCallback:
+    """Returns what writes events for TensorBoard, beside the folder of the run: they hold the name of the machine."""
+    callback = TensorBoardCallback()
+    if callback.logging_dir is None:
+        out = out.resolve()
+        callback.logging_dir = str(out.with_name(f"{out.name}-tensorboard"))
+    log.info("events for TensorBoard are written to %s", callback.logging_dir)
+    return callback
+
+
 def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> TrainingArguments:
     """Returns the Trainer's arguments for ours; nothing is reported anywhere unless it was named."""
     evaluates = evaluated and train.eval_steps is not None
     save_steps = train.save_steps or (train.eval_steps if evaluates else None)
     if base.dtype == torch.float16 and base.device.type == "cpu":
         raise ConfigError("train.dtype float16 trains on a GPU only; on a processor use bfloat16 or float32.")
-    missing = [name for name in train.report_to if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"train.report-to {missing[0]}: the package is not installed; `pip install {missing[0]}`.")
-    # Beside the checkpoints, which are deleted when the run is done.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out / "tensorboard"))
     made = TrainingArguments(
         output_dir=str(out / CHECKPOINTS),
         per_device_train_batch_size=train.batch_size,
@@ -345,7 +365,8 @@ def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> 
         logging_steps=train.log_steps,
         # The default writes the running mean over a loss that is not a number.
         logging_nan_inf_filter=False,
-        report_to=list(train.report_to) or "none",
+        # The callback for TensorBoard is ours: the Trainer's takes its folder from the environment.
+        report_to=[name for name in train.report_to if name != "tensorboard"] or "none",
         remove_unused_columns=False,
         disable_tqdm=True,
         log_level="error",

@@ -25,6 +25,9 @@ from lora_ft.errors import Interrupted, ProofError, StorageError
 
 log = logging.getLogger(__name__)
 
+SHOW_CURSOR = b"\x1b[?25h"
+STOPPED = b"Stopped at once.\n"
+
 
 class GradientProof(TrainerCallback):
     """Before the first step, a resumed run's too, every trained tensor has a gradient, and some a non-zero one.
@@ -89,7 +92,8 @@ class Interrupt(TrainerCallback):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             # Whatever is being written is a draft, and stays one.
-            os.write(sys.stderr.fileno(), b"Stopped at once.\n")
+            # The bar has hidden the cursor, and will not end.
+            os.write(sys.stderr.fileno(), (SHOW_CURSOR if os.isatty(sys.stderr.fileno()) else b"") + STOPPED)
             os._exit(Interrupted.exit_status)
         self.asked = True
         log.info("stopping after this step; a second signal stops at once")

@@ -660,3 +660,27 @@ def test_a_model_too_large_for_dense_stand_ins_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(four_bits, "DENSE_LIMIT", 1000)
     with four_bits.dequantized(loaded.model):
         assert not any(isinstance(m, four_bits.Dequantized) for m in loaded.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("config", "held"),
+    [
+        # Its first row of positions is of the padding, and the one before that of nothing.
+        (transformers.RobertaConfig(max_position_embeddings=514, num_hidden_layers=1), 512),
+        (transformers.BertConfig(num_hidden_layers=1), 512),
+        (transformers.BartConfig(encoder_layers=1, decoder_layers=1), 1024),
+        (transformers.GPT2Config(n_positions=128), 128),
+        (transformers.LlamaConfig(max_position_embeddings=512), 512),
+        (transformers.T5Config(), None),
+        (transformers.BloomConfig(), None),
+        (transformers.XLNetConfig(), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_the_positions_of_a_base(config: transformers.PreTrainedConfig, held: int | None) -> None:
+    assert base.positions(config, "a base") == held
+    if isinstance(config, transformers.RobertaConfig):
+        model = transformers.RobertaModel(config).eval()
+        model(input_ids=torch.full((1, 512), 5))
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            model(input_ids=torch.full((1, 513), 5))

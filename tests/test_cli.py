@@ -1,9 +1,14 @@
 """The commands, from rows on disk to a merged model, on a tiny random Llama; exit statuses and messages."""
 
+import dataclasses
+import io
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +161,78 @@ def test_data_check_counts_and_shows(place, capsys):
     out = capsys.readouterr().out
     assert "30 chat rows" in out
     assert "train.jsonl:1" in out
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "architecture", "told", "lengths"),
+    [
+        ("classify", [{"text": "w50 w51", "label": "x"}, {"text": "w52", "label": "y"}], "bert", "-> x", [2, 1]),
+        ("seq2seq", [{"source": "w50 w51", "target": "w60 w61"}], "t5", "-> w60 w61 </s>", [2, 3]),
+    ],
+)
+def test_data_check_shows_and_counts_what_is_trained(tmp_path, capsys, task, rows, architecture, told, lengths):
+    base = tiny.model_folder(tmp_path / "base", architecture)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data", "check", str(file), "--base", str(base), "--task", task, "--show", "2"]
+    assert main(words) == 0
+    assert told in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    words = ["train", task, "--base", str(base), "--data.train", str(file), "--out", str(tmp_path / "x"), "--dry-run"]
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == plan["tokens"] == sum(lengths)
+    assert found["longest_row"] == plan["longest_row"] == max(lengths)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "positions", "held"),
+    [
+        ("bert", "classify", {"max_position_embeddings": 32}, 32),
+        ("gpt2", "chat", {"n_positions": 48}, 48),
+        ("llama", "chat", {"max_position_embeddings": 40}, 40),
+    ],
+)
+def test_rows_end_where_the_base_has_no_more_positions(tmp_path, capsys, caplog, architecture, task, positions, held):
+    base = tiny.model_folder(tmp_path / "base", architecture, **positions)
+    file = tmp_path / "rows.jsonl"
+    long = " ".join(f"w{i}" for i in range(40, 100))
+    texts = [("w50 w51", "w10"), ("w60 w61", "w11"), ("w70", f"w12 {long}")]
+    said = (
+        [{"text": f"{text} {answer}", "label": answer[:3]} for text, answer in texts]
+        if task == "classify"
+        else [
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+            for text, answer in texts
+        ]
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in said * 2))
+    told = f"rows end at {held} tokens, for which base has positions, and not at 1024"
+    assert main(["data", "check", str(file), "--base", str(base), "--task", task]) == 0
+    assert f"2 cut at {held}" in capsys.readouterr().out
+    assert told in caplog.text
+    words = ["train", task, "--base", str(base), "--data.train", str(file), "--out", str(tmp_path / "run")]
+    words += ["--train.steps", "12", "--train.lr", "1e-2"]
+    assert main([*words, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["cut_rows"], plan["longest_row"]) == (2, held)
+    assert main(words) == 0
+    assert f"Rows longer than {held} tokens were cut" in (tmp_path / "run" / "README.md").read_text()
+    caplog.clear()
+    assert main(["evaluate", str(tmp_path / "run"), "--data", str(file), "--json"]) == 0
+    assert told in caplog.text
+    assert f"2 rows have more than {held} tokens, and were cut" in caplog.text
+    if task == "chat":
+        assert main(["chat", str(tmp_path / "run"), "--prompt", long, "--max-new-tokens", "4"]) == 1
+        assert f"the model has positions for {held}: shorten it" in capsys.readouterr().err
+        asked = tmp_path / "asked.jsonl"
+        turns = [("user", "w50"), ("assistant", "w1"), ("user", long), ("assistant", "w2")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        asked.write_text(json.dumps({"messages": messages}) + "\n")
+        measured = ["--data.eval", str(asked), "--data.metrics", "exact_match", "--out", str(tmp_path / "other")]
+        assert main([*words, *measured]) == 1
+        assert f"tokens, and base has positions for {held}, so no reply could be measured" in capsys.readouterr().err
 
 
 def test_bad_rows_are_all_named_and_the_status_is_1(place, tmp_path, capsys):
@@ -328,6 +405,27 @@ def test_what_could_not_be_evaluated_or_reported_is_refused_before_training(plac
     assert message in capsys.readouterr().err
 
 
+def test_a_missing_tracker_is_noticed_before_anything_is_loaded(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs.sources, "resolve", lambda *_: pytest.fail("the base was looked for"))
+    for more in ([], ["--dry-run"]):
+        assert main(train_words(place, tmp_path / "run", "--train.report-to", "wandb", *more)) == 2
+        assert "train.report-to wandb: the package is not installed" in capsys.readouterr().err
+
+
+def test_each_run_has_its_events_and_none_lies_in_the_adapter(place, tmp_path, monkeypatch):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    for name, steps in (("one", 2), ("two", 3)):
+        words = train_words(place, tmp_path / name, "--train.report-to", "tensorboard", "--train.steps", str(steps))
+        assert main(words) == 0
+        assert {p.name for p in (tmp_path / name).iterdir()} == FOLDER
+        (events,) = (tmp_path / f"{name}-tensorboard").iterdir()
+        found = [event for event in loader.EventFileLoader(str(events)).Load() if event.HasField("summary")]
+        losses = [event.step for event in found for value in event.summary.value if value.tag == "train/loss"]
+        assert losses == list(range(1, steps + 1))
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
 def test_references_that_are_no_json_are_refused_before_training(place, tmp_path, capsys):
     assert main(train_words(place, tmp_path / "run", "--data.metrics", "json_match")) == 1
     assert "JSON" in capsys.readouterr().err
@@ -337,6 +435,39 @@ def test_a_folder_with_other_files_is_never_written_into(place, tmp_path, capsys
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     assert main(train_words(place, tmp_path)) == 2
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_failing_training_gives_the_cursor_back(place, tmp_path, monkeypatch):
+    from rich.console import Console
+
+    from lora_ft import train, watch
+    from lora_ft.config import from_yaml
+
+    def fail(*args, **kwargs):
+        raise LoraFtError("the training fails")
+
+    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", fail)
+    screen = Console(file=io.StringIO(), force_terminal=True)
+    config = from_yaml(RunConfig, place / "adapter" / "config.yaml")
+    local = {"base": str(place / "base"), "out": tmp_path / "run"}
+    data = dataclasses.replace(config.data, train=str(place / "train.jsonl"), eval=None, metrics=())
+    with pytest.raises(LoraFtError, match="the training fails"):
+        runs.run(dataclasses.replace(config, **local, data=data), console=screen)
+    written = screen.file.getvalue()
+    show = watch.SHOW_CURSOR.decode()
+    assert written.rfind(show) > written.rfind(show.replace("h", "l")) > -1
+
+
+def test_a_second_signal_gives_the_cursor_back():
+    import pty
+
+    ours, theirs = pty.openpty()
+    code = "from lora_ft.watch import Interrupt; i = Interrupt(); i._ask(2, None); i._ask(2, None)"
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, timeout=120)
+    assert done.returncode == 130
+    assert b"\x1b[?25hStopped at once." in os.read(ours, 10_000)
+    for end in (ours, theirs):
+        os.close(end)
 
 
 def test_a_failing_evaluation_loses_no_adapter(place, tmp_path, monkeypatch):
@@ -375,6 +506,75 @@ def test_a_streamed_run_is_not_resumed_on_other_rows(place, tmp_path, capsys, mo
     assert "rows.train.sha256 was" in capsys.readouterr().err
     rows.write_bytes((place / "train.jsonl").read_bytes())
     assert main([*words, "--resume"]) == 0
+
+
+def test_a_dry_run_streams_through_the_rows_once(place, tmp_path, capsys, caplog):
+    rows = shutil.copy(place / "train.jsonl", tmp_path / "rows.jsonl")
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "6", "--dry-run")
+    words[words.index("--data.train") + 1] = str(rows)
+    with rows.open("a") as file:
+        file.write(json.dumps(long_row()) + "\n")
+    assert main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["rows"], plan["cut_rows"], plan["longest_row"], plan["steps"]) == (31, 1, 512, 6)
+    assert "1 rows have more than 512 tokens, and were cut" in caplog.text
+    with rows.open("a") as file:
+        file.write('{"messages": []}\n{"messages"\n{"text": "w1"}\n')
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert all(f"rows.jsonl:{line}:" in error for line in (32, 33, 34))
+
+
+def long_row():
+    turns = [("user", "w50"), ("assistant", "w9 " * 600)]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def test_streamed_rows_that_were_cut_are_told(place, tmp_path, caplog):
+    rows = shutil.copy(place / "train.jsonl", tmp_path / "rows.jsonl")
+    rows.write_text(json.dumps(long_row()) + "\n" + rows.read_text())
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "10")
+    words[words.index("--data.train") + 1] = str(rows)
+    assert main(words) == 0
+    # More than a pass: no row is counted twice.
+    assert "1 of the 31 rows read have more than 512 tokens, and were cut" in caplog.text
+    data = json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"]
+    assert (data["rows"], data["rows_read"], data["cut_rows"]) == (None, 31, 1)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "The training rows were streamed: 31 of them were read, and 1 cut, as too long." in card
+
+
+def test_a_bad_row_in_mid_run_saves_the_steps_before_it(place, tmp_path, capsys):
+    good = (place / "train.jsonl").read_text()
+    rows = tmp_path / "rows.jsonl"
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "7")
+    words[words.index("--data.train") + 1] = str(rows)
+    rows.write_text(good)
+    whole = [*words]
+    whole[words.index("--out") + 1] = str(tmp_path / "whole")
+    assert main(whole) == 0
+    lines = good.splitlines()
+    rows.write_text("\n".join([*lines[:20], '{"messages": []}', *lines[21:]]) + "\n")
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "rows.jsonl:21: messages" in error
+    assert re.search(r"A checkpoint of step [345] is saved: mend the row in its place", error)
+    assert "go on with --resume --allow-changed rows.train.sha256." in error
+    rows.write_text(good)
+    assert main([*words, "--resume"]) == 2
+    assert "add --allow-changed rows.train.sha256" in capsys.readouterr().err
+    assert main([*words, "--resume", "--allow-changed", "rows.train.sha256"]) == 0
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_a_bad_row_at_the_start_saves_nothing(place, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "w1"}]}\n')
+    words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "7")
+    words[words.index("--data.train") + 1] = str(rows)
+    assert main(words) == 1
+    assert "No step was made before it: mend the row and start anew." in capsys.readouterr().err
 
 
 def test_rows_of_the_hub_have_no_digest_so_a_resumed_run_keeps_their_name(place, tmp_path):
@@ -417,7 +617,8 @@ def test_evaluate_says_how_many_rows_it_cut(place, tmp_path, caplog):
     cut = {"messages": [*json.loads(lines[0])["messages"], long, {"role": "assistant", "content": "w9"}]}
     rows.write_text("\n".join([*lines, json.dumps(cut)]) + "\n")
     assert main(["evaluate", str(place / "adapter"), "--data", str(rows), "--json"]) == 0
-    assert "1 rows are longer than data.max-length, 1024 tokens, and were cut" in caplog.text
+    assert "rows end at 512 tokens, for which base has positions, and not at 1024" in caplog.text
+    assert "1 rows have more than 512 tokens, and were cut" in caplog.text
 
 
 @pytest.mark.parametrize("error", [ValueError("a page, not JSON"), OSError("no route")])

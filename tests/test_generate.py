@@ -15,7 +15,7 @@ import transformers
 from transformers.cache_utils import DynamicLayer
 
 from lora_ft import adapters, base, config, generate, losses, metrics, modes, tasks
-from lora_ft.errors import DataError
+from lora_ft.errors import DataError, LoraFtError
 from lora_ft.generate import Sampling
 from tests import tiny
 
@@ -115,6 +115,19 @@ def test_the_habit_would_change_replies(load: Callable[..., Any], monkeypatch: p
     model.generation_config.update(repetition_penalty=5.0)
     monkeypatch.setattr(generate, "KEPT_RULES", (*generate.KEPT_RULES, "repetition_penalty"))
     assert generate.generate(model, tokenizer, asked, sampling=GREEDY) != plain
+
+
+def test_replies_end_with_the_positions(load: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = load("gpt2")
+    held = model.config.n_positions
+    asked = [[tiny.VOCAB - 1] * length for length in (held - 2, 5, held)]
+    with caplog.at_level("WARNING"):
+        alone = [generate.generate(model, tokenizer, [p], sampling=Sampling(6))[0] for p in asked]
+        together = generate.generate(model, tokenizer, asked, sampling=Sampling(6))
+    assert together == alone
+    assert "2 replies were cut at the last of the 512 positions" in caplog.text
+    with pytest.raises(LoraFtError, match="has 513 tokens, and the model has positions for 512"):
+        generate.generate(model, tokenizer, [[9] * (held + 1)], sampling=Sampling(6))
 
 
 def test_a_temperature_draws_and_zero_does_not(load: Callable[..., Any]) -> None:

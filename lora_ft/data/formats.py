@@ -66,7 +66,7 @@ def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]
     examples: list[Example] = []
     problems: list[str] = []
     try:
-        for example in _examples(source, columns or {}, streaming=False):
+        for example in each(source, columns or {}, streaming=False):
             if isinstance(example, DataError):
                 problems += example.problems
             elif not problems:
@@ -83,13 +83,13 @@ def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]
 
 def stream(source: str, columns: Mapping[str, str] | None = None) -> Iterator[Example]:
     """Yields rows as they are read, holding one at a time. Raises DataError at the first bad row."""
-    for example in _examples(source, columns or {}, streaming=True):
+    for example in each(source, columns or {}, streaming=True):
         if isinstance(example, DataError):
             raise example
         yield example
 
 
-def _examples(source: str, columns: Mapping[str, str], streaming: bool) -> Iterator[Example | DataError]:
+def each(source: str, columns: Mapping[str, str], streaming: bool) -> Iterator[Example | DataError]:
     """Yields an example for each row, or what is wrong with it. Raises DataError where there is no reading on."""
     formats = _formats_for(columns)
     form: Format | None = None

@@ -83,6 +83,14 @@ class Task:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""
         raise NotImplementedError
 
+    def answer(self, row: Features) -> str | None:
+        """Returns what `features` made the row learn, in words; None where it is some of the row's own tokens."""
+        return None
+
+    def lengths(self, row: Features) -> list[int]:
+        """Returns how many tokens each text of a row has: one text, but where the target is another."""
+        return [len(row["input_ids"])]
+
     def question(self, example: Example) -> tuple[list[int], str]:
         """Returns the prompt of a row as token ids, and the reply it should get. Raises DataError if it has none."""
         raise DataError([f"{example.where}: {self.name} rows have no reply to generate; evaluate their loss."])
@@ -135,7 +143,7 @@ def featurize(task: Task, examples: Iterable[Example]) -> list[Features]:
 def tell_of_cut_rows(task: Task) -> None:
     """Warns where rows were longer than the longest that the task may return."""
     if task.cut_rows:
-        log.warning("%d rows are longer than data.max-length, %d tokens, and were cut", task.cut_rows, task.max_length)
+        log.warning("%d rows have more than %d tokens, and were cut", task.cut_rows, task.max_length)
 
 
 def tokens(batch: Batch) -> int:

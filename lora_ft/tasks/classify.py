@@ -60,6 +60,9 @@ class Classify(Task):
         self.count_cut(whole - len(encoded["input_ids"]))
         return {**encoded, "labels": self.labels.index(example.label)}
 
+    def answer(self, row: Features) -> str:
+        return self.labels[row["labels"]]
+
     def collate(self, rows: Sequence[Features]) -> Batch:
         batch = {"input_ids": pad([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)}
         for key in ("attention_mask", "token_type_ids"):

@@ -41,6 +41,12 @@ class Seq2Seq(Task):
         kept = self.tokenizer(example.prompt, truncation=True, max_length=self.max_length)["input_ids"]
         return kept, len(whole) - len(kept)
 
+    def answer(self, row: Features) -> str:
+        return self.tokenizer.decode(row["labels"])
+
+    def lengths(self, row: Features) -> list[int]:
+        return [len(row["input_ids"]), len(row["labels"])]
+
     def question(self, example: Example) -> tuple[list[int], str]:
         if not isinstance(example, Pair):
             return super().question(example)
