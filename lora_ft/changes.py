@@ -109,7 +109,8 @@ def read(folder: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
         UnsupportedModelError: the adapter is of a kind that cannot be merged file by file.
     """
     settings = saved.lora_settings(folder)
-    with warnings.catch_warnings():
+    # On the meta device too, for what is put in may be of any rank.
+    with warnings.catch_warnings(), torch.device("meta"):
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         inner = saved.inject(skeleton, settings, folder).get_base_model()
     taken = _Taken(tensors.load(folder / saved.WEIGHTS, AdapterError))

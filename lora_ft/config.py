@@ -26,6 +26,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.foreign import strictyaml
 from lora_ft.foreign.adapter import MAX_ALPHA, MAX_RANK, is_pattern
 from lora_ft.foreign.files import text_of
+from lora_ft.foreign.strictjson import shown
 from lora_ft.redaction import holds_secret, redacted
 
 TaskName = Literal["chat", "complete", "classify", "seq2seq"]
@@ -343,7 +344,7 @@ def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
     """Yields the flags that the mapping `tree` stands for; positional fields come bare."""
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path}: expected `key: value` lines{f' under {prefix[:-1]}' if prefix else ''}, got {tree!r}."
+            f"{path}: expected `key: value` lines{f' under {prefix[:-1]}' if prefix else ''}, got {shown(tree)}."
         )
     hints = typing.get_type_hints(cls, include_extras=True)
     for key, value in tree.items():

@@ -41,7 +41,8 @@ from lora_ft.base import Base
 from lora_ft.config import RunConfig, plain, to_yaml
 from lora_ft.data import formats, pack
 from lora_ft.data.formats import Example
-from lora_ft.errors import ConfigError, DataError, Interrupted, LoraFtError
+from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, LoraFtError
+from lora_ft.foreign.strictjson import bare, shown
 from lora_ft.progress import Bar
 from lora_ft.tasks import Features, Task
 from lora_ft.train import Streamed
@@ -52,6 +53,9 @@ SAMPLES = 3
 # Rows of an evaluation batch for each of a training batch: without gradients activations are let go at once.
 EVALUATION = 4
 EVA_BATCHES = 8
+
+# What a record says of a training: the fields of `train.Fit`, and of which type each must be.
+FIT: dict[str, Any] = {"steps": int, "tokens": int, "seconds": int | float, "peak_bytes": int, "interrupted": bool}
 
 
 @dataclass
@@ -343,7 +347,21 @@ def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit
 def _recall(out: Path) -> tuple[Base, Any, train.Fit]:
     """Returns what `_train` did, of a run that was stopped after it."""
     loaded = saved.load(out)
-    return loaded.base, loaded.model, train.Fit(**loaded.record["fit"])
+    return loaded.base, loaded.model, _fit(out, loaded.record)
+
+
+def _fit(out: Path, record: dict[str, Any]) -> train.Fit:
+    """Returns what the record of a run says of its training. Raises AdapterError where it says something else."""
+    found = record.get("fit")
+    if not isinstance(found, dict):
+        raise AdapterError(f"{out / environment.FILE}: fit is {shown(found)}, not an object: the file was damaged.")
+    problems = saved.unlike(found, FIT, "fit.")
+    problems += [f"fit.{bare(key)} is none of a training" for key in found.keys() - FIT.keys()]
+    if not problems and not found["seconds"] > 0:
+        problems.append(f"fit.seconds is {found['seconds']}, not a time")
+    if problems:
+        raise AdapterError(f"{out / environment.FILE}: {'; '.join(problems[:8])}: the file was damaged.")
+    return train.Fit(**found)
 
 
 def _seal(task: Task, base: Base, model: Any, rows: Rows, out: Path) -> seal.Seal:

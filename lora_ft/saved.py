@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -20,10 +21,12 @@ from lora_ft import adapters, atomicio, blocks, environment, four_bits, fused, s
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import Quant, RunConfig, from_yaml
-from lora_ft.errors import AdapterError
+from lora_ft.errors import AdapterError, LoraFtError
 from lora_ft.foreign import adapter as foreign
 from lora_ft.foreign import tensors
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, object_of, refuse_links_out
+from lora_ft.foreign.reading import first_line
+from lora_ft.foreign.strictjson import shown
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,11 @@ SETTINGS: dict[str, Any] = {
     "use_dora": bool,
 }
 DTYPES = ("float32", "bfloat16", "float16")
+# The same as safetensors names them.
+FLOATS = ("F32", "BF16", "F16")
+# Tokens that an adapter's tokenizer may have without rows for them; every one takes a row of the base's embeddings.
+FEW_TOKENS = 1024
+MAX_LABELS = 100_000
 
 
 def save(model: peft.PeftModel, folder: Path) -> None:
@@ -140,7 +148,9 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
         why_dtype="as in the run" if dtype == record["dtype"] else "in place of the run's",
     )
     base.tokenizer = bases.load_tokenizer(folder)
+    _check_vocabulary(base, settings, folder)
     adapters.enlarge(base.model, len(base.tokenizer))
+    _compare(_outline(base, task, folder), folder)
     fused.register(settings)
     model = inject(base.model, settings, folder)
     adapters.in_float32(model)
@@ -149,6 +159,36 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     four_bits.keep_in_place(model)
     blocks.compute_whole(model)
     return Loaded(folder, base, model, task, config, record)
+
+
+def _check_vocabulary(base: Base, settings: peft.LoraConfig, folder: Path) -> None:
+    """Raises AdapterError where the adapter trains tokens that are none, or adds more than it has rows for."""
+    size, rows = len(base.tokenizer), base.model.get_input_embeddings().weight.shape[0]
+    specs = tensors.header(folder / WEIGHTS, AdapterError)[1].values()
+    longest = max((spec["shape"][0] for spec in specs if spec["shape"]), default=0)
+    if size - rows > max(FEW_TOKENS, longest):
+        raise AdapterError(
+            f"{folder}: its tokenizer has {size:,} tokens, its base {rows:,}, and the adapter no rows for so many more."
+        )
+    indices = settings.trainable_token_indices or {}
+    for name, listed in (indices if isinstance(indices, dict) else {"": indices}).items():
+        beyond = [index for index in listed if not 0 <= index < max(size, rows)]
+        if beyond:
+            raise AdapterError(
+                f"{folder / CONFIG}: trainable_token_indices{f' of {shown(name)}' if name else ''} has {beyond[0]}, "
+                f"which is none of the {max(size, rows):,} tokens: the file was damaged, or is of another base."
+            )
+
+
+def _outline(base: Base, task: tasks.Task, folder: Path) -> peft.PeftModel:
+    """Returns the base with the adapter of `folder` in it, on the meta device: no rank takes memory there."""
+    config = copy.deepcopy(base.model.config)
+    # Of a base that is stored quantized; what is put into it has the same shapes on plain layers.
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        outline = task.model_class.from_config(config)
+        outline.tie_weights()
+        return inject(outline, lora_settings(folder), folder)
 
 
 def _dtype(recorded: str, device: str) -> str:
@@ -173,9 +213,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     digest = record["base"].get("weights_sha256") if isinstance(record.get("base"), dict) else None
     # It becomes the name of a file that is looked for.
     if isinstance(digest, str) and not re.fullmatch("[0-9a-f]{64}", digest):
-        problems.append(f"base.weights_sha256 is {digest!r}, not 64 hexadecimal digits")
+        problems.append(f"base.weights_sha256 is {shown(digest)}, not 64 hexadecimal digits")
     problems += [
-        f"{key} is {record[key]!r}, not one of {', '.join(allowed)}"
+        f"{key} is {shown(record[key])}, not one of {', '.join(allowed)}"
         for key, allowed in (("dtype", DTYPES), ("quant", get_args(Quant)))
         if isinstance(record.get(key), str) and record[key] not in allowed
     ]
@@ -195,19 +235,25 @@ def read_task(folder: Path, record: dict[str, Any]) -> tuple[RunConfig, tasks.Ta
         ConfigError: `config.yaml` is missing or wrong.
     """
     config = from_yaml(RunConfig, folder / "config.yaml")
+    facts = record.get("task", {})
+    place = f"{folder / environment.FILE}: task is {shown(facts)}, which does not fit {config.task}"
+    if not isinstance(facts, dict) or not all(map(_is_list_of_labels, facts.values())):
+        raise AdapterError(f"{place}: it is an object of lists, each of at most {MAX_LABELS:,} texts.")
     try:
-        return config, tasks.get(config.task, record.get("task", {}))
+        return config, tasks.get(config.task, facts)
     except TypeError as error:
-        raise AdapterError(
-            f"{folder / environment.FILE}: task is {record.get('task')!r}, which does not fit {config.task}: {error}."
-        ) from None
+        raise AdapterError(f"{place}: {shown(str(error))}.") from None
+
+
+def _is_list_of_labels(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_LABELS and all(isinstance(label, str) for label in value)
 
 
 def unlike(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
     """Returns what is wrong with the keys of `found`: `wanted` holds the type, or a union of types, of each."""
     problems = [f"{prefix}{key} is missing" for key in wanted if key not in found]
     return problems + [
-        f"{prefix}{key} is {found[key]!r}, not {_kind(kind)}"
+        f"{prefix}{key} is {shown(found[key])}, not {_kind(kind)}"
         for key, kind in wanted.items()
         if key in found and (not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is not bool))
     ]
@@ -225,8 +271,13 @@ def _named(file: Path) -> Iterator[None]:
     """Turns what PEFT says of a configuration it cannot use into an error that names the file."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{file}: PEFT cannot use it: {type(error).__name__}: {error}") from None
+    except LoraFtError:
+        raise
+    # PEFT checks little: a name of the wrong kind of module, or a size that does not fit, raises what it comes upon.
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise AdapterError(f"{file}: PEFT cannot use it: {type(error).__name__}: {first_line(error)}.") from None
 
 
 def find_base(folder: Path, record: dict[str, Any], base_name: str | None = None) -> sources.Source:
@@ -297,7 +348,7 @@ def lora_settings(folder: Path) -> peft.LoraConfig:
     settings = read_settings(folder)
     problems = unlike(settings, SETTINGS)
     if settings.get("peft_type", "LORA") != "LORA":
-        problems.append(f"peft_type is {settings['peft_type']!r}, not LORA")
+        problems.append(f"peft_type is {shown(settings['peft_type'])}, not LORA")
     if problems:
         raise AdapterError(f"{folder / CONFIG}: {'; '.join(problems)}: the file was damaged, or is not of lora-ft.")
     known = foreign.checked(settings, folder / CONFIG)
@@ -319,18 +370,12 @@ def inject(model: PreTrainedModel, settings: peft.LoraConfig, folder: Path) -> p
         return peft.get_peft_model(model, settings)
 
 
-def fill(model: peft.PeftModel, folder: Path, name: str = "default") -> None:
-    """Copies the tensors of the folder into an adapter of the model.
-
-    Args:
-        name: what the model calls that adapter.
-
-    Raises:
-        AdapterError: a name or shape does not fit, or a number is not finite.
-    """
+def _compare(model: peft.PeftModel, folder: Path, name: str = "default") -> None:
+    """Raises AdapterError where names, shapes or dtypes in the file's header are not those that the model needs."""
     wanted = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # The header alone, so that nothing is read of a file that does not fit.
-    shapes = {name: tuple(spec["shape"]) for name, spec in tensors.header(folder / WEIGHTS, AdapterError)[1].items()}
+    held = tensors.header(folder / WEIGHTS, AdapterError)[1]
+    shapes = {name: tuple(spec["shape"]) for name, spec in held.items()}
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - shapes.keys())]
     problems += [f"{name} has no place in the model" for name in sorted(shapes.keys() - wanted.keys())]
     problems += [
@@ -338,16 +383,35 @@ def fill(model: peft.PeftModel, folder: Path, name: str = "default") -> None:
         for name in sorted(wanted.keys() & shapes.keys())
         if tuple(wanted[name].shape) != shapes[name]
     ]
+    # Others become something else without a word: whole numbers lose their fractions, complex ones a half.
+    problems += [
+        f"{name} is of {spec['dtype']}, not {', '.join(FLOATS)}"
+        for name, spec in sorted(held.items())
+        if spec["dtype"] not in FLOATS
+    ]
     if problems:
-        shown = "\n".join(f"  {problem}" for problem in problems[:8])
+        told = "\n".join(f"  {problem}" for problem in problems[:8])
         more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise AdapterError(f"{folder / WEIGHTS} does not fit its base, {len(problems)} tensors differ:\n{shown}{more}")
-    found = tensors.load(folder / WEIGHTS, AdapterError)
-    broken = [name for name, tensor in sorted(found.items()) if not torch.isfinite(tensor).all()]
+        raise AdapterError(f"{folder / WEIGHTS} does not fit its base, {len(problems)} tensors differ:\n{told}{more}")
+
+
+def fill(model: peft.PeftModel, folder: Path, name: str = "default") -> None:
+    """Copies the tensors of the folder into an adapter of the model.
+
+    Args:
+        name: what the model calls that adapter.
+
+    Raises:
+        AdapterError: a name, shape or dtype does not fit, or a number is not finite.
+    """
+    _compare(model, folder, name)
+    peft.set_peft_model_state_dict(model, tensors.load(folder / WEIGHTS, AdapterError), adapter_name=name)
+    # What the model has, in its dtype, and not what the file has.
+    held = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    broken = [name for name, tensor in sorted(held.items()) if not torch.isfinite(tensor).all()]
     if broken:
         more = f" and {len(broken) - 1} more tensors" if broken[1:] else ""
         raise AdapterError(f"{folder / WEIGHTS}: {broken[0]}{more} are not finite: the file was damaged.")
-    peft.set_peft_model_state_dict(model, found, adapter_name=name)
 
 
 def _write_difference(start: dict[str, torch.Tensor], draft: atomicio.Draft, settings: dict[str, Any]) -> None:

@@ -221,7 +221,7 @@ def test_an_effect_that_the_replies_do_not_have_fails(causal: tiny.Run, tmp_path
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"kl_effect": "much"}, "kl_effect is 'much', not a number"),
+        ({"kl_effect": "much"}, 'kl_effect is "much", not a number'),
         ({"heads": None, "classes": 1.5}, "classes is 1.5, not a whole number; heads is None, not a list"),
     ],
 )
@@ -253,15 +253,15 @@ def test_a_folder_that_does_not_exist_is_no_failed_check(tmp_path: Path) -> None
         ("environment.json", [], "environment.json: it holds a list, not an object"),
         ("environment.json", {"base": None}, "environment.json: base is None, not an object"),
         ("environment.json", {"dtype": 16}, "environment.json: dtype is 16, not a string"),
-        ("environment.json", {"dtype": "load"}, "environment.json: dtype is 'load', not one of float32"),
+        ("environment.json", {"dtype": "load"}, 'environment.json: dtype is "load", not one of float32'),
         ("environment.json", {"base": {"name": "x"}}, "base.source is missing; .*base.weights_sha256 is missing"),
         ("environment.json", {"task": {"colour": 1}}, "environment.json: task is {'colour': 1}, which does not fit"),
         ("environment.json", {"task": 3}, "environment.json: task is 3, which does not fit"),
         ("adapter_config.json", [], "adapter_config.json: it holds a list, not an object"),
-        ("adapter_config.json", {"r": "8"}, "adapter_config.json: r is '8', not a whole number"),
+        ("adapter_config.json", {"r": "8"}, 'adapter_config.json: r is "8", not a whole number'),
         ("adapter_config.json", {"r": True}, "adapter_config.json: r is True, not a whole number"),
         ("adapter_config.json", {"r": -1}, "adapter_config.json: r is -1, not a whole number from 1 to 4096"),
-        ("adapter_config.json", {"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3', not LORA"),
+        ("adapter_config.json", {"peft_type": "IA3"}, 'adapter_config.json: peft_type is "IA3", not LORA'),
         ("adapter_config.json", {"bias": 7}, "adapter_config.json: bias is 7, not none"),
         ("adapter_config.json", {"target_modules": ["nowhere"]}, "adapter_config.json: PEFT cannot use it"),
     ],

@@ -10,11 +10,17 @@ from typing import Any
 
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.cell import Cell, DiedError, RaisedError, StoppedError
-from lora_ft.foreign.strictjson import bare, quoted
+from lora_ft.foreign.strictjson import bare, quoted, shown
 
 MAX_RANK = 4096
 MAX_ALPHA = 1e6
-MAX_ENTRIES = 100_000
+# Above any model's layers, one by one; PEFT compares each with every module.
+MAX_ENTRIES = 5000
+MAX_WHOLE = 256
+MAX_ROWS = 100_000
+# Python keeps so many expressions compiled; with more, PEFT compiles each anew for every module. A model with more
+# modules may have as many, for EVA gives each a rank of its own.
+MAX_PATTERNS = 512
 MAX_NAME_CHARS = 256
 MAX_PATTERN_CHARS = 2000
 MATCHING_S = 1.0
@@ -63,8 +69,8 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and len(value) <= MAX_ENTRIES and all(map(of, value))
+def _is_list(value: Any, of: Callable[[Any], bool], most: int = MAX_ENTRIES) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(map(of, value))
 
 
 def _is_mapping(value: Any, key: Callable[[Any], bool], of: Callable[[Any], bool]) -> bool:
@@ -72,15 +78,18 @@ def _is_mapping(value: Any, key: Callable[[Any], bool], of: Callable[[Any], bool
 
 
 def _is_rows(value: Any) -> bool:
-    return _is_list(value, _is_count) or _is_mapping(value, _is_text, lambda rows: _is_list(rows, _is_count))
+    def listed(rows: Any) -> bool:
+        return _is_list(rows, _is_count, MAX_ROWS)
+
+    return listed(value) or (_is_mapping(value, _is_text, listed) and len(value) <= MAX_WHOLE)
 
 
 TEXT = (_is_text, f"a string of at most {MAX_NAME_CHARS} characters that print")
 BOOL = (_is_bool, "true or false")
-NAMES = (lambda value: _is_list(value, _is_text), "a list of names")
+NAMES = (lambda value: _is_list(value, _is_text, MAX_WHOLE), f"a list of at most {MAX_WHOLE} names")
 TARGETS = (
     lambda value: _is_list(value, _is_text) or is_pattern(value),
-    f"a list of names, or a regular expression of at most {MAX_PATTERN_CHARS} characters",
+    f"a list of at most {MAX_ENTRIES} names, or a regular expression of at most {MAX_PATTERN_CHARS} characters",
 )
 ROWS = (_is_rows, "a list of token ids, or one for each embedding")
 RANK = (_is_rank, f"a whole number from 1 to {MAX_RANK}")
@@ -88,7 +97,10 @@ ALPHA = (_is_alpha, f"a number above 0, up to {MAX_ALPHA:,.0f}")
 SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
 
 SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "alpha_pattern": (lambda value: _is_mapping(value, is_pattern, _is_alpha), "an object of patterns and alphas"),
+    "alpha_pattern": (
+        lambda value: _is_mapping(value, is_pattern, _is_alpha),
+        f"an object of at most {MAX_ENTRIES} patterns and alphas",
+    ),
     "base_model_name_or_path": TEXT,
     "bias": (lambda value: value == "none", "none"),
     "ensure_weight_tying": BOOL,
@@ -103,7 +115,10 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_version": TEXT,
     "qalora_group_size": (_is_count, "a whole number"),
     "r": RANK,
-    "rank_pattern": (lambda value: _is_mapping(value, is_pattern, _is_rank), "an object of patterns and ranks"),
+    "rank_pattern": (
+        lambda value: _is_mapping(value, is_pattern, _is_rank),
+        f"an object of at most {MAX_ENTRIES} patterns and ranks",
+    ),
     "revision": TEXT,
     "target_modules": TARGETS,
     "target_parameters": NAMES,
@@ -143,12 +158,12 @@ def checked(settings: Mapping[str, Any], file: Path) -> dict[str, Any]:
         elif value is None:
             continue
         elif not SETTINGS[key][0](value):
-            problems.append(f"{key} is {_cut(value)}, not {SETTINGS[key][1]}")
+            problems.append(f"{key} is {shown(value)}, not {SETTINGS[key][1]}")
         else:
             kept[key] = value
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else "")
-        raise AdapterError(f"{file}: {shown}: the file was damaged, or is not of lora-ft.")
+        told = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else "")
+        raise AdapterError(f"{file}: {told}: the file was damaged, or is not of lora-ft.")
     return kept
 
 
@@ -159,7 +174,13 @@ def refuse_patterns(settings: Mapping[str, Any], model: Any, where: str) -> None
     """
     # Of parameters too: experts that transformers joins are no modules.
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    patterns = [pattern for key in ("rank_pattern", "alpha_pattern") for pattern in settings.get(key) or ()]
+    patterns = list({pattern for key in ("rank_pattern", "alpha_pattern") for pattern in settings.get(key) or ()})
+    modules = sum(1 for _ in model.named_modules())
+    if len(patterns) > max(MAX_PATTERNS, modules):
+        raise AdapterError(
+            f"{where}: rank_pattern and alpha_pattern have {len(patterns):,} patterns, more than {MAX_PATTERNS} and "
+            f"than the {modules:,} modules of the base: one that fits many modules will do."
+        )
     targets = settings.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         patterns.append(targets)
@@ -173,7 +194,7 @@ def refuse_patterns(settings: Mapping[str, Any], model: Any, where: str) -> None
         ) from None
     except (StoppedError, RaisedError) as why:
         raise AdapterError(
-            f"{where}: to match its patterns ({_cut(patterns[0])}) with the names of the base's modules {why}: "
+            f"{where}: to match its patterns ({shown(patterns[0])}) with the names of the base's modules {why}: "
             "name the modules instead."
         ) from None
     finally:
@@ -181,7 +202,7 @@ def refuse_patterns(settings: Mapping[str, Any], model: Any, where: str) -> None
     whole = [name for name in settings.get("modules_to_save") or () if name not in HEADS]
     lost += [name for name in whole if not any(module.endswith(name) for module in names)]
     if lost:
-        raise AdapterError(f"{where}: no module of the base is called {', '.join(map(_cut, lost[:8]))}.")
+        raise AdapterError(f"{where}: no module of the base is called {', '.join(map(shown, lost[:8]))}.")
 
 
 def unmatched(question: list[list[str]]) -> list[str]:
@@ -196,8 +217,3 @@ def refuse_names(names: Iterable[str], file: Path) -> None:
     for name in names:
         if not TENSOR.fullmatch(name):
             raise AdapterError(f"{file}: {quoted(name)} is no name of a tensor of an adapter: the file was damaged.")
-
-
-def _cut(value: Any) -> str:
-    text = quoted(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

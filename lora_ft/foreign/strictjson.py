@@ -134,6 +134,12 @@ def bare(name: str) -> str:
     return name if name.isprintable() and name.strip() and len(name) <= 60 else quoted(name)
 
 
+def shown(value: Any) -> str:
+    """Returns a value of a file in short: no message is as long as what it complains of."""
+    text = quoted(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _is_text(value: str) -> bool:
     try:
         value.encode()
