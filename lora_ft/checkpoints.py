@@ -341,7 +341,8 @@ class _Begin(TrainerCallback):
         trainer._tr_loss.fill_(float.fromhex(progress["running_loss"]))
         trainer._globalstep_last_logged = progress["last_logged"]
         for name in _kept(trainer):
-            setattr(trainer, name, progress["kept"][name])
+            if name in progress["kept"]:  # an earlier version may have kept less
+                setattr(trainer, name, progress["kept"][name])
 
 
 def _leave(folder: Path, newer_than: Path) -> None:
