@@ -342,6 +342,19 @@ def make_folder(place: Path) -> None:
         disk.make_folder(place)
 
 
+def keep_to_owner(place: Path) -> None:
+    """Lets nobody but its owner into a folder. Raises StorageError."""
+    with _told(place):
+        disk.set_mode(place, 0o700)
+
+
+def remove_empty(place: Path) -> None:
+    """Removes a folder that nothing is in; any other stays."""
+    if place.is_dir() and not any(place.iterdir()):
+        with suppress(OSError):
+            place.rmdir()
+
+
 def free_bytes(place: Path) -> int:
     """Returns the bytes that may still be written where `place` is, or will be."""
     return disk.free_bytes(place)
