@@ -33,6 +33,7 @@ MAX_SEALED_BYTES = 16 << 20
 MAX_MANIFEST_BYTES = 1 << 20
 # Names of what was being written, deleted, or exchanged for a new one, when a program was killed.
 DRAFT, DOOMED, OLD = ".tmp-", ".del-", ".old-"
+LEFT = re.compile(rf"({'|'.join(map(re.escape, (DRAFT, DOOMED, OLD)))})(.+)-[0-9a-f]{{8}}")
 CHUNK = 1 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -363,6 +364,19 @@ def make_folder(place: Path) -> None:
         disk.make_folder(place)
 
 
+def keep_to_owner(place: Path) -> None:
+    """Lets nobody but its owner into a folder. Raises StorageError."""
+    with _told(place):
+        disk.set_mode(place, 0o700)
+
+
+def remove_empty(place: Path) -> None:
+    """Removes a folder that nothing is in; any other stays."""
+    if place.is_dir() and not any(place.iterdir()):
+        with suppress(OSError):
+            place.rmdir()
+
+
 def free_bytes(place: Path) -> int:
     """Returns the bytes that may still be written where `place` is, or will be."""
     return disk.free_bytes(place)
@@ -376,27 +390,32 @@ def remove(place: Path) -> None:
         disk.remove(doomed)
 
 
-def set_aside(place: Path) -> Path:
-    """Returns the name, ending in `.corrupt`, that a damaged folder was given, so that nothing takes it for whole."""
-    names = (place.with_name(f"{place.name}{more}.corrupt") for more in ("", *(f".{i}" for i in range(2, 1000))))
+def set_aside(place: Path, ending: str = "corrupt") -> Path:
+    """Returns the name with an ending that a folder was given, so that nothing takes it for what it was."""
+    names = (place.with_name(f"{place.name}{more}.{ending}") for more in ("", *(f".{i}" for i in range(2, 1000))))
     other = next(name for name in names if not name.exists())
     with _told(place):
         disk.rename(place, other)
+        disk.sync(place.parent)
     return other
 
 
-def sweep(place: Path) -> None:
+def sweep(place: Path, names: str = ".+") -> None:
     """Removes what programs that were killed have left half written or half deleted in a folder.
 
     What was to make room for a new one, and has none, gets its name back.
+
+    Args:
+        names: a regular expression of the names that were being written; what has none of ours is left alone.
     """
-    for path in place.glob(f"{OLD}*"):
-        name = path.name.removeprefix(OLD).rpartition("-")[0]
+    for path in place.glob(".*"):
+        left = LEFT.fullmatch(path.name)
+        if left is None or not re.fullmatch(names, left[2]):
+            continue
         with _told(path):
-            disk.remove(path) if (place / name).exists() else disk.rename(path, place / name)
-    for pattern in (f"{DRAFT}*", f"{DOOMED}*"):
-        for path in place.glob(pattern):
-            with _told(path):
+            if left[1] == OLD and not (place / left[2]).exists():
+                disk.rename(path, place / left[2])
+            else:
                 disk.remove(path)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import random
 import re
 from pathlib import Path
@@ -39,6 +40,8 @@ HOOKS = (
     "_save_checkpoint", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state",
     "_load_best_model", "_run_epoch",
 )  # fmt: skip
+# What is written, by these names, beside the checkpoints.
+NAMES = r"checkpoint-\d+|staged-model"
 # Free bytes for each byte of a checkpoint: the adapter folder must still fit after it.
 ROOM = 2.0
 
@@ -60,6 +63,10 @@ def newest(folder: Path) -> Path:
     """
     damaged, passed = [], []
     for place in reversed(found(folder)):
+        if not is_ours(place):
+            passed.append(f"{place.name} has no {atomicio.MANIFEST}, so it is not one of these checkpoints.")
+            log.warning("%s is passed over: it has no %s", place.name, atomicio.MANIFEST)
+            continue
         try:
             atomicio.verify(place)
         except StorageError as error:
@@ -73,12 +80,17 @@ def newest(folder: Path) -> Path:
         return place
     if passed:
         raise AdapterError(
-            f"{folder}: no checkpoint could be read, though they may be whole: {' '.join(passed)} Mend that and go on "
-            "with --resume, or train into another folder."
+            f"{folder}: no checkpoint can be gone on from, though none of these is damaged: {' '.join(passed)} Mend "
+            "that and go on with --resume, or train into another folder."
         )
     if damaged:
         raise AdapterError(f"{folder}: no checkpoint is whole ({', '.join(damaged)}); start anew without --resume.")
     raise AdapterError(f"{folder}: there is no checkpoint to resume from; run without --resume.")
+
+
+def is_ours(place: Path) -> bool:
+    """Returns whether a checkpoint is one of this module, damaged or not, and not another program's."""
+    return os.path.lexists(place / atomicio.MANIFEST)
 
 
 def step_of(place: Path) -> int:
@@ -110,12 +122,13 @@ class Checkpoints:
         if trainer.args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ConfigError("These checkpoints are of one process; train without torchrun, FSDP and DeepSpeed.")
         place = Path(trainer.args.output_dir)
-        atomicio.sweep(place)
+        atomicio.sweep(place, NAMES)
         chosen = resume_from_checkpoint
         if chosen is True:
             chosen = newest(place)
         elif chosen:
             atomicio.verify(Path(chosen))
+            _leave(place, newer_than=Path(chosen))
         elif found(place):
             raise ConfigError(f"{place} holds the checkpoints of a run: resume it, or choose another folder.")
         self._continues = bool(chosen)
@@ -156,6 +169,8 @@ class Checkpoints:
         best = self._best(folder, step)
         try:
             with atomicio.draft(place) as draft:
+                if place.exists() and not is_ours(place):
+                    raise StorageError(f"{place} is the checkpoint of another program, and stays: move it away.")
                 self._write(draft, adapter, best)
                 # Saved before where a signal ended its evaluation.
                 draft.commit(place, {"step": step}, exchange=True)
@@ -231,7 +246,7 @@ class Checkpoints:
         limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
         if not limit:
             return
-        older = [path for path in found(saved.parent) if path != saved]
+        older = [path for path in found(saved.parent) if step_of(path) < step_of(saved) and is_ours(path)]
         spared = [path for path in older if best is not None and path.name == Path(best).name]
         others = [path for path in older if path not in spared]
         for path in others[: max(0, len(others) - (limit - 1 - len(spared)))]:
@@ -267,9 +282,11 @@ class Checkpoints:
         rows = trainer.state.global_step * _rows_in_a_step(trainer)
         if rows != progress["rows"]:
             log.warning("the run had read %d rows, and goes on as if it had read %d", progress["rows"], rows)
-        base_lrs = list(trainer.lr_scheduler.base_lrs)
+        # Of this run, which may be allowed to have others; what waits for a metric has none.
+        base_lrs = getattr(trainer.lr_scheduler, "base_lrs", None)
         trainer.lr_scheduler.load_state_dict(progress["schedule"])
-        trainer.lr_scheduler.base_lrs = base_lrs
+        if base_lrs is not None:
+            trainer.lr_scheduler.base_lrs = list(base_lrs)
         optimizer.load(trainer, place)
         best = self._best(place.parent, -1)
         trainer.state.best_model_checkpoint = str(place.parent / best) if best else None
@@ -324,7 +341,16 @@ class _Begin(TrainerCallback):
         trainer._tr_loss.fill_(float.fromhex(progress["running_loss"]))
         trainer._globalstep_last_logged = progress["last_logged"]
         for name in _kept(trainer):
-            setattr(trainer, name, progress["kept"][name])
+            if name in progress["kept"]:  # an earlier version may have kept less
+                setattr(trainer, name, progress["kept"][name])
+
+
+def _leave(folder: Path, newer_than: Path) -> None:
+    """Renames the checkpoints after the one that is gone on from: they are of a run that is left."""
+    for place in found(folder):
+        if step_of(place) > step_of(newer_than) and is_ours(place):
+            aside = atomicio.set_aside(place, "left").name
+            log.warning("%s is newer than %s, and is left aside as %s", place.name, newer_than.name, aside)
 
 
 def _is_done(trainer: Any) -> bool:

@@ -19,6 +19,9 @@ from lora_ft.foreign.files import object_of
 FILE = "environment.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "tokenizers", "safetensors")
 
+# What a tokenizer written in Python makes of this stands for its rules, which cannot be read.
+PROBE = " A b\u00e9\u0301\uff21 don't  x\t12,345.6\n\u4f60\u597d <s></s> "
+
 
 def describe(base: Base, **more: Any) -> dict[str, Any]:
     """Returns versions, device and base of a run, with `more` beside them; nothing names the machine or its user."""
@@ -77,12 +80,25 @@ def embeddings_are_tied(model: Any) -> bool:
     return getattr(first, "base_layer", first).weight is getattr(second, "base_layer", second).weight
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """Returns a sha256 of the vocabulary, beginning, end and chat template of a tokenizer as loaded.
+def made_with() -> dict[str, str]:
+    """Returns what the last bits of a result depend on: the versions, and the device in words."""
+    return {**versions(), "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
 
-    Those of its files would not do: writing a tokenizer anew can change their bytes.
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Returns a sha256 of a tokenizer as loaded: all that words become tokens by, beginning, end and chat template.
+
+    Those of its files would not do: writing a tokenizer anew can change their bytes. How a batch is padded and cut is
+    no part of it, for whoever calls the tokenizer says that.
     """
-    told = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template]
+    told: list[Any] = [sorted(tokenizer.get_vocab().items())]
+    told += [tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template]
+    # Normalizer, pre-tokenizer, merges, and what is put around a text.
+    if (whole := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = json.loads(whole.to_str())
+        told.append({key: value for key, value in rules.items() if key not in ("padding", "truncation")})
+    else:
+        told.append([type(tokenizer).__name__, tokenizer(PROBE)["input_ids"]])
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 

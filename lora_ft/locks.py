@@ -1,31 +1,43 @@
 """One run in a folder, and one on a GPU: locks that the system frees when their owner ends, however it ends.
 
-The lock files lie in the cache of this user (`sources.cache_home`), so that no folder of a run holds one and nobody has
-to delete any. A processor is no device in this sense: two runs on it are slow, but each is right and fits.
+A folder is held by itself, so that whoever comes to it meets the lock, of any user and with any settings. A GPU is held
+by a file that all processes of this user share, whatever their environment says; who holds what is written down beside
+it. A processor is no device in this sense: two runs on it are slow, but each is right and fits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import stat
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lora_ft import atomicio
 from lora_ft.errors import BusyError, StorageError
-from lora_ft.sources import cache_home
 
-_held: set[Path] = set()
+log = logging.getLogger(__name__)
+
+_held: set[tuple[int, str]] = set()
+"""Thread and name of the locks that this process holds: neither another thread nor a forked process holds them."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_held.clear)
 
 
 @contextmanager
 def run_folder(out: Path) -> Iterator[None]:
-    """Holds the folder of a run in the block. Raises BusyError, at once, where another process holds it."""
-    name = hashlib.sha256(str(out.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    with _locked(f"run-{name}", f"the folder {out}", out):
+    """Holds the folder of a run in the block. Raises BusyError, at once, where another run holds it.
+
+    It is made where it is not there yet, and removed at the end where nothing was put into it.
+    """
+    name = f"run-{hashlib.sha256(str(out.resolve()).encode('utf-8', 'surrogateescape')).hexdigest()[:32]}"
+    with _locked(name, f"the folder {out}", out, in_place=sys.platform != "win32"):
         yield
 
 
@@ -44,34 +56,90 @@ def gpu(identity: str | None, out: Path) -> Iterator[None]:
         yield
 
 
+def shared() -> Path:
+    """Returns the folder that all processes of this user keep their locks in. Raises StorageError where it is not his.
+
+    Neither HOME nor TMPDIR nor LORA_FT_HOME decides where it is: two processes need not have the same ones.
+    """
+    if sys.platform == "win32":
+        return Path(tempfile.gettempdir()) / "lora_ft-locks"
+    place = Path("/tmp") / f"lora_ft-{os.getuid()}"
+    atomicio.make_folder(place)
+    found = place.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise StorageError(f"{place}: is not a folder of this user, so it cannot hold locks: have it removed.")
+    if found.st_mode & 0o077:  # or others could hold a GPU that they do not use
+        atomicio.keep_to_owner(place)
+    return place
+
+
 @contextmanager
-def _locked(name: str, what: str, out: Path) -> Iterator[None]:
-    place = cache_home() / "locks" / name
-    if place in _held:  # by this process, further out
+def _locked(name: str, what: str, out: Path, *, in_place: bool = False) -> Iterator[None]:
+    """Holds a lock in the block.
+
+    Args:
+        in_place: the folder `out` is the lock, where its file system can lock folders.
+    """
+    key = threading.get_ident(), name
+    if key in _held:  # further out
         yield
         return
-    owner = place.with_name(f"{name}.json")
-    atomicio.make_folder(place.parent)
-    # Nothing is ever written to the file itself, and it is never deleted: a lock on a deleted file holds nobody off.
-    try:
-        handle = os.open(place, os.O_RDONLY | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise StorageError(
-            f"{place}: cannot be made: {error.strerror}: free some space, or set LORA_FT_HOME."
-        ) from None
-    try:
+    owner = shared() / f"{name}.json"
+    atomicio.make_folder(owner.parent)
+    made = in_place and not os.path.lexists(out)
+    handle = _folder_locked(out, what, owner) if in_place else None
+    if handle is None:
+        handle = _opened(owner.with_suffix(""))
         if not _lock(handle):
+            os.close(handle)
             raise BusyError(f"{what} is in use by {_told(owner)}: wait for it to end, or choose another.")
+    try:
         atomicio.write_json(owner, {"pid": os.getpid(), "folder": str(out.resolve())})
-        _held.add(place)
+        _held.add(key)
         try:
             yield
         finally:
-            _held.discard(place)
-            # Or a process that was forked in the block, and has the file open too, would hold it on.
-            _unlock(handle)
+            _held.discard(key)
+            if made:
+                atomicio.remove_empty(out)
     finally:
+        # Or a process that was forked in the block, and has the file open too, would hold it on.
+        _unlock(handle)
         os.close(handle)
+
+
+def _folder_locked(out: Path, what: str, owner: Path) -> int | None:
+    """Returns the handle of a folder that is locked now; None where its file system locks no folders."""
+    while True:
+        if out.is_file():
+            return None  # whoever writes there says so
+        atomicio.make_folder(out)
+        handle = _opened(out)
+        try:
+            free = _lock(handle)
+        except OSError as error:
+            os.close(handle)
+            log.info("%s cannot be locked itself (%s): only processes of this user are held off", out, error.strerror)
+            return None
+        if not free:
+            os.close(handle)
+            raise BusyError(f"{what} is in use by {_told(owner)}: wait for it to end, or choose another.")
+        try:
+            if os.path.samestat(os.fstat(handle), out.stat()):
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # it was removed between the two
+
+
+def _opened(place: Path) -> int:
+    # Nothing is ever written to a lock file, and it is never deleted: a lock on a deleted file holds nobody off.
+    try:
+        return os.open(place, os.O_RDONLY | (0 if place.is_dir() else os.O_CREAT), 0o666)
+    except OSError as error:
+        raise StorageError(
+            f"{place}: cannot be locked: {error.strerror}: see that it may be read, and free some space."
+        ) from None
 
 
 def _told(owner: Path) -> str:
@@ -79,7 +147,7 @@ def _told(owner: Path) -> str:
         said = json.loads(owner.read_text(encoding="utf-8"))
         return f"process {said['pid']}, which trains into {said['folder']}"
     except (OSError, ValueError, LookupError, TypeError):
-        return "another process, which has just begun"
+        return "another process, which has just begun or is another user's"
 
 
 if sys.platform == "win32":

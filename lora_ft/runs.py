@@ -339,6 +339,7 @@ def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit
             data=rows.facts,
             fit=dataclasses.asdict(fit),
             adapter_sha256=environment.file_sha256(draft.path / saved.WEIGHTS),
+            tokenizer_sha256=environment.tokenizer_sha256(bases.load_tokenizer(draft.path)),
         )
         draft.write_json(environment.FILE, record)
     started.move_in_adapter(out)

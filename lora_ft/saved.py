@@ -15,7 +15,7 @@ from typing import Any, get_args
 import peft
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_ft import adapters, atomicio, blocks, environment, four_bits, fused, sources, tasks
 from lora_ft import base as bases
@@ -40,6 +40,8 @@ RECORD: dict[str, Any] = {"base": dict, "dtype": str, "quant": str, "left_whole"
 BASE_RECORD: dict[str, Any] = {
     "name": str, "source": str, "repo": str | None, "revision": str | None, "origin": str, "weights_sha256": str
 }  # fmt: skip
+# What records of earlier versions lack.
+ADDED: dict[str, Any] = {"tokenizer_sha256": str, "versions": dict}
 SETTINGS: dict[str, Any] = {
     "peft_type": str,
     "task_type": str,
@@ -147,7 +149,7 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
         config_changes=task.config_changes(),
         why_dtype="as in the run" if dtype == record["dtype"] else "in place of the run's",
     )
-    base.tokenizer = bases.load_tokenizer(folder)
+    base.tokenizer = load_tokenizer(folder, record)
     _check_vocabulary(base, settings, folder)
     adapters.enlarge(base.model, len(base.tokenizer))
     _compare(_outline(base, task, folder), folder)
@@ -210,6 +212,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     problems = unlike(record, RECORD)
     if isinstance(record.get("base"), dict):
         problems += unlike(record["base"], BASE_RECORD, "base.")
+        problems += unlike(record["base"], {"config_sha256": str} if "config_sha256" in record["base"] else {}, "base.")
+    problems += unlike(record, {key: kind for key, kind in ADDED.items() if key in record})
     digest = record["base"].get("weights_sha256") if isinstance(record.get("base"), dict) else None
     # It becomes the name of a file that is looked for.
     if isinstance(digest, str) and not re.fullmatch("[0-9a-f]{64}", digest):
@@ -299,7 +303,45 @@ def find_base(folder: Path, record: dict[str, Any], base_name: str | None = None
             f"{record['weights_sha256'][:16]}, but {source.name} ({source.origin}) has weights {digest[:16]}: "
             f"an adapter works on its own base only. What differs:{differing}"
         )
+    _compare_configs(record, source)
     return source
+
+
+def _compare_configs(record: dict[str, Any], source: sources.Source) -> None:
+    """Raises AdapterError where the base computes something else with the weights that the adapter was made on."""
+    was, now = record.get("config_sha256"), sources.config_digest(source.folder)
+    if was is None:
+        # Refusing them would take away adapters that nothing is wrong with; their seal replays what they say.
+        log.info(
+            "%s is bound to the weights of its base only, as adapters once were: verify shows what it does", source.name
+        )
+    elif was != now and "dequantized" in source.origin:
+        log.warning(
+            "config.json of %s is not the one the adapter was made on: another transformers wrote it", source.name
+        )
+    elif was != now:
+        raise AdapterError(
+            f"This adapter belongs to {record['name']} with config.json {was[:16]}, but that of {source.name} "
+            f"({source.origin}) is {now[:16]}: with the same weights it computes something else. Put back the "
+            "config.json of then, or name a copy of the base that has it with --base."
+        )
+
+
+def load_tokenizer(folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in an adapter folder, which is used and not its base's.
+
+    Raises:
+        AdapterError: it is not the one that was saved with the adapter; other versions of tokenizers may tell its rules
+            in other words, which is only warned of.
+    """
+    tokenizer = bases.load_tokenizer(folder)
+    was, version = record.get("tokenizer_sha256"), record.get("versions", {}).get("tokenizers")
+    if was is not None and was != environment.tokenizer_sha256(tokenizer):
+        told = f"{folder}: its tokenizer or chat template is not the one the adapter was saved with"
+        if version == environment.versions().get("tokenizers"):
+            raise AdapterError(f"{told}, so words would become other tokens: put back the files of then.")
+        log.warning("%s, or tokenizers %s told it in other words", told, version)
+    return tokenizer
 
 
 def _differences(folder: Path, base: Path) -> list[str]:

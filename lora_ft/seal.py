@@ -32,7 +32,7 @@ from lora_ft.verdict import Checks, Verdict
 log = logging.getLogger(__name__)
 
 FILES = ("seal.safetensors", "seal.json")
-FORMAT = 2
+FORMAT = 3
 
 # Two float32 replays on one machine differ by some 1e-13 nats, so a tenth of this is still told from noise.
 LEAST_EFFECT = 1e-7
@@ -273,7 +273,7 @@ def _check_tokenizer(checks: Checks, sealed: Seal, folder: Path) -> None:
     except SourceError as error:
         digest = str(error)
     checks.add("tokenizer", digest == was, digest[:16] if len(digest) == len(was) else digest,
-               f"vocabulary and chat template have the sha256 of those sealed: {was[:16]}")  # fmt: skip
+               f"rules, vocabulary and chat template have the sha256 of those sealed: {was[:16]}")  # fmt: skip
 
 
 def _verify_file(checks: Checks, sealed: Seal, folder: Path) -> None:

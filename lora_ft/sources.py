@@ -32,6 +32,8 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
+# What a configuration says of its making, of code, which is never run, and of a dtype, which each run chooses.
+NOT_COMPUTED = ("transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype")
 # The index of a model of 100,000 tensors has some 10 MB.
 MAX_INDEX_BYTES = 32 << 20
 
@@ -82,7 +84,7 @@ class Source:
     """One sentence on the weights, such as the wheel and its quantization."""
 
     def record(self) -> dict[str, Any]:
-        """Returns what an adapter keeps of its base's origin: no path of the machine, with the weights' digest."""
+        """Returns what an adapter keeps of its base's origin: no path of the machine, with the digests of the base."""
         return {
             "name": self.name,
             "source": self.kind,
@@ -90,6 +92,7 @@ class Source:
             "revision": self.revision,
             "origin": self.origin,
             "weights_sha256": weights_digest(self.folder),
+            "config_sha256": config_digest(self.folder),
         }
 
 
@@ -193,6 +196,17 @@ def weights_digest(folder: Path) -> str:
     atomicio.write(memo, digest.hexdigest())
     atomicio.write(cache_home() / "bases" / digest.hexdigest(), str(folder.resolve()))
     return digest.hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """Returns the sha256 of a model's configuration, which says what is computed with the weights.
+
+    Raises:
+        SourceError: it is missing, or is not the JSON of a configuration.
+    """
+    config = object_of(folder / "config.json", SourceError, any_number=True)
+    told = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def safetensors_files(folder: Path) -> list[Path]:

@@ -15,6 +15,8 @@ from lora_ft.train import CHECKPOINTS
 log = logging.getLogger(__name__)
 
 FILE = "run.json"
+# Versions and device: whoever has no other must be able to go on, so a change of them is told and not refused.
+MADE_WITH = "made_with"
 LOST = (
     "nothing says how the run was started, or another version of lora-ft began it: put the file back, or start anew "
     "in another folder."
@@ -96,6 +98,7 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     free = FREE_ON_RESUME if facts["train"]["sha256"] else FREE_ON_RESUME - {"data.train"}
     now = {key: value for key, value in _flat(plain(config)).items() if key not in free}
     now |= _flat({"rows": facts, "tokenizer": {"sha256": tokenizer_sha256}, "weights": base})
+    now |= _flat({MADE_WITH: environment.made_with()})
     now = json.loads(json.dumps(now))
     if config.resume:
         before = atomicio.read_sealed(path, LOST)
@@ -104,15 +107,23 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
             raise ConfigError(f"allow-changed: a run has no key {unknown[0]}; its keys are {', '.join(sorted(now))}.")
         changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
         told = {key: f"  {key} was {before.get(key)}, is {now.get(key)}" for key in changed}
+        other = [key for key in changed if key.startswith(f"{MADE_WITH}.")]
+        changed = [key for key in changed if key not in other]
         refused = [key for key in changed if key not in config.allow_changed]
         if refused:
             raise ConfigError(
                 f"{config.out} was started as another run; resume it as it was, start anew, or add --allow-changed "
                 f"{' '.join(refused)} if that is meant:\n" + "\n".join(told[key] for key in refused)
             )
-        if not changed:
+        if not changed and not other:
             return
-        log.warning("the run goes on, but not as it was started:\n%s", "\n".join(told.values()))
+        if changed:
+            log.warning("the run goes on, but not as it was started:\n%s", "\n".join(told[key] for key in changed))
+        if other:
+            log.warning(
+                "the run goes on, but what it is made with has changed, so that it is no longer the run in one piece "
+                "bit for bit:\n%s", "\n".join(told[key].replace(f"{MADE_WITH}.", "") for key in other)
+            )  # fmt: skip
     atomicio.write_sealed(path, now)
 
 

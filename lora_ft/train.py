@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import adapters, attention, four_bits, heap, losses
+from lora_ft import adapters, attention, environment, exact, four_bits, heap, losses
 from lora_ft.base import Base
 from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
@@ -116,7 +117,10 @@ class LoraPlus:
 class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Trainer):
     """The Trainer that `fit` runs."""
 
-    kept: tuple[str, ...] = ("evaluation_due",)
+    kept: tuple[str, ...] = ("evaluation_due", "began_on")
+    frozen: Frozen
+    began_on: dict[str, str]
+    """What the run was started on, as `Frozen` tells it."""
     evaluation_due: bool = False
     """Whether a signal stopped the evaluation of the step last made, which a resumed run makes first."""
 
@@ -138,6 +142,7 @@ class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Trainer):
             self._save_checkpoint(self.model)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.began_on = self.frozen.compared(self.began_on)
         if self.evaluation_due:
             try:
                 metrics = self._evaluate(None, None)
@@ -202,6 +207,43 @@ class Streamed(IterableDataset):
                 raise DataError(["data.train: the stream holds no rows."])
 
 
+class Frozen:
+    """What training must not change of a model, from the start of a run to its end, over all interrupts.
+
+    Args:
+        changes_allowed: the run is gone on with on what it was not started on, such as another quantization.
+    """
+
+    def __init__(self, model: nn.Module, base: Base, *, changes_allowed: bool) -> None:
+        self.model, self.changes_allowed, self.sum = model, changes_allowed, exact.frozen_sum(model)
+        # How weights are quantized, and so their bytes, may differ between devices and versions.
+        where = json.dumps([environment.device_name(base.device), environment.versions()])
+        self.told = {"sha256": adapters.frozen_digest(model), "where": where}
+
+    def compared(self, began_on: dict[str, str]) -> dict[str, str]:
+        """Returns `told`, for a checkpoint to keep, having compared it with what the run was started on.
+
+        Raises:
+            ProofError: the weights are others, though nothing else is.
+        """
+        same_place = began_on["where"] == self.told["where"] and not self.changes_allowed
+        if same_place and began_on["sha256"] != self.told["sha256"]:
+            raise ProofError("The frozen weights of the base are not those that the run was started on.")
+        return self.told
+
+    def require(self, *, interrupted: bool) -> None:
+        """Raises ProofError where a weight was changed.
+
+        Of an interrupted run only a sum is compared: the sha256 of a large base takes longer than an interrupt may, and
+        the run that goes on compares that.
+        """
+        if exact.frozen_sum(self.model) == self.sum and (
+            interrupted or adapters.frozen_digest(self.model) == self.told["sha256"]
+        ):
+            return
+        raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
+
+
 def fit(
     task: Task,
     base: Base,
@@ -249,7 +291,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     clock.trainer = proof.trainer = trainer
     trainer.row_names = row_names
-    frozen = adapters.frozen_digest(model)
+    trainer.frozen = Frozen(model, base, changes_allowed=bool(config.allow_changed))
+    trainer.began_on = trainer.frozen.told
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock.began = time.perf_counter()
@@ -268,8 +311,7 @@ def fit(
         interrupt.restore()
     seconds = clock.seconds()
     heap.give_back()
-    if adapters.frozen_digest(model) != frozen:
-        raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
+    trainer.frozen.require(interrupted=interrupt.stopped)
     return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.stopped)
 
 

@@ -238,10 +238,13 @@ def test_what_is_deleted_loses_its_name_first_and_litter_is_swept(tmp_path, monk
     assert not place.exists()
     assert len(list(tmp_path.glob(".del-f-*"))) == 1
     monkeypatch.undo()
-    (tmp_path / ".tmp-x-1").write_text("half")
-    (tmp_path / "mine").write_text("whole")
-    atomicio.sweep(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / ".tmp-x-01234567").write_text("half")
+    for name in ("mine", ".tmp-mine", ".tmp-x-1234567", ".tmpx-01234567", ".tmp-y-01234567"):
+        (tmp_path / name).write_text("whole")
+    atomicio.sweep(tmp_path, "[fx]")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "mine", ".tmp-mine", ".tmp-x-1234567", ".tmpx-01234567", ".tmp-y-01234567"
+    }  # fmt: skip
 
 
 def test_damaged_folders_are_set_aside_under_names_of_their_own(tmp_path):

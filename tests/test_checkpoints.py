@@ -4,9 +4,10 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_left_as_it_is(
         unreadable(patch, newest, number, name)
         assert checkpoints.newest(tmp_path) == older
         unreadable(patch, older, number, name)
-        with pytest.raises(AdapterError, match=r"no checkpoint could be read, though they may be whole: .*cannot be"):
+        with pytest.raises(AdapterError, match=r"no checkpoint can be gone on from, .*cannot be"):
             checkpoints.newest(tmp_path)
     assert f"checkpoint-4 is passed over: {newest}" in caplog.text
     assert os.strerror(number) in caplog.text
@@ -148,7 +149,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_from_the_beginning(tmp_path
 def test_of_many_checkpoints_the_newest_three_and_the_best_stay(tmp_path, folder, monkeypatch):
     rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
     found = iter([5.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0])
-    monkeypatch.setattr(train.losses, "of_rows", lambda *_: types.SimpleNamespace(mean=next(found)))
+    monkeypatch.setattr(train.losses, "of_rows", lambda *_: SimpleNamespace(mean=next(found)))
     stop = StopAt(28, signal.SIGINT)
     settings = {"steps": 40, "eval_steps": 4, "batch_size": 4}
     fit(tmp_path / "run", folder, rows, held_out, callbacks=[stop], **settings)
@@ -159,10 +160,89 @@ def test_of_many_checkpoints_the_newest_three_and_the_best_stay(tmp_path, folder
 
 def test_litter_of_a_killed_run_is_swept_when_it_goes_on(tmp_path, folder):
     place = stopped(tmp_path / "run", folder)
-    for name in (".tmp-checkpoint-4-0", ".del-checkpoint-1-0"):
+    for name in (".tmp-checkpoint-4-01234567", ".del-checkpoint-1-01234567", ".old-checkpoint-3-01234567"):
         (place.parent / name).mkdir()
     resumed(tmp_path / "run", folder)
     assert not list(place.parent.glob(".*"))
+
+
+def test_what_another_program_keeps_in_the_folder_stays_as_it_is(tmp_path, folder, caplog):
+    theirs = [".tmp-mine", ".tmp-mine-01234567", ".del-x", "checkpoint-7"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    with pytest.raises(
+        AdapterError, match=r"checkpoint-7 has no manifest\.json, so it is not one of these checkpoints"
+    ):
+        plain(folder, tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="holds the checkpoints of a run"):
+        plain(folder, tmp_path).train()
+    # Beside checkpoints of ours they are passed over, never overwritten nor counted among those to delete.
+    for step in (1, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "whole").mkdir()
+    plain(folder, tmp_path / "whole").train()
+    shutil.move(tmp_path / "whole" / "checkpoint-4", tmp_path / "checkpoint-2")
+    rewrite(tmp_path / "checkpoint-2", checkpoints.STATE, state_of(tmp_path / "checkpoint-2", global_step=2))
+    trainer = plain(folder, tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 5
+    assert "STEP 3 IS NOT SAVED, training goes on:" in caplog.text
+    assert "checkpoint-3 is the checkpoint of another program, and stays: move it away" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *theirs, "checkpoint-1", "checkpoint-3", "checkpoint-4", "checkpoint-5", "whole"
+    }  # fmt: skip
+
+
+def state_of(place: Path, **changes) -> str:
+    return json.dumps({**json.loads((place / checkpoints.STATE).read_text()), **changes})
+
+
+def test_checkpoints_of_a_run_that_is_left_are_not_taken_for_those_of_the_one_that_goes_on(tmp_path, folder, caplog):
+    left = plain(folder, tmp_path)
+    left.args.save_total_limit = None
+    left.train()
+    again = plain(folder, tmp_path, lr=1e-3)
+    again.add_callback(StopAt(3, signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(InterruptedError))
+    try:
+        with pytest.raises(InterruptedError):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "checkpoint-5 is newer than checkpoint-2, and is left aside as checkpoint-5.left" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-2", "checkpoint-3", "checkpoint-3.left", "checkpoint-4.left", "checkpoint-5.left"
+    }  # fmt: skip
+    state = json.loads((checkpoints.newest(tmp_path) / checkpoints.STATE).read_text())
+    assert state["log_history"] == again.state.log_history
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_wait_for_a_metric_go_on_where_they_were(tmp_path, folder, schedule):
+    def made(out: Path):
+        trainer = plain(
+            folder, out, lr_scheduler_type=schedule, lr_scheduler_kwargs={"patience": 0, "factor": 0.5},
+            eval_strategy="steps", eval_steps=1, metric_for_best_model="loss",
+            eval_dataset=train.Rows(tiny.rows("complete", 2)),
+        )  # fmt: skip
+        trainer.evaluate = lambda *args, **kwargs: {"eval_loss": 2.0 if trainer.state.global_step == 3 else 3.0}
+        return trainer
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    cut = made(tmp_path / "cut")
+    cut.add_callback(StopAt(2, signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, lambda *_: (_ for _ in ()).throw(InterruptedError))
+    try:
+        with pytest.raises(InterruptedError):
+            cut.train()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    again = made(tmp_path / "cut")
+    again.train(resume_from_checkpoint=True)
+    assert again.fingerprint == whole.fingerprint != ""
+    assert again.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
 
 
 class Dead(BaseException):
@@ -300,14 +380,18 @@ class PlainTrainer(checkpoints.Checkpoints, exact.ExactSteps, Trainer):
     """transformers' own Trainer, with nothing of this library but its checkpoints and exact steps."""
 
 
-def plain(folder: Path, out: Path, **settings) -> PlainTrainer:
+def plain(folder: Path, out: Path, lr: float = 1e-2, eval_dataset=None, **settings) -> PlainTrainer:
     task, _, model = prepared(folder, dropout=0.2)
     arguments = TrainingArguments(
         str(out), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=5, save_steps=1, use_cpu=True,
-        report_to="none", disable_tqdm=True, learning_rate=1e-2, save_total_limit=2, **settings,
+        report_to="none", disable_tqdm=True, learning_rate=lr, save_total_limit=2, **settings,
     )  # fmt: skip
     return PlainTrainer(
-        model=model, args=arguments, train_dataset=train.Rows(tiny.rows("complete", 14)), data_collator=task.collate
+        model=model,
+        args=arguments,
+        train_dataset=train.Rows(tiny.rows("complete", 14)),
+        data_collator=task.collate,
+        eval_dataset=eval_dataset,
     )
 
 

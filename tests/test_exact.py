@@ -1,5 +1,6 @@
 """Randomness by place: orders, seeds, fingerprints; and resumed runs that are the run in one piece."""
 
+import itertools
 import json
 import os
 import random
@@ -9,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from lora_ft import checkpoints, exact, train
+from lora_ft.errors import ConfigError
 from lora_ft.watch import Clock
 from lora_kernels import new_seed
 from tests import tiny
 from tests.reliability.forks import fingerprints
-from tests.test_train import StopAt, fit, same
+from tests.test_checkpoints import PlainTrainer
+from tests.test_train import StopAt, fit, prepared, same
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,72 @@ def test_the_rows_of_a_step_are_those_it_reads(tmp_path, folder, monkeypatch, ba
     assert read.seen == told
     assert sorted(row for seen in told[: len(told) // 2] for row in seen) == list(range(11))
     assert told[: len(told) // 2] != told[len(told) // 2 :]
+
+
+ORDERS = [
+    {"dataloader_drop_last": True},
+    {"train_sampling_strategy": "group_by_length"},
+    {"train_sampling_strategy": "group_by_length", "dataloader_drop_last": True},
+    {"train_sampling_strategy": "sequential"},
+]
+
+
+@pytest.mark.parametrize("settings", ORDERS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_any_order_of_transformers_is_exact_and_its_rows_are_told(tmp_path, folder, settings):
+    rows, numbers = tiny.rows("complete", 11), {}
+    numbers = {id(row["input_ids"]): i for i, row in enumerate(rows)}
+    read: list[list[int]] = []
+
+    def made(out: Path, **more):
+        task, _, model = prepared(folder, dropout=0.3)
+
+        def collate(batch):
+            read.append([numbers[id(row["input_ids"])] for row in batch])
+            return task.collate(batch)
+
+        arguments = TrainingArguments(
+            str(out), per_device_train_batch_size=3, num_train_epochs=4, save_steps=1, use_cpu=True, report_to="none",
+            disable_tqdm=True, learning_rate=1e-2, **settings,
+        )  # fmt: skip
+        return PlainTrainer(model=model, args=arguments, train_dataset=train.Rows(rows), data_collator=collate, **more)
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    steps, each = whole.state.global_step, 3 if "dataloader_drop_last" in settings else 4
+    assert steps == 4 * each
+    assert read == [whole.rows_of(step, 0) for step in range(steps)]
+    epochs = [read[i : i + each] for i in range(0, steps, each)]
+    assert all(len(seen) == len(set(seen)) for seen in (list(itertools.chain(*epoch)) for epoch in epochs))
+    if settings.get("train_sampling_strategy") != "sequential":
+        assert len({str(epoch) for epoch in epochs}) == 4
+    for stop in (1, each - 1, each, each + 1):  # steps made, and saved, before the one it dies in
+        cut = made(tmp_path / f"cut-{stop}", callbacks=[Die(stop)])
+        with pytest.raises(InterruptedError):
+            cut.train()
+        torch.manual_seed(999)
+        again = made(tmp_path / f"cut-{stop}")
+        again.train(resume_from_checkpoint=True)
+        assert again.fingerprint == whole.fingerprint != ""
+
+
+class Die(TrainerCallback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise InterruptedError
+
+
+def test_an_order_that_could_not_be_had_again_is_refused_by_name(tmp_path, folder):
+    task, _, model = prepared(folder)
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", train_sampling_strategy="batch_rebalance"
+    )
+    rows = train.Rows(tiny.rows("complete", 11))
+    trainer = PlainTrainer(model=model, args=arguments, train_dataset=rows, data_collator=task.collate)
+    with pytest.raises(ConfigError, match=r"Sampler orders the rows, .* use the train_sampling_strategy random, seq"):
+        trainer.train()
 
 
 STOPS = [(1, 4), (4, 1), (4, 2)]

@@ -13,7 +13,8 @@ from tests import tiny
 from tests.reliability.disks import Failing
 
 FACTS = {"train": {"name": "rows.jsonl", "rows": 12, "sha256": "a"}, "eval": {"name": "x", "rows": 2, "sha256": "b"}}
-BASE = {"name": "base", "source": "folder", "repo": None, "revision": None, "origin": "here", "weights_sha256": "c"}
+BASE = {"name": "base", "source": "folder", "repo": None, "revision": None, "origin": "here", "weights_sha256": "c",
+        "config_sha256": "d"}  # fmt: skip
 
 
 def config(out: Path, **changes) -> RunConfig:
@@ -46,6 +47,7 @@ def other(tree, **changes):
         ({"facts": other(FACTS, eval=other(FACTS["eval"], sha256="z"))}, "rows.eval.sha256"),
         ({"tokenizer": "z"}, "tokenizer.sha256"),
         ({"base": other(BASE, weights_sha256="z")}, "weights.weights_sha256"),
+        ({"base": other(BASE, config_sha256="z")}, "weights.config_sha256"),
     ],
 )
 def test_what_changed_is_named_and_refused_unless_it_is_allowed(tmp_path, caplog, changes, key):
@@ -59,6 +61,20 @@ def test_what_changed_is_named_and_refused_unless_it_is_allowed(tmp_path, caplog
     assert f"the run goes on, but not as it was started:\n  {key} was" in caplog.text
     # From now on it is that run.
     keep(tmp_path, resume=True, **changes)
+
+
+@pytest.mark.parametrize("key", ["torch", "device"])
+def test_other_versions_and_devices_are_told_and_not_refused(tmp_path, caplog, monkeypatch, key):
+    keep(tmp_path)
+    keep(tmp_path, resume=True)
+    assert not caplog.text
+    was = environment.made_with()
+    monkeypatch.setattr(environment, "made_with", lambda: {**was, key: "another"})
+    keep(tmp_path, resume=True)
+    assert f"no longer the run in one piece bit for bit:\n  {key} was {was[key]}, is another" in caplog.text
+    caplog.clear()
+    keep(tmp_path, resume=True)
+    assert not caplog.text
 
 
 def test_a_key_that_no_run_has_is_named(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, atomicio, base, checkpoints, losses, tasks, train
+from lora_ft import adapters, atomicio, base, checkpoints, exact, losses, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from tests import tiny
@@ -135,6 +135,45 @@ def test_the_seed_covers_the_start_of_the_adapter(folder):
     torch.manual_seed(2)
     assert same(first, start(5))
     assert not same(first, start(6))
+
+
+def test_an_interrupted_run_compares_a_sum_and_the_one_that_goes_on_the_digest(tmp_path, folder, monkeypatch):
+    rows, asked, real = tiny.rows("complete"), [], adapters.frozen_digest
+    monkeypatch.setattr(adapters, "frozen_digest", lambda model: asked.append(1) or real(model))
+    settings = {"steps": 4, "batch_size": 4}
+    fit(tmp_path / "run", folder, rows, callbacks=[StopAt(1, signal.SIGINT)], **settings)
+    assert len(asked) == 1  # before training; the time after it is the interrupt's
+
+    class Spoil(StopAt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                kwargs["model"].get_input_embeddings().weight.data[3, 5] += 1e-3
+            super().on_step_begin(args, state, control, **kwargs)
+
+    with pytest.raises(ProofError, match="A frozen weight of the base changed during training"):
+        fit(tmp_path / "spoilt", folder, rows, callbacks=[Spoil(1, signal.SIGINT)], **settings)
+    other = tiny.model_folder(tmp_path / "other", seed=1)
+    with pytest.raises(ProofError, match="are not those that the run was started on"):
+        fit(tmp_path / "run", other, rows, resume=True, **settings)
+    fit(tmp_path / "run", folder, rows, resume=True, **settings)
+    assert len(asked) == 5
+
+
+def test_every_change_of_a_frozen_weight_changes_the_sum():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)).requires_grad_(False)
+    model.register_buffer("odd", torch.arange(11, dtype=torch.uint8)[1:])
+    before = exact.frozen_sum(model)
+    model[1].weight.requires_grad_(True)  # that one is trained
+    assert (trained := exact.frozen_sum(model)) != before
+    model[1].weight.data += 1
+    assert exact.frozen_sum(model) == trained
+    for tensor in (model[0].weight, model[0].bias, model.odd):
+        held = tensor.data.view(torch.uint8).view(-1)
+        for at in (0, len(held) - 1):
+            held[at] ^= 1
+            assert exact.frozen_sum(model) != trained
+            held[at] ^= 1
+    assert exact.frozen_sum(model) == trained
 
 
 def test_a_quantized_base_is_frozen_and_checked(tmp_path, folder, monkeypatch):
