@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from lora_ft.serve import trial
 from tests import tiny_server
 from tests.tiny_server import JOBS, Server, chats
 
-LONG = {"seed": 3, "hyperparameters": {"n_epochs": 6, "batch_size": 1, "learning_rate_multiplier": 10}}
-STEPS = 72
+LONG = {"seed": 3, "hyperparameters": {"n_epochs": 4, "batch_size": 1, "learning_rate_multiplier": 10}}
+STEPS = 48
+AUTO = json.dumps({"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"})
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +130,25 @@ def test_a_server_that_is_stopped_leaves_its_jobs_to_the_next(server: Server, wh
         (chats(12) + "{\n", "invalid_training_file", "Line 13: "),
     ],
 )
-def test_bad_rows_fail_the_job_with_their_lines(server: Server, rows: str, code: str, said: str) -> None:
-    job = server.ended(server.start_job(server.upload(rows)))
-    assert (job["status"], job["error"]["code"], job["error"]["param"]) == ("failed", code, "training_file")
-    assert said in job["error"]["message"]
-    assert server.events(job["id"])[-1]["level"] == "error"
+def test_bad_rows_are_told_with_their_lines(rows: str, code: str, said: str, server: Server, monkeypatch) -> None:
+    monkeypatch.chdir(server.home)
+    file = server.upload(rows)
+    row = {"id": "ftjob-x", "training_file": file, "validation_file": None, "hyperparameters": AUTO, "extensions": "{}"}
+    with pytest.raises(trial.JobError) as caught:
+        trial.examine({**row, "seed": 1}, json.loads(Path("models.json").read_text())["bases"]["tiny"], None)
+    assert (caught.value.code, caught.value.param) == (code, "training_file")
+    assert said in str(caught.value)
+
+
+def test_a_job_with_bad_rows_fails_and_says_why(server: Server) -> None:
+    job = server.ended(server.start_job(server.upload(chats(12) + "{}\n")))
+    assert (job["status"], job["error"]["code"], job["error"]["param"]) == (
+        "failed", "invalid_training_file", "training_file",
+    )  # fmt: skip
+    assert "Line 13: " in job["error"]["message"]
+    assert job["finished_at"] is not None
+    told = server.events(job["id"])[-1]
+    assert (told["level"], told["data"]) == ("error", job["error"])
 
 
 def test_prompts_and_completions_and_going_on_from_what_was_made(server: Server) -> None:

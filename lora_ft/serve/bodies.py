@@ -88,5 +88,17 @@ def dotted(place: Sequence[Any]) -> str:
 
 def documented(model: type[BaseModel]) -> dict[str, Any]:
     """Returns what tells the API's own description of a body that a `reader` reads."""
-    schema = model.model_json_schema(ref_template=f"#/components/schemas/{model.__name__}/$defs/{{model}}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    schema = model.model_json_schema()
+    inner = schema.pop("$defs", {})
+
+    def whole(part: Any) -> Any:
+        """Returns a part of the schema with what it refers to in place."""
+        if isinstance(part, list):
+            return [whole(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return whole(inner[part["$ref"].rpartition("/")[2]])
+        return {key: whole(value) for key, value in part.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": whole(schema)}}}}
