@@ -63,6 +63,16 @@ def test_whole_path(bases: dict[str, Path], tmp_path: Path, architecture: str, t
             torch.testing.assert_close(_logits(run, merged), live, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["gemma", "gemma2", "phi3", "qwen2", "qwen3", "mistral"])
+def test_other_decoders_go_the_whole_way_in_four_bits(tmp_path: Path, architecture: str) -> None:
+    run = tiny.run(tmp_path / "adapter", tiny.model_folder(tmp_path / "base", architecture))
+    assert run.seal is not None
+    assert run.seal.effect > 0.1
+    assert_passes(seal.verify(run.folder))
+    assert merge.merge(run.folder, tmp_path / "merged", onto="dequantized")["passes"]
+    assert_passes(seal.verify(run.folder, model_folder=tmp_path / "merged"))
+
+
 @pytest.mark.parametrize(
     ("architecture", "quant", "options"),
     [

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from lora_ft import base as bases
 from lora_ft import generate, runs
@@ -64,6 +66,19 @@ def test_the_held_out_loss_falls_on_more_rows(file, rows, held_out, tmp_path):
 def smollm2() -> bases.Base:
     # In 16 bits the likeliest two words can be closer than rounding.
     return bases.load("smollm2-135m", dtype="float32")
+
+
+def test_minilm_knows_what_is_alike():
+    loaded = bases.load("minilm", quant="none", dtype="float32", model_class=AutoModelForSequenceClassification)
+    assert bases.positions(loaded.model.config, "minilm") == 512
+    texts = ["A man is playing a guitar.", "Someone plays an instrument.", "The share price fell on Monday."]
+    inputs = loaded.tokenizer(texts, padding=True, return_tensors="pt").to(loaded.device)
+    with torch.no_grad():
+        states_BTH = loaded.model.eval().base_model(**inputs).last_hidden_state
+    mask_BT1 = inputs["attention_mask"][..., None]
+    vectors_BH = torch.nn.functional.normalize((states_BTH * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1), dim=1)
+    alike, unlike = float(vectors_BH[0] @ vectors_BH[1]), float(vectors_BH[0] @ vectors_BH[2])
+    assert alike > 0.5 > 0.2 > unlike
 
 
 def test_the_base_knows_a_capital(smollm2):
