@@ -108,7 +108,7 @@ def write(path: Path, content: str | bytes) -> None:
     fresh = _beside(path)
     try:
         with _told(path):
-            disk.make_folder(path.parent)
+            _make_folder(path.parent)
             disk.write(fresh, data)
             disk.sync(fresh)
             disk.rename(fresh, path)
@@ -167,8 +167,11 @@ class Draft:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _told(path):
-            disk.make_folder(path)
+        try:
+            make_folder(path)
+        except BaseException:
+            _forget(path)
+            raise
         self._mode = path.stat().st_mode & 0o666
 
     def write(self, name: str, content: str | bytes) -> None:
@@ -227,6 +230,8 @@ class Draft:
             if facts is not None:
                 disk.write(self.path / MANIFEST, _manifest(self.path, facts))
                 disk.sync(self.path / MANIFEST)
+            for inner in sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True):
+                disk.sync(inner)
             disk.sync(self.path)
             if exchange and place.exists():
                 self._exchange(place)
@@ -300,7 +305,7 @@ def move_in(staged: Path, place: Path, *, last: str) -> None:
     for name in sorted(files, key=lambda name: (name == last, name)):
         if _damage(staged / name, files[name]) is None:
             with _told(place / name):
-                disk.make_folder((place / name).parent)
+                _make_folder((place / name).parent)
                 disk.rename(staged / name, place / name)
                 disk.sync((place / name).parent)
         elif (damage := _damage(place / name, files[name])) is not None:
@@ -359,9 +364,9 @@ def verify(place: Path) -> dict[str, Any]:
 
 
 def make_folder(place: Path) -> None:
-    """Makes a folder, and those above it, unless it is there. Raises StorageError."""
+    """Makes a folder, and those above it, unless it is there; their names are on the disk then. Raises StorageError."""
     with _told(place):
-        disk.make_folder(place)
+        _make_folder(place)
 
 
 def keep_to_owner(place: Path) -> None:
@@ -417,6 +422,13 @@ def sweep(place: Path, names: str = ".+") -> None:
                 disk.rename(path, place / left[2])
             else:
                 disk.remove(path)
+
+
+def _make_folder(place: Path) -> None:
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    disk.make_folder(place)
+    for path in reversed(made):
+        disk.sync(path.parent)
 
 
 def _json(value: Any, sort_keys: bool) -> str:

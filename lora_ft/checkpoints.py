@@ -105,6 +105,8 @@ class Checkpoints:
     on, and those saved before stay.
     """
 
+    # TRL's sum of tokens, which it logs; what a Trainer lacks is passed over.
+    kept: tuple[str, ...] = ("_total_train_tokens",)
     _continues: bool = False
     _resumed: dict[str, Any] | None = None
     """The progress read from a checkpoint, until training has begun."""
@@ -135,6 +137,9 @@ class Checkpoints:
         if not any(isinstance(callback, _Begin) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(_Begin(self))
         return super().train(str(chosen) if chosen else None, **kwargs)  # type: ignore[misc]
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing: TRL would tell its makers of the model, the device and the data."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
@@ -364,7 +369,8 @@ def _is_done(trainer: Any) -> bool:
 
 def _kept(trainer: Any) -> list[str]:
     """Returns the attributes that the mixins of a Trainer name in `kept`."""
-    return [name for kind in type(trainer).__mro__ for name in vars(kind).get("kept", ())]
+    named = [name for kind in type(trainer).__mro__ for name in vars(kind).get("kept", ())]
+    return [name for name in named if hasattr(trainer, name)]
 
 
 def _rows_in_a_step(trainer: Any) -> int:

@@ -6,14 +6,17 @@ text got there by accident, such as the address of a mirror in a library's error
 
 from __future__ import annotations
 
+import base64
 import html
 import json
+import linecache
 import logging
 import os
 import re
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,8 +39,10 @@ SHAPES = re.compile(
     r"|(?<=\bBearer )[A-Za-z0-9._~+/-]{16,}=*"
 )
 """What a secret looks like wherever it came from."""
-ADDRESS = re.compile(r"(?<=://)[^\s/@\"'<>]+(?=@)")
-"""The user and password in an address."""
+ADDRESS = re.compile(r"(?<=://)(?:[^\s/@:\"'<>]*:[^\s\"'<>]*|[^\s/@\"'<>]+)(?=@)")
+"""The user and password in an address: up to the last `@`, for a password may hold one, or a slash."""
+BASIC = re.compile(r"(?<=\bBasic )[A-Za-z0-9+/_-]{8,}=*")
+"""A user and password in a header, which anybody can decode."""
 
 
 def redacted(text: str) -> str:
@@ -45,7 +50,7 @@ def redacted(text: str) -> str:
     for secret in _known():
         if secret in text:
             text = text.replace(secret, HIDDEN)
-    return ADDRESS.sub(HIDDEN, SHAPES.sub(HIDDEN, text))
+    return ADDRESS.sub(HIDDEN, BASIC.sub(HIDDEN, SHAPES.sub(HIDDEN, text)))
 
 
 def holds_secret(text: str) -> bool:
@@ -54,7 +59,7 @@ def holds_secret(text: str) -> bool:
 
 
 def install() -> None:
-    """Takes secrets out of every log record and uncaught error of this process, whichever library it comes from."""
+    """Takes secrets out of every log record, warning and uncaught error of this process, whatever library it is of."""
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return
@@ -67,6 +72,15 @@ def install() -> None:
     logging.setLogRecordFactory(record)
     sys.excepthook = _print_error
     threading.excepthook = lambda args: _print_error(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.unraisablehook = _print_unraisable
+    shown = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        # Also the line of source, which `formatwarning` reads where it is given none.
+        line = linecache.getline(filename, lineno).strip() if line is None else line
+        shown(redacted(str(message)), category, filename, lineno, file, redacted(line))
+
+    warnings.showwarning = show
 
 
 class RedactingFilter(logging.Filter):
@@ -95,14 +109,39 @@ def _print_error(kind: type[BaseException], error: BaseException | None, trace: 
     print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+def _print_unraisable(args: Any) -> None:
+    """Prints an error that nobody can catch, as of `__del__`."""
+    where = f"{args.err_msg or 'Exception ignored in'}: {args.object!r}\n"
+    told = "".join(traceback.format_exception(args.exc_type, args.exc_value, args.exc_traceback))
+    print(redacted(where + told), end="", file=sys.stderr)
+
+
 def _known() -> Iterator[str]:
     """Yields the secrets of this machine as they can stand in texts of several kinds."""
     values = {v.strip() for n, v in os.environ.items() if NAMES.search(n) and not PLACES.search(n)}
     # Mirrors, package indexes and proxies are told with a password in their address.
-    values |= {login.rpartition(":")[2] for v in os.environ.values() if "@" in v for login in ADDRESS.findall(v)}
+    values |= {
+        login.partition(":")[2] or login for v in os.environ.values() if "@" in v for login in ADDRESS.findall(v)
+    }
     for value in sorted(values | {_stored(_store())}, key=len, reverse=True):
         if len(value) >= LEAST_CHARS and not _is_place(value):
             yield from dict.fromkeys((value, json.dumps(value)[1:-1], html.escape(value), quote(value, safe="")))
+            yield from _in_base64(value)
+
+
+@cache
+def _in_base64(value: str) -> list[str]:
+    """Returns what in base64 can only be of a secret, wherever in a longer text it begins, such as `user:token`.
+
+    Three bytes are four characters, so there are three ways of it; the characters at its ends hold bits of what is
+    around it, too.
+    """
+    raw, found = value.encode("utf-8", "surrogatepass"), []
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + raw).decode()
+        first, last = (0, 2, 3)[before], len(text.rstrip("=")) - bool((before + len(raw)) % 3)
+        found += [text[first:last], text[first:last].replace("+", "-").replace("/", "_")]
+    return found
 
 
 def _store() -> Path:

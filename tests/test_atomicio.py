@@ -93,6 +93,39 @@ def test_a_folder_appears_whole_with_a_manifest_and_the_modes_of_the_umask(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+class Noting(atomicio.Disk):
+    """Notes what is renamed and what is brought to the disk."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Path]] = []
+
+    def sync(self, path):
+        self.told.append(("sync", path))
+        super().sync(path)
+
+    def rename(self, old, new):
+        self.told.append(("rename", new))
+        super().rename(old, new)
+
+
+def test_every_folder_that_gains_a_name_is_brought_to_the_disk(tmp_path, monkeypatch):
+    noting = Noting()
+    monkeypatch.setattr(atomicio, "disk", noting)
+    place = tmp_path / "new" / "deep" / "f"
+    with atomicio.folder(place, {}) as draft:
+        draft.library(lambda folder: (folder / "a" / "b").mkdir(parents=True))
+        draft.library(lambda folder: (folder / "a" / "b" / "c.txt").write_text("c"))
+    before = noting.told[: noting.told.index(("rename", place))]
+    synced = [path for what, path in before if what == "sync"]
+    inner = [draft.path / "a" / "b" / "c.txt", draft.path / "a" / "b", draft.path / "a", draft.path]
+    assert [path for path in synced if path in inner] == inner
+    assert {tmp_path, tmp_path / "new", tmp_path / "new" / "deep"} <= set(synced)
+    assert noting.told[-1] == ("sync", tmp_path / "new" / "deep")
+    noting.told.clear()
+    atomicio.write(tmp_path / "x" / "y" / "file", "content")
+    assert {tmp_path, tmp_path / "x", tmp_path / "x" / "y"} <= {path for what, path in noting.told if what == "sync"}
+
+
 def test_a_folder_that_is_there_is_never_passed_over_in_silence(tmp_path):
     make(tmp_path / "f")
     with pytest.raises(StorageError, match="f: is there already, and stays as it is: remove it"):

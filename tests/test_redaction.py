@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import subprocess
@@ -37,6 +38,10 @@ def test_what_looks_like_a_secret_is_hidden(secret: str) -> None:
     [
         ("https://me:pass@host/x", f"https://{HIDDEN}@host/x"),
         ("https://token@host", f"https://{HIDDEN}@host"),
+        ("http://me:pa/ss@host/x", f"http://{HIDDEN}@host/x"),
+        ("postgres://u:p@ss@h/x", f"postgres://{HIDDEN}@h/x"),
+        ("at http://me:a/b@c/d@host/x, or http://other/x", f"at http://{HIDDEN}@host/x, or http://other/x"),
+        ("Authorization: Basic dXNlcjpwYXNzd29yZA==", f"Authorization: Basic {HIDDEN}"),
         ("Authorization: Bearer " + "a1." * 9, f"Authorization: Bearer {HIDDEN}"),
     ],
 )
@@ -53,6 +58,23 @@ def test_values_of_secret_variables_are_hidden_in_every_spelling(
     monkeypatch.setenv(name, value)
     assert redacted(f"[{value}]") == f"[{HIDDEN}]"
     assert json.loads(redacted(json.dumps({"a": value}))) == {"a": HIDDEN}
+
+
+@pytest.mark.parametrize("before", ["", "u", "me", "you", "user:", "name:", "Bearer "])
+@pytest.mark.parametrize("after", ["", "\n", "xy", "xyz"])
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+def test_a_secret_is_hidden_in_base64_wherever_it_begins(
+    monkeypatch: pytest.MonkeyPatch, before: str, after: str, encode
+) -> None:
+    for secret in (TOKEN, TOKEN + "a", TOKEN + "ab", "\u00ff\u00fe?>" * 4):
+        monkeypatch.setenv("HF_TOKEN", secret)
+        text = encode((before + secret + after).encode()).decode()
+        clean = redacted(f"Got {text}.")
+        kept = clean.removeprefix("Got ").removesuffix(".").split(HIDDEN)
+        assert len(kept) == 2
+        # What is left are the characters that hold bits of what is around the secret.
+        assert len(kept[0]) <= -(-len(before) // 3) * 4
+        assert len(kept[1]) <= -(-len(after) // 3) * 4 + 4
 
 
 def test_the_hubs_store_and_the_password_of_a_mirror_are_hidden(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,12 +125,21 @@ logging.basicConfig(level="DEBUG")
 logging.getLogger("some.library").debug("at %s", "https://me:pass@host")
 def fail(): raise OSError({TOKEN!r})
 thread = threading.Thread(target=fail); thread.start(); thread.join()
+import warnings
+warnings.warn("asked with " + {TOKEN!r})
+warnings.warn("asked with {TOKEN}")
+warnings.warn(DeprecationWarning({TOKEN!r}))
+class D:
+    def __del__(self): fail()
+d = D(); del d
 fail()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert f"https://{HIDDEN}@host" in done.stderr
-    assert done.stderr.count(f"OSError: {HIDDEN}") == 2
+    assert done.stderr.count(f"OSError: {HIDDEN}") == 3
+    assert done.stderr.count(f"UserWarning: asked with {HIDDEN}") == 2
+    assert "Exception ignored" in done.stderr
     assert TOKEN not in done.stderr
 
 

@@ -1,6 +1,7 @@
 """The harnesses of `tests/reliability`: few of each in every run, all of them in the slow ones."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ def test_a_few_kills_resumes_full_disks_and_damages_lose_nothing():
     assert "6 kills: 0 unreadable checkpoints chosen, 0 with more than one save interval lost, 0 resumed" in told
     assert "kill, from within an evaluation: 5 kills: 0 unreadable" in told
     assert "resume: 6 of 6" in told
+    # Mounted, or where that may not be with limits on files; never passed over.
+    assert re.search(r"a real disk of 3 MB: (0|may not be mounted .* bytes instead: 0) faults", told)
     assert "corrupt: 300 of 300" in told
     assert "signals: 5 of 5" in told
     # The same faults on the stock Trainer are not survived: the harness would see it if they were not here either.

@@ -1,6 +1,10 @@
 """One module of the library writes files; whatever else could is found in the code."""
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,3 +83,15 @@ def test_a_second_writer_would_be_seen(code: str) -> None:
 
 def test_reading_is_no_writing() -> None:
     assert not writes("open(p); p.open('rb'); os.open(p, os.O_RDONLY | os.O_CREAT); task.save(x); draft.copy(f)")
+
+
+def test_in_a_training_nothing_is_written_but_through_that_module(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-W", "ignore", "-m", "tests.audited", str(tmp_path)]
+    done = subprocess.run(words, cwd=LIBRARY.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert told["status"] == 0, done.stderr
+    assert told["strange"] == []
+    assert told["unseen"] == []
+    assert told["ours"] > 50

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_ft import atomicio, train
+from lora_ft import atomicio, cli, train
 from lora_ft.checkpoints import found
 from lora_ft.errors import StorageError
 from tests.reliability.disks import Failing
-from tests.reliability.forks import MEMORY, Ended, Place, fingerprints, litter
+from tests.reliability.forks import MEMORY, Ended, Place, fingerprints, fork, litter
+
+# Less than the adapter of rank 40 has.
+MOST_BYTES = 100_000
 
 
 @dataclasses.dataclass
@@ -111,6 +116,30 @@ def on_small_disk(folder: Path) -> list[str]:
     return wrong
 
 
+def with_small_files(folder: Path) -> list[str]:
+    """Returns what went wrong in runs that the system lets write no large file, as a disk that is full lets none.
+
+    For where no disk may be mounted: here too it is the system that fails the write, and not a test in its place.
+    """
+    place, wrong, out = Place(folder, steps=5, more=("--lora.rank", "40")), [], folder / "run"
+
+    def action() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
+        return cli.main(place.words(out))
+
+    ended = fork(action, folder / "said.txt")
+    if ended.status != 1 or "Traceback" in ended.said or "IS NOT SAVED, training goes on" not in ended.said:
+        wrong.append(f"it should train on without checkpoints, and say that the adapter cannot be written: {ended}")
+    if "adapter_model.safetensors" not in ended.said and "File too large" not in ended.said:
+        wrong.append(f"it should say which file cannot be written, and why: {ended}")
+    shutil.rmtree(out, ignore_errors=True)
+    ended = place.run(out)
+    if ended.status != 0 or litter(out):
+        wrong.append(f"it should run once files may be large again: {ended}, {litter(out)}")
+    return wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1)
@@ -118,6 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
         (Path(scratch) / "a").mkdir()
         (Path(scratch) / "b").mkdir()
+        (Path(scratch) / "c").mkdir()
         tally = every_call(Path(scratch) / "a", options.every)
         print(tally)
         wrong = tally.wrong
@@ -126,7 +156,11 @@ def main() -> None:
             print(f"a real disk of 3 MB: {len(small)} faults")
             wrong += small
         except PermissionError as error:
-            print(f"a real disk of 3 MB: skipped, it may not be mounted here ({error})")
+            small = with_small_files(Path(scratch) / "c")
+            print(
+                f"files of at most {MOST_BYTES:,} bytes, for no disk may be mounted here ({error}): {len(small)} faults"
+            )
+            wrong += small
     if wrong:
         raise SystemExit("\n".join(wrong))
 
