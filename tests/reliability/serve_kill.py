@@ -33,6 +33,11 @@ def told_of(server: Server, job: str) -> tuple:
     return row["status"], row["trained_tokens"], steps, listed, lines, held, adapter
 
 
+def _reach(server: Server, job: str, step: int) -> None:
+    """Waits until a job has made a step, or has ended."""
+    server.until(job, lambda row: bool(row["finished_at"]) or server.steps(job) >= step, 600)
+
+
 def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
     """Returns what was not as in the job that nothing happened to, of `count` jobs with a kill each."""
     rng, wrong = random.Random(seed), []
@@ -53,8 +58,7 @@ def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
                 # Most of a short job's time goes to starting, and to proving what was made.
                 time.sleep(rng.uniform(0, 1.1 * took))
             else:
-                step = rng.randrange(1, STEPS + 1)
-                server.until(job, lambda row, job=job, step=step: row["finished_at"] or server.steps(job) >= step, 600)
+                _reach(server, job, rng.randrange(1, STEPS + 1))
                 time.sleep(rng.uniform(0, 0.2))
             what = "server" if number % 2 else "worker"
             at = f"{what} at step {server.steps(job)}"
