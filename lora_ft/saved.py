@@ -241,15 +241,18 @@ def read_task(folder: Path, record: dict[str, Any]) -> tuple[RunConfig, tasks.Ta
     config = from_yaml(RunConfig, folder / "config.yaml")
     facts = record.get("task", {})
     place = f"{folder / environment.FILE}: task is {shown(facts)}, which does not fit {config.task}"
-    if not isinstance(facts, dict) or not all(map(_is_list_of_labels, facts.values())):
-        raise AdapterError(f"{place}: it is an object of lists, each of at most {MAX_LABELS:,} texts.")
+    if not isinstance(facts, dict) or not all(map(_is_fact, facts.values())):
+        raise AdapterError(f"{place}: it is an object of texts, nulls, and lists of at most {MAX_LABELS:,} texts.")
     try:
         return config, tasks.get(config.task, facts)
     except TypeError as error:
         raise AdapterError(f"{place}: {shown(str(error))}.") from None
 
 
-def _is_list_of_labels(value: Any) -> bool:
+def _is_fact(value: Any) -> bool:
+    """Returns whether a value is of a kind that some task learns of its rows: a text, none, or a list of labels."""
+    if value is None or isinstance(value, str):
+        return True
     return isinstance(value, list) and len(value) <= MAX_LABELS and all(isinstance(label, str) for label in value)
 
 

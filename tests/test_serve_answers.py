@@ -377,6 +377,26 @@ def test_a_deleted_model_is_gone_at_once(client):
     assert client("POST", "/v1/chat/completions", {"model": name, "messages": ASK})[0] == 404
 
 
+def test_an_answer_that_has_begun_is_made_to_its_end_though_its_model_is_deleted(client, monkeypatch):
+    name = adapter(client, Path(client.state.models.bases["tiny"]), 98)
+    ask = {"model": name, "max_tokens": 40, "seed": 5, "temperature": 1.0}
+    whole, step, made = said(chat(client, **ask)), engine._Batch.step, []
+
+    def deletes(batch):
+        made.append(1)
+        if len(made) == 5:
+            client.state.models.delete(name)
+            client.state.answers.forget(name)
+        return step(batch)
+
+    monkeypatch.setattr(engine._Batch, "step", deletes)
+    assert said(chat(client, **ask)) == whole
+    monkeypatch.undo()
+    assert said(chat(client))
+    held = client.state.answers.engine._held
+    assert not [place for place in held._names if place.name == "made-98"]
+
+
 def test_too_many_that_wait_are_told_to_come_again(client, monkeypatch):
     monkeypatch.setattr(engine, "MAX_WAITING", 0)
     status, answer, headers = client("POST", "/v1/chat/completions", {"model": "tiny", "messages": ASK})

@@ -1,5 +1,7 @@
 """Scripts with OpenAI's own client, three versions of it, against a server with a tiny base."""
 
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +32,64 @@ def server(folder: Path) -> Iterator[tiny_server.Server]:
 def test_a_script_runs_unchanged(server: tiny_server.Server, folder: Path, version: str, way: str) -> None:
     said = openai_clients.run(version, server.url, server.token, "whole_way.py", way, str(folder))
     assert said.split()[:2] == [version, way]
+
+
+@pytest.mark.parametrize("version", openai_clients.VERSIONS)
+def test_a_server_that_is_killed_in_a_stream_makes_the_client_raise(folder: Path, tmp_path: Path, version: str) -> None:
+    end = str(tiny_server.tokenizer().eos_token_id)
+    with tiny_server.Server(tiny_server.home(tmp_path / "home", folder / "base")) as running:
+        words = ("stream", str(running.process.pid), end)
+        said = openai_clients.run(version, running.url, running.token, "broken.py", *words)
+    assert said.startswith("raised ")
+
+
+class Deaf:
+    """A proxy that hands the first request for a new job on and drops the answer to it."""
+
+    def __init__(self, url: str) -> None:
+        self.target = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self.dropped = 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._forward, args=(client,), daemon=True).start()
+
+    def _forward(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self.target) as server:
+            data = b""
+            while b"\r\n\r\n" not in data:
+                data += client.recv(65536)
+            head, _, rest = data.partition(b"\r\n\r\n")
+            # The Host is the server's own, and one request a connection is enough.
+            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith((b"host:", b"connection:"))]
+            size = next((int(line.split(b":")[1]) for line in lines if line.lower().startswith(b"content-length:")), 0)
+            while len(rest) < size:
+                rest += client.recv(65536)
+            server.sendall(b"\r\n".join([*lines, b"Host: localhost", b"Connection: close"]) + b"\r\n\r\n" + rest)
+            answer = b""
+            while more := server.recv(65536):
+                answer += more
+            if lines[0].startswith(b"POST /v1/fine_tuning/jobs ") and not self.dropped:
+                self.dropped += 1
+                return
+            client.sendall(answer)
+
+
+@pytest.mark.parametrize("version", openai_clients.VERSIONS)
+def test_a_client_that_does_not_hear_the_answer_makes_one_job(server: tiny_server.Server, version: str) -> None:
+    proxy, file = Deaf(server.url), server.upload(tiny_server.chats(12))
+    said = openai_clients.run(version, proxy.url, server.token, "broken.py", "create", file)
+    proxy.socket.close()
+    assert proxy.dropped == 1
+    jobs = [
+        job for job in server.ask("GET", f"{tiny_server.JOBS}?limit=100")[1]["data"] if job["training_file"] == file
+    ]
+    assert [job["id"] for job in jobs] == [said.split()[1]]
+    server.ask("POST", f"{tiny_server.JOBS}/{jobs[0]['id']}/cancel")

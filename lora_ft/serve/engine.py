@@ -131,7 +131,10 @@ class Engine:
                         self._changed.wait()
                     if self._ending:
                         break
-                    forgotten, self._forgotten = self._forgotten, set()
+                    # An answer that has begun is made to its end, whatever has become of its model.
+                    used = {row.adapter for row in (*(batch.rows if batch else ()), *self._waiting)}
+                    forgotten = self._forgotten - used
+                    self._forgotten &= used
                 if self._held is not None:
                     for place in forgotten:
                         self._held.drop(place)

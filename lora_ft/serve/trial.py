@@ -89,11 +89,17 @@ def examine(row: sqlite3.Row, source: str, parent: Path | None) -> Plan:
         lora = _lora_of(parent, base) if parent else LoraConfig(**sections["lora"])
         rows = DataConfig(**sections["data"])
         task = tasks.get(name)
-        task.prepare(bases.load_tokenizer(base.folder), min(rows.max_length, _context(base) or rows.max_length))
+        longest = min(rows.max_length, _context(base) or rows.max_length)
+        task.prepare(bases.load_tokenizer(base.folder), longest)
     except (ValueError, LoraFtError) as error:
         raise JobError("invalid_model", str(error), "model") from None
     lengths = [len(one["input_ids"]) for one in _features(task, examples, "training_file")]
     notes = _notes(task, examples, held_out)
+    if extensions.get("context_length", 0) > longest:
+        told = (
+            f"context_length is {extensions['context_length']}; the base was made for {longest} tokens, which are used."
+        )
+        notes = (told, *notes)
     if held_out:
         _features(task, held_out, "validation_file")
     per_epoch = steps_per_epoch(lengths, sections["train"], task.max_length if rows.packing else None)

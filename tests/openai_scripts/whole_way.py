@@ -39,7 +39,12 @@ def sync(folder: Path) -> None:
     client = openai.OpenAI()
     with (folder / "train.jsonl").open("rb") as stream:
         training = hold(client.files.create(file=stream, purpose="fine-tune"))
-    validation = hold(client.files.create(file=folder / "valid.jsonl", purpose="fine-tune"))
+    # The second file comes in parts.
+    upload = client.uploads.upload_file_chunked(
+        file=folder / "valid.jsonl", mime_type="text/jsonl", purpose="fine-tune", part_size=100
+    )
+    validation = hold(hold(upload).file)
+    assert client.files.content(validation.id).read() == (folder / "valid.jsonl").read_bytes()
     assert client.files.wait_for_processing(training.id).status == "processed"
     assert training.id in [hold(file).id for file in client.files.list(purpose="fine-tune")]
     job = hold(

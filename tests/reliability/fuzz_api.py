@@ -93,10 +93,16 @@ def _use(case: Any, there: dict[str, str], number: int) -> None:
 
 
 def _call(case: Any, headers: dict[str, str], tally: Tally) -> None:
-    answer = case.call(headers=headers)
+    place = f"{case.method} {case.path}"
+    try:
+        answer = case.call(headers=headers)
+    # What answers an error of our own raises it again, for the log of a server that there is none of here.
+    except Exception as error:
+        tally.statuses[500] += 1
+        tally.wrong.append(f"{place}: {error!r} for {str(case.body)[:300]}")
+        return
     tally.statuses[answer.status_code] += 1
     text = answer.text
-    place = f"{case.method} {case.path}"
     if answer.status_code >= 500 or "Traceback" in text:
         tally.wrong.append(f"{place}: {answer.status_code}: {text[:300]} for {str(case.body)[:300]}")
     elif answer.status_code >= 400:

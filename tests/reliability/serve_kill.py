@@ -15,6 +15,7 @@ from tests import tiny_server
 from tests.reliability.forks import MEMORY
 from tests.tiny_server import JOBS, Server, chats
 
+STEPS = 36
 OPTIONS = {"seed": 3, "hyperparameters": {"n_epochs": 3, "batch_size": 1, "learning_rate_multiplier": 10}}
 
 
@@ -30,6 +31,11 @@ def told_of(server: Server, job: str) -> tuple:
     held = [server.ask("GET", f"/v1/models/{one['fine_tuned_model_checkpoint']}")[0] for one in checkpoints]
     adapter = server.adapter(job) if row["status"] == "succeeded" else b""
     return row["status"], row["trained_tokens"], steps, listed, lines, held, adapter
+
+
+def _reach(server: Server, job: str, step: int) -> None:
+    """Waits until a job has made a step, or has ended."""
+    server.until(job, lambda row: bool(row["finished_at"]) or server.steps(job) >= step, 600)
 
 
 def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
@@ -48,7 +54,12 @@ def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
         assert want[0] == "succeeded", server.job(whole)
         for number in range(count):
             job = server.start_job(file, **OPTIONS)
-            time.sleep(rng.uniform(0, 1.1 * took))
+            if number % 4 < 2:
+                # Most of a short job's time goes to starting, and to proving what was made.
+                time.sleep(rng.uniform(0, 1.1 * took))
+            else:
+                _reach(server, job, rng.randrange(1, STEPS + 1))
+                time.sleep(rng.uniform(0, 0.2))
             what = "server" if number % 2 else "worker"
             at = f"{what} at step {server.steps(job)}"
             if what == "server":

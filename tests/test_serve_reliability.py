@@ -1,0 +1,36 @@
+"""The server's harnesses: a few requests of any shape in every run, all of them and the kills in the slow ones."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.reliability import fuzz_api, serve_kill
+
+
+def test_no_request_is_answered_with_a_failure_of_our_own(tmp_path: Path) -> None:
+    tally = fuzz_api.fuzz(tmp_path, 400)
+    assert not tally.wrong
+    assert tally.statuses.total() > 350
+    assert {200, 400, 404} <= tally.statuses.keys()
+
+
+def test_the_harness_sees_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_ft.serve.models import Models
+
+    monkeypatch.setattr(Models, "list", lambda self: 1 / 0)
+    assert any("/v1/models" in line for line in fuzz_api.fuzz(tmp_path, 40).wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_requests_are_not_either(tmp_path: Path) -> None:
+    tally = fuzz_api.fuzz(tmp_path, 11_000)
+    assert tally.statuses.total() >= 10_000
+    assert not tally.wrong
+    assert tally.grown_bytes < fuzz_api.GROWTH_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_kills_at_fifty_moments_change_nothing(tmp_path: Path) -> None:
+    assert not serve_kill.differing(tmp_path, 50)
