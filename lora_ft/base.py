@@ -13,7 +13,6 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -30,7 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 from lora_ft import four_bits, heap
 from lora_ft.config import Quant
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
-from lora_ft.foreign.model import check_config, check_tokenizer
+from lora_ft.foreign import growth
+from lora_ft.foreign.model import check_tokenizer, open_config
+from lora_ft.foreign.reading import first_line, opened
 from lora_ft.sources import Source, resolve, safetensors_files, safetensors_header
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,6 @@ class _Once(logging.Filter):
 
 
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
-
-NO_CODE = "it needs code of its own, and no code from a base is ever run"
 
 # Numbers that the files may lack: the new head of a task, or embeddings tied to those they hold.
 MADE_ANEW = 1 << 24
@@ -130,14 +129,14 @@ def load(
     set_seed(seed)
     disable_progress_bar()  # one bar a tensor, gone in seconds
     with heap.large_blocks_returned():
-        model, loading = model_class.from_pretrained(
+        model, loading = opened(
+            model_class,
             source.folder,
+            lambda reason: SourceError(f"{source.name}: transformers cannot load it: {reason}."),
             config=config,
             dtype=compute_dtype,
             device_map={"": device},
-            local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,
             quantization_config=None if stored else _quantization(quant, compute_dtype, output + task_heads + misread),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -165,12 +164,24 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
     That is safe here because masks are made by position, never by comparing ids.
     """
     check_tokenizer(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # Not only OSError and ValueError: `tokenizers` raises Exception itself, and wrong types in the files anything.
-    except Exception as error:
-        reason = NO_CODE if "custom code" in str(error) else f"{error}".rstrip(".")
-        raise SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {reason}.") from None
+
+    def failed(reason: str) -> SourceError:
+        return SourceError(f"{folder.name}: the base has no tokenizer that transformers can read: {reason}.")
+
+    options = {}
+    if (folder / "config.json").exists():
+        # Else transformers reads it on its own, to choose the class, with whatever stands in it.
+        try:
+            options["config"] = open_config(folder)
+        except LoraFtError:
+            raise
+        except Exception as error:
+            reason = first_line(error)
+            raise UnsupportedModelError(f"{folder.name}: transformers does not know this model: {reason}.") from None
+    tokenizer = opened(AutoTokenizer, folder, failed, **options)
+    # Also those that transformers made of other files.
+    for problem in growth.problems_of(tokenizer):
+        raise SourceError(f"{folder.name}: the tokenizer's {problem}: take the tokenizer from its makers.")
     # From a folder without one, transformers makes a tokenizer of its special tokens and, at most, a space.
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
         raise SourceError(f"{folder.name}: the base has no tokenizer: add its files, such as tokenizer.json.")
@@ -219,8 +230,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     `attn_implementation` and `experts_implementation` can name a kernel on the hub, which loading the model downloads
     and imports; which one to use is for this machine to say, not for the base.
     """
-    check_config(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = open_config(folder)
     if config._attn_implementation not in ("eager", "sdpa"):
         config._attn_implementation = None
     config._experts_implementation = None
@@ -261,10 +271,8 @@ def text_config(source: Source, model_class: Any) -> PreTrainedConfig:
         raise
     # Not only ValueError: a number where a list should be makes a configuration raise anything.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "custom code" in reason:
-            reason = NO_CODE
-        raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {reason}") from None
+        reason = first_line(error)
+        raise UnsupportedModelError(f"{source.name}: transformers does not know this model: {reason}.") from None
     other = next((name for name in OTHER_MODALITIES if getattr(config, name, None) is not None), None)
     if other is not None:
         raise UnsupportedModelError(
@@ -292,8 +300,7 @@ def _skeleton(name: str, config: PreTrainedConfig, model_class: Any) -> PreTrain
             return model_class.from_config(config)
     # As above: sizes that do not go together raise what the arithmetic does.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(f"{name}: config.json describes no model: {reason}.") from None
+        raise UnsupportedModelError(f"{name}: config.json describes no model: {first_line(error)}.") from None
 
 
 def _compare_size(source: Source, skeleton: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ from lora_ft.base import Base
 from lora_ft.errors import AdapterError, ProofError, SourceError
 from lora_ft.foreign import tensors
 from lora_ft.foreign.files import object_of
+from lora_ft.foreign.reading import opened
 from lora_ft.replies import ask, canaries, distance, kl_kept, likeliest, of_classes
 from lora_ft.tasks import Batch, Features, Task
 from lora_ft.verdict import Checks, Verdict
@@ -211,16 +212,18 @@ def load_merged(task: Task, folder: Path, device: str | None = None) -> tuple[An
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         sources.check_files(folder)
-        model, info = task.model_class.from_pretrained(
+        model, info = opened(
+            task.model_class,
             folder,
+            lambda reason: AdapterError(f"{folder}: {reason}."),
             config=bases.read_config(folder),
             dtype="auto",
             device_map={"": device},
-            local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
         )
+    except AdapterError:
+        raise
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise AdapterError(f"{folder}: {error}") from None
     model.requires_grad_(False)

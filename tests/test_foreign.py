@@ -388,22 +388,19 @@ def test_code_in_a_known_base_is_told_of_once(tmp_path: Path, caplog: pytest.Log
 # Rules that hold everywhere
 
 
-def test_no_call_loads_anything_but_with_code_forbidden() -> None:
-    """Whatever reads a folder by transformers says that no code is to be trusted, and looks at no other place."""
-    seen = 0
+def test_one_call_loads_with_code_forbidden_and_no_other_loads() -> None:
+    """Whatever reads a folder by transformers goes through `reading.opened`, which lets no code be trusted."""
+    seen = []
     for file in LIBRARY.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr == "from_pretrained"
-            ):
+            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
+                seen.append(file.name)
+            if isinstance(node, ast.Call) and any(keyword.arg == "trust_remote_code" for keyword in node.keywords):
                 given = {keyword.arg: keyword.value for keyword in node.keywords}
-                trust = given.get("trust_remote_code")
-                assert isinstance(trust, ast.Constant), f"{file.name}:{node.lineno}"
-                assert trust.value is False, f"{file.name}:{node.lineno}"
-                seen += 1
-    assert seen >= 4
+                assert ast.unparse(given["trust_remote_code"]) == "False", f"{file.name}:{node.lineno}"
+                assert ast.unparse(given["local_files_only"]) == "True", f"{file.name}:{node.lineno}"
+                seen.append(file.name)
+    assert seen == ["reading.py"] * 2
 
 
 def test_json_and_yaml_are_read_in_one_place() -> None:

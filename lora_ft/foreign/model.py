@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import LoraFtError, SourceError
-from lora_ft.foreign.files import MAX_TOKENIZER_BYTES, is_plain_name, object_of, refuse_links_out, text_of
-from lora_ft.foreign.strictjson import quoted
+from lora_ft.foreign import growth
+from lora_ft.foreign.files import is_plain_name, object_of, refuse_links_out, text_of
+from lora_ft.foreign.reading import opened
+from lora_ft.foreign.strictjson import bare, quoted
 from lora_ft.foreign.templates import MAX_CHARS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +36,18 @@ MOST = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 10_000),
     "num_labels": 100_000,
 }
+# What every configuration may have beside its fields, most of it from earlier versions of transformers.
+ALWAYS = frozenset({
+    "model_type", "num_labels", "torch_dtype", "quantization_config", "rope_theta", "rope_scaling", "rope_parameters",
+    "partial_rotary_factor", "attn_implementation", "_attn_implementation", "output_attentions", "pad_token_id",
+    "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "layer_types",
+})  # fmt: skip
+# Left out without a word: what was written down of a model, and settings of `generate`, which has a file of its own.
+SAYING_NOTHING = frozenset({
+    "_name_or_path", "auto_map", "transformers_version", "task_specific_params", "finetuning_task", "tokenizer_class",
+    "_commit_hash", "transformers_weights", "prefix", "pruned_heads", "bad_words_ids", "suppress_tokens",
+    "begin_suppress_tokens", "transformers.js_config", "unsloth_version", "unsloth_fixed",
+})  # fmt: skip
 SMALL_FILES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 
 
@@ -47,14 +67,63 @@ def check_config(folder: Path, error: type[LoraFtError] = SourceError) -> None:
         _tell_of_code(file)
 
 
+def open_config(folder: Path, error: type[LoraFtError] = SourceError) -> PreTrainedConfig:
+    """Returns the configuration of the model in `folder`, of what its class knows.
+
+    transformers makes an attribute of every key, and reads some from there that no class of a model has: how to spread
+    the model over machines, which layers to replace by others. Objects, lists and texts under other keys are left out;
+    numbers stay, for older models have some that their classes do not list. Raises `error` as `check_config` does, and
+    what transformers raises.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    check_config(folder, error)
+    found = object_of(folder / "config.json", error, any_number=True)
+    if found["model_type"] not in CONFIG_MAPPING:
+        return opened(AutoConfig, folder, ValueError)  # it says why not
+    kind = CONFIG_MAPPING[found["model_type"]]
+    kept = known(kind, found)
+    left_out = sorted(found.keys() - kept.keys() - SAYING_NOTHING)
+    if left_out:
+        told, model_type = ", ".join(map(bare, left_out[:8])), found["model_type"]
+        _tell_once(f"{folder.name}: config.json: {told} is nothing that a {model_type} model knows, and is not heeded")
+    return kind.from_dict(kept)
+
+
+def known(kind: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what of the keys of a configuration its class, `kind`, knows."""
+    names = _names(kind)
+    kept = {}
+    for key, value in found.items():
+        plain = isinstance(value, bool | int | float) and not key.startswith("_") and not hasattr(kind, key)
+        if key in names or plain:
+            inner = kind.sub_configs_defaults.get(key)
+            inner_kind = getattr(inner, "config_class", None)
+            nested = isinstance(value, dict) and hasattr(inner_kind, "sub_configs_defaults")
+            kept[key] = known(inner_kind, value) if nested else value
+    return kept
+
+
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    """Returns the keys that a class of configurations knows: its fields, their other names, and what it converts."""
+    names = {field.name for field in dataclasses.fields(kind)} | kind.attribute_map.keys() | ALWAYS
+    for part in kind.__mro__:
+        if "__post_init__" in vars(part):
+            # Names of older versions, which a class takes out of the rest: `kwargs.pop("rope_theta", None)`.
+            names |= set(re.findall(r'kwargs(?:\.\w+\(|\[)\s*"(\w+)"', inspect.getsource(vars(part)["__post_init__"])))
+    return frozenset(names)
+
+
 def check_tokenizer(folder: Path, error: type[LoraFtError] = SourceError) -> None:
     """Raises `error` where a file of the tokenizer in `folder` is too large, links out of it or names code or files."""
     refuse_links_out(folder, error)
     for name in SMALL_FILES:
         if (folder / name).exists():
             object_of(folder / name, error, any_number=True)
-    if (folder / "tokenizer.json").exists() and (folder / "tokenizer.json").stat().st_size > MAX_TOKENIZER_BYTES:
-        raise error(f"{folder / 'tokenizer.json'}: it is larger than {MAX_TOKENIZER_BYTES:,} bytes.")
+    if (folder / "tokenizer.json").exists():
+        growth.check(folder / "tokenizer.json", error)
     for template in (*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")):
         text_of(template, MAX_CHARS, error)
     file = folder / "tokenizer_config.json"
@@ -74,10 +143,14 @@ def check_tokenizer(folder: Path, error: type[LoraFtError] = SourceError) -> Non
         _tell_of_code(file)
 
 
-@cache
 def _tell_of_code(file: Path) -> None:
     """Logs once that a file names code: many a base that transformers knows by now does."""
-    log.info("%s names code of its own (auto_map), which is never run", file)
+    _tell_once(f"{file} names code of its own (auto_map), which is never run")
+
+
+@cache
+def _tell_once(told: str) -> None:
+    log.info("%s", told)
 
 
 def _settings(tree: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:

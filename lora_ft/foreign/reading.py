@@ -11,7 +11,7 @@ from lora_ft.errors import LoraFtError
 NO_CODE = "it needs code of its own, and no code from a base is ever run"
 
 
-def opened(kind: Any, folder: Path, failed: Callable[[str], LoraFtError], **options: Any) -> Any:
+def opened(kind: Any, folder: Path, failed: Callable[[str], Exception], **options: Any) -> Any:
     """Returns what `kind.from_pretrained` makes of a local folder.
 
     Args:
