@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import logging
 import math
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +42,8 @@ from lora_ft.data.formats import Example
 from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, LoraFtError
 from lora_ft.foreign.strictjson import bare, shown
 from lora_ft.progress import Bar
-from lora_ft.tasks import Features, Task
+from lora_ft.rows import Rows, check_stream, first_batches, prepare, read
+from lora_ft.tasks import Task
 from lora_ft.train import Streamed
 
 log = logging.getLogger(__name__)
@@ -52,22 +51,9 @@ log = logging.getLogger(__name__)
 SAMPLES = 3
 # Rows of an evaluation batch for each of a training batch: without gradients activations are let go at once.
 EVALUATION = 4
-EVA_BATCHES = 8
 
 # What a record says of a training: the fields of `train.Fit`, and of which type each must be.
 FIT: dict[str, Any] = {"steps": int, "tokens": int, "seconds": int | float, "peak_bytes": int, "interrupted": bool}
-
-
-@dataclass
-class Rows:
-    """The rows of a run: examples as read and features as the model takes them."""
-
-    train: Sequence[Example]
-    train_features: Sequence[Features] | Streamed
-    held_out: Sequence[Example]
-    held_out_features: Sequence[Features]
-    facts: dict[str, Any]
-    """Name, number and digest of each part."""
 
 
 Watch = Callable[[Task, Base, Any, Rows], Iterable[TrainerCallback]]
@@ -173,8 +159,10 @@ def _run(
     if config.resume and not trained:
         checkpoints.newest(config.out / train.CHECKPOINTS)
     task = tasks.get(config.task)
+    # Before the base, which may be gigabytes to fetch.
+    found = read(config, examples, held_out)
     source = sources.resolve(config.base, config.revision)
-    rows = read_rows(config, task, source, examples, held_out)
+    rows = prepare(config, task, source, *found)
     started.keep_or_compare(config, rows.facts, environment.tokenizer_sha256(task.tokenizer), source.record())
     base, model, fit = _recall(config.out) if trained else _train(config, task, source, rows, console, watch)
     sealed = _seal(task, base, model, rows, config.out)
@@ -211,7 +199,7 @@ def _train(
         peft_task=task.peft_task,
         seed=config.train.seed,
         special_tokens=config.data.special_tokens,
-        batches=_first_batches(task, rows, config) if config.lora.init == "eva" else (),
+        batches=first_batches(task, rows, config) if config.lora.init == "eva" else (),
     )
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
@@ -258,59 +246,17 @@ def _after_bad_row(out: Path, digest: str | None) -> str:
     )
 
 
-def read_rows(
-    config: RunConfig,
-    task: Task,
-    source: sources.Source,
-    examples: Sequence[Example] | None = None,
-    held_out: Sequence[Example] | None = None,
-) -> Rows:
-    """Returns the rows of a run, every one checked; no weight is loaded for it. Raises DataError with all problems."""
-    data, facts = config.data, {}
-    if examples is None and data.train is None:
-        raise ConfigError("--data.train is needed: a file of rows, or the name of a hub data set.")
-    streamed = data.streaming and examples is None
-    if examples is None:
-        examples = [] if streamed else formats.read(str(data.train), data.columns)
-    if held_out is None and data.eval is not None and data.eval_fraction is None:
-        held_out = formats.read(data.eval, data.columns)
-    elif held_out is None and data.eval_fraction is not None:
-        examples, held_out = _split(examples, data.eval_fraction, config.train.seed)
-    held_out = held_out or []
-    _refuse_rows_trained_on(config, examples, held_out)
-    task.learn([*examples, *held_out])
-    tokenizer = bases.load_tokenizer(source.folder)
-    tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
-    task.prepare(tokenizer, bases.longest_row(source, task.model_class, data.max_length))
-    facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": _digest(examples)}
-    if held_out:
-        facts["eval"] = {"name": _name(data.eval), "rows": len(held_out), "sha256": _digest(held_out)}
-    features: Sequence[Features] | Streamed
-    if streamed:
-        local = Path(str(data.train))
-        digest = environment.file_sha256(local) if local.is_file() else None
-        facts["train"] = {"name": _name(data.train), "rows": None, "sha256": digest}
-        features = Streamed(lambda: _stream(config, task, facts["train"]))
-    else:
-        features = tasks.featurize(task, examples)
-    held_out_features = tasks.featurize(task, held_out)
-    _check_evaluation(config, task, source, held_out)
-    for rule in task.rules:
-        log.info("the chat template %s", rule)
-    tasks.tell_of_cut_rows(task)
-    return Rows(examples, features, held_out, held_out_features, facts)
-
-
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Returns what a run would do, having checked its rows and loss mask; loads no weights."""
     started.refuse_to_overwrite(config)
     train.require_trackers(config.train)
     task = tasks.get(config.task)
+    found = read(config)
     source = sources.resolve(config.base, config.revision)
-    rows = read_rows(config, task, source)
+    rows = prepare(config, task, source, *found)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
     if isinstance(rows.train_features, Streamed):
-        plan |= _check_stream(config, task)
+        plan |= check_stream(config, task)
         tasks.tell_of_cut_rows(task)
     else:
         counts = [len(row["input_ids"]) for row in rows.train_features]
@@ -428,104 +374,3 @@ def _asked(example: Example) -> str:
 def _refuse_many_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Training runs in one process on one device; start lora-ft without torchrun or accelerate.")
-
-
-def _check_evaluation(config: RunConfig, task: Task, source: sources.Source, held_out: Sequence[Example]) -> None:
-    """Raises before training where an evaluation that was asked for could not be made after it."""
-    if not held_out:
-        asked = {"data.metrics": config.data.metrics, "train.eval-steps": config.train.eval_steps}
-        for name, value in asked.items():
-            if value:
-                raise ConfigError(f"{name} needs held-out rows: give --data.eval a file or a fraction.")
-        return
-    if config.data.metrics:
-        questions = [task.question(example) for example in held_out]
-        held = bases.positions(bases.text_config(source, task.model_class), source.name)
-        too_long = [
-            f"{example.where}: the prompt has {len(prompt)} tokens, and {source.name} has positions for {held}, so "
-            "no reply could be measured: shorten it, or leave out --data.metrics."
-            for example, (prompt, _) in zip(held_out, questions, strict=True)
-            if held is not None and len(prompt) > held
-        ]
-        if too_long:
-            raise DataError(too_long)
-        wanted = [reply for _, reply in questions]
-        evaluate.score_replies(wanted, wanted, config.data.metrics)
-
-
-def _refuse_rows_trained_on(config: RunConfig, examples: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Raises ConfigError where all held-out rows are the training rows; says how many of them are among those."""
-    if not held_out:
-        return
-    same_name = config.data.eval is not None and config.data.eval == config.data.train
-    if same_name or _digest(examples) == _digest(held_out):
-        raise ConfigError("data.eval names the rows of data.train, so nothing is held out: give other rows, or 0.1.")
-    trained = {_digest([example]) for example in examples}
-    shared = sum(_digest([example]) in trained for example in held_out)
-    if shared:
-        log.warning("%d of %d held-out rows are trained on too: they look better than new ones", shared, len(held_out))
-
-
-def _split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)
-    count = max(1, round(fraction * len(order)))
-    if count >= len(order):
-        raise DataError([f"data.eval {fraction} of {len(order)} rows leaves none to train on; give more rows."])
-    return [examples[i] for i in sorted(order[count:])], [examples[i] for i in sorted(order[:count])]
-
-
-def _stream(config: RunConfig, task: Task, facts: dict[str, Any]) -> Iterator[Features]:
-    """Yields the rows of one pass; `facts` say how many of a pass have been read, and cut, so far."""
-    before = task.cut_rows
-    for number, example in enumerate(formats.stream(str(config.data.train), config.data.columns), 1):
-        yield task.features(example)
-        read = {"rows_read": number, "cut_rows": task.cut_rows - before}
-        facts.update({key: max(count, facts.get(key, 0)) for key, count in read.items()})
-
-
-def _check_stream(config: RunConfig, task: Task) -> dict[str, Any]:
-    """Returns what there is to say of rows that are streamed, each read once. Raises DataError with all problems."""
-    problems: list[str] = []
-    rows, tokens, longest, before = 0, 0, 0, task.cut_rows
-    try:
-        for example in formats.each(str(config.data.train), config.data.columns, streaming=True):
-            try:
-                if isinstance(example, DataError):
-                    raise example
-                lengths = task.lengths(task.features(example))
-            except DataError as error:
-                problems += error.problems
-                if len(problems) >= formats.MAX_PROBLEMS:
-                    problems.append(f"The rest was not read, after {len(problems):,} problems.")
-                    break
-            else:
-                rows, tokens, longest = rows + 1, tokens + sum(lengths), max(longest, *lengths)
-    except DataError as last:
-        problems += last.problems
-    if problems:
-        raise DataError(problems)
-    cut = task.cut_rows - before
-    return {"rows": rows, "tokens": tokens, "longest_row": longest, "cut_rows": cut, "steps": config.train.steps}
-
-
-def _first_batches(task: Task, rows: Rows, config: RunConfig) -> list[dict[str, Any]]:
-    if isinstance(rows.train_features, Streamed):
-        raise LoraFtError("lora.init=eva reads rows before training starts, which data.streaming does not allow.")
-    size = config.train.batch_size
-    starts = range(0, min(len(rows.train_features), EVA_BATCHES * size), size)
-    batches = [task.collate(rows.train_features[start : start + size]) for start in starts]
-    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-
-
-def _digest(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr(dataclasses.astuple(example)[1:]).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _name(source: str | None) -> str:
-    if source and (Path(source).suffix or Path(source).exists()):
-        return Path(source).name
-    return source if source else "rows made by the program"

@@ -9,6 +9,7 @@ from typing import get_type_hints
 import pytest
 import yaml
 
+from lora_ft.cli import COMMANDS
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig, cli, from_yaml, to_yaml
 from lora_ft.errors import ConfigError
 
@@ -71,6 +72,25 @@ def test_the_list_of_options_is_frozen() -> None:
         found += [f"{name}.{f.name}" for f in dataclasses.fields(hint)] if nested else [name]
     assert sorted(found) == sorted(OPTIONS)
     assert len(found) < 60
+
+
+OF_OTHERS = {
+    "quickstart": "out resume",
+    "evaluate": "adapter data columns metrics batch_size base json",
+    "chat": "adapter prompt system base max_new_tokens temperature",
+    "verify": "adapter model base json",
+    "merge": "adapter out onto dtype base",
+    "data check": "file task base columns max_length show json",
+    "data prepare": "file base yes json",
+    "bench kernels": "json",
+    "serve": "home host port new_token results_base64",
+    "doctor": "json",
+}
+
+
+def test_the_options_of_the_other_commands_are_frozen() -> None:
+    found = {name: options for name, (options, _) in COMMANDS.items() if options is not RunConfig}
+    assert {name: " ".join(f.name for f in dataclasses.fields(o)) for name, o in found.items()} == OF_OTHERS
 
 
 SECTIONS = {"LoraConfig": "lora", "DataConfig": "data", "TrainConfig": "train", "RunConfig": ""}

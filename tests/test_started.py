@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_ft import atomicio, environment, runs, saved, started, train
+from lora_ft import rows as rows_of_a_run
 from lora_ft.config import DataConfig, RunConfig, TrainConfig
 from lora_ft.errors import ConfigError, LoraFtError, StorageError
 from tests import tiny
@@ -122,7 +123,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
 def save(trained, out: Path) -> None:
     """Writes the adapter of a finished training, as a run does."""
     trained.task.tokenizer = trained.base.tokenizer
-    rows = runs.Rows([], [], [], [], {"train": FACTS["train"]})
+    rows = rows_of_a_run.Rows([], [], [], [], {"train": FACTS["train"]})
     settings = RunConfig(task="complete", base=str(trained.base_folder), out=out)
     runs._save(settings, trained.task, trained.base, trained.model, rows, train.Fit(1, 2, 3.0, 4, False))
 

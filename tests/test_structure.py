@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "heap", "__init__"},
     {"verdict"},
     {"foreign"},
-    {"config", "atomicio"},
+    {"config", "options", "atomicio"},
     {"sources", "four_bits", "base", "data"},
     {"tuning", "modes", "locks"},
     {"attention"},
@@ -39,7 +39,7 @@ LAYERS = [
     {"merge"},
     {"curves"},
     {"report"},
-    {"started"},
+    {"started", "rows"},
     {"runs", "doctor", "bench"},
     {"quickstart", "prepare", "cli", "serve"},
 ]

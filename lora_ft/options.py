@@ -1,0 +1,172 @@
+"""The options of the commands that are no training; those of a training are `config.RunConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from lora_ft.config import Metric, TaskName, at_least
+
+Adapter = tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Fine-tune SmolLM2-135M to read meetings, prove it and merge it."""
+
+    out: Path | None = None
+    """Folder for the rows, the adapter and the merged model; unset, runs/quickstart, numbered if that is taken."""
+    resume: bool = False
+    """Go on with the quickstart that was interrupted in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure an adapter and its base on rows."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    data: str
+    """Rows: a file or a hub data set."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names the rows use for known fields."""
+    metrics: tuple[Metric, ...] = ()
+    """Metrics on generated replies, besides the loss."""
+    batch_size: int = 4
+    """Rows in one forward pass."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    json: bool = False
+    """Print one JSON object: the adapter's metrics by plain name, and the base's under `base`."""
+
+    def __post_init__(self) -> None:
+        at_least("batch-size", self.batch_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talk to an adapter."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    prompt: str | None = None
+    """One message to answer; without it, a conversation starts."""
+    system: str | None = None
+    """The system turn; unset, the one that all rows of the training began with, empty for none."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    max_new_tokens: int = 512
+    """Longest reply in tokens."""
+    temperature: float = 0.0
+    """Randomness of the reply; 0 takes the likeliest token."""
+
+    def __post_init__(self) -> None:
+        at_least("max-new-tokens", self.max_new_tokens, 1)
+        at_least("temperature", self.temperature, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Replay an adapter's seal and say whether it still does what it did after training."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    model: Path | None = None
+    """A merged model to check against the adapter's seal, instead of the adapter itself."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    json: bool = False
+    """Print the verdict as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Merge an adapter into its base: plain safetensors that need no adapter."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    out: Path
+    """Folder for the merged model."""
+    onto: Literal["auto", "original", "dequantized"] = "auto"
+    """Weights to merge onto: the 16-bit ones, what training saw, or whichever is closer to the live adapter."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Dtype of the merged weights; unset, that of the base."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckConfig:
+    """Check a file of rows against a task and a model's template; show what would be trained."""
+
+    file: tyro.conf.Positional[str]
+    """Rows: a file or a hub data set."""
+    task: TaskName = "chat"
+    """The task they are for."""
+    base: str = "smollm2-135m"
+    """The model whose tokenizer and template to use."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names the rows use for known fields."""
+    max_length: int = 1024
+    """Longest row in tokens."""
+    show: int = 0
+    """Rows to print with the trained tokens coloured."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        at_least("max-length", self.max_length, 8)
+        at_least("show", self.show, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPrepareConfig:
+    """Look a file of rows over, mend it as far as you agree, and split it for training."""
+
+    file: tyro.conf.Positional[Path]
+    """Rows: CSV, TSV, TXT, JSON, JSONL or Parquet."""
+    base: str = "smollm2-135m"
+    """The model they are for."""
+    yes: bool = False
+    """Agree to all that is advised."""
+    json: bool = False
+    """Print one JSON object, and agree to nothing but with --yes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Answer OpenAI's fine-tuning API on this machine: files, jobs, events, checkpoints, chat."""
+
+    home: Path
+    """Folder of the server: its database, files, adapters, and models.json, which names its bases."""
+    host: str = "127.0.0.1"
+    """Address to listen on; any other than loopback's is reached from other machines, by whoever has the token."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    new_token: bool = False
+    """Make another token in place of the one printed at the first start."""
+    results_base64: bool = False
+    """Hand result files out in base64, as the hosted service does and some scripts expect."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be from 0 to 65535, got {self.port}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Say what this machine has and can do."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Check and time the kernels; on a GPU, tune them for it."""
+
+    json: bool = False
+    """Print one JSON object."""
