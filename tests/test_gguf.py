@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def test_what_a_file_does_not_hold_is_refused_with_the_reason_at_once(tmp_path: 
     ):
         make(tmp_path)
         began = time.process_time()
-        with pytest.raises(LoraFtError, match=f"(?s){re.escape(phrase)}"):
+        with pytest.raises(LoraFtError, match=phrase):
             sources.resolve(str(tmp_path / "evil.gguf"))
         assert time.process_time() - began < 1.5, what
     assert not list((home / "gguf").glob("*"))

@@ -26,6 +26,8 @@ class Good:
     """Of that base."""
     canary: Path
     """What planted code makes; it must never be there."""
+    run: Path = Path()
+    """A run of that adapter, killed before its adapter was in its folder."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Case:
     """One hostile thing: `make` turns a copy of the good one into it."""
 
     kind: str
-    """adapter, base, template or config."""
+    """adapter, base, template, config or run."""
     name: str
     make: Callable[[Path], None]
+    phrase: str = ""
+    """What the refusal must say, a regular expression, so that no other guard is taken for the one that is tried."""
 
 
 class Bomb:
@@ -48,9 +52,10 @@ class Bomb:
         return (os.system, (f"touch '{self.canary}'",))
 
 
-Made = Iterator[tuple[str, Callable[[Path], None]]]
+Made = Iterator[tuple[str, str, Callable[[Path], None]] | tuple[str, Callable[[Path], None]]]
 Maker = Callable[[Good, random.Random, int], Made]
-"""Yields names of cases and what makes them; the number is how often it was asked before."""
+"""Yields names of cases, phrases of their refusals where `phrases` has none, and what makes them; the number is how
+often it was asked before."""
 
 
 def write(name: str, data: bytes) -> Callable[[Path], None]:

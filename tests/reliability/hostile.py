@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import pickle
+import re
 import resource
 import select
 import shutil
@@ -35,6 +37,7 @@ from lora_ft.errors import LoraFtError
 from tests import tiny
 from tests.reliability.cases import Bomb, Case, Good
 from tests.reliability.corpus import cases
+from tests.reliability.hostile_runs import make_run, open_run
 
 SECONDS = 2.0
 BYTES = 500 * 10**6
@@ -72,6 +75,8 @@ class Outcome:
         """What is wrong with the outcome, else empty."""
         if self.ending != "refused":
             return f"{self.ending} after {self.seconds:.2f} s"
+        if not re.search(self.case.phrase, self.said):
+            return f"refused for another reason than {self.case.phrase!r}"
         if self.ran:
             return f"ran {', '.join(self.ran)}"
         if self.seconds > SECONDS:
@@ -110,7 +115,8 @@ def open_config(good: Good, folder: Path) -> None:
 
 
 OPENERS: dict[str, Callable[[Good, Path], None]] = {
-    "adapter": open_adapter, "base": open_base, "template": open_template, "config": open_config
+    "adapter": open_adapter, "base": open_base, "template": open_template, "config": open_config,
+    "run": open_run,
 }  # fmt: skip
 
 
@@ -124,14 +130,15 @@ def prepare(scratch: Path) -> Good:
     (outside / "secret").write_text("{}")
     (outside / "pointer").write_text(str(base))
     tiny.model_folder(scratch / "other", seed=1)
-    return Good(base, made.folder, outside / "canary")
+    good = Good(base, made.folder, outside / "canary")
+    return dataclasses.replace(good, run=make_run(good, scratch / "good" / "run"))
 
 
 def attempt(case: Case, good: Good, scratch: Path) -> Outcome:
     """Returns what became of a case, opened in a process forked off this one."""
     folder = scratch / "work" / case.kind
     shutil.rmtree(folder.parent, ignore_errors=True)
-    shutil.copytree(good.adapter if case.kind == "adapter" else good.base, folder)
+    shutil.copytree({"adapter": good.adapter, "run": good.run}.get(case.kind, good.base), folder)
     shutil.copytree(scratch / "other", folder.parent / "other")
     evil = (
         "from pathlib import Path\nPath("
@@ -207,7 +214,13 @@ def run(count: int, seed: int = 0, note: Callable[[str], None] = lambda text: No
         scratch = Path(name)
         os.environ["LORA_FT_HOME"] = str(scratch / "home")
         good = prepare(scratch)
-        for kind, opened in (("adapter", good.adapter), ("base", good.base), ("template", good.base)):
+        whole = shutil.copytree(good.run, scratch / "whole")
+        for kind, opened in (
+            ("adapter", good.adapter),
+            ("base", good.base),
+            ("template", good.base),
+            ("run", whole),
+        ):
             OPENERS[kind](good, opened)  # a harness that refuses everything would prove nothing
         from_yaml(RunConfig, good.adapter / "config.yaml")
         outcomes = []

@@ -7,7 +7,7 @@ import pickle
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,26 +221,3 @@ def base_tensors(good: Good, rng: random.Random, turn: int) -> Made:
     yield "a weight of another shape", changed(reshape)
     yield "a weight of another shape and kind", changed(retype)
     yield "a weight too few", changed(drop)
-
-
-def gguf_files(good: Good, rng: random.Random, turn: int) -> Made:
-    """Yields files that begin as GGUF: magic, version, numbers of tensors and of settings, settings, tensors."""
-
-    def file(tensors: int, settings: int, rest: bytes = b"", version: int = 3) -> Callable[[Path], None]:
-        return write("evil.gguf", b"GGUF" + struct.pack("<IQQ", version, tensors, settings) + rest)
-
-    def text(value: bytes, length: int | None = None) -> bytes:
-        return struct.pack("<Q", len(value) if length is None else length) + value
-
-    many = 2 ** rng.randint(32, 62)
-    name = text(b"general.architecture")
-    yield "GGUF of so many tensors", file(many, 0)
-    yield "GGUF of so many settings", file(0, many)
-    yield "GGUF with a name too long", file(0, 1, text(b"a", many))
-    yield "GGUF with a text too long", file(0, 1, name + struct.pack("<I", 8) + text(b"llama", many))
-    yield "GGUF with a list too long", file(0, 1, name + struct.pack("<IIQ", 9, rng.choice([0, 4, 8]), many))
-    yield "GGUF with lists in lists", file(0, 1, name + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000)
-    yield "GGUF with a setting of no kind", file(0, 1, name + struct.pack("<I", rng.randint(13, 2**31)))
-    yield "GGUF of no version", file(0, 0, version=rng.choice([0, 1, 4, 2**31]))
-    yield "GGUF of an unknown model", file(0, 1, name + struct.pack("<I", 8) + text(b"evil"))
-    yield "GGUF of noise", write("evil.gguf", b"GGUF" + rng.randbytes(rng.randint(1, 3000)))

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import saved
+from lora_ft import atomicio, saved
 from lora_ft.foreign import adapter, templates
 from tests.reliability import hostile
 from tests.reliability.cases import Case, Good, change
 from tests.reliability.corpus import MAKERS, cases
 from tests.reliability.hostile import Outcome
+from tests.reliability.hostile_runs import run_folders
 from tests.reliability.hostile_weights import adapter_tensors
+from tests.reliability.phrases import phrase_of
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def outcome(good: Good, scratch: Path, kind: str, make: Callable[[Path], object]
 
 
 def test_a_good_file_counts_as_loaded(good: Good, scratch: Path) -> None:
-    for kind in ("adapter", "base", "template"):
+    for kind in ("adapter", "base", "template", "run"):
         assert outcome(good, scratch, kind, lambda folder: None).ending == "loaded"
 
 
@@ -67,6 +69,26 @@ def test_code_that_runs_is_noticed(good: Good, scratch: Path, monkeypatch: pytes
     found = outcome(good, scratch, "base", lambda folder: None)
     assert {"the canary", "os.system", "pickle.find_class"} <= set(found.ran)
     good.canary.unlink()
+
+
+def test_a_refusal_for_another_reason_is_noticed(good: Good, scratch: Path) -> None:
+    spoil = lambda folder: change(folder / "adapter_config.json", r=0)  # noqa: E731
+    assert not hostile.attempt(Case("adapter", "one", spoil, "r is 0"), good, scratch).fault
+    found = hostile.attempt(Case("adapter", "one", spoil, "not finite"), good, scratch)
+    assert found.fault == "refused for another reason than 'not finite'"
+
+
+def test_a_case_of_which_nothing_is_laid_down_is_noticed(good: Good) -> None:
+    assert all(case.phrase for case in cases(good, 600))
+    with pytest.raises(LookupError, match="nothing is laid down"):
+        phrase_of("adapter", "something new")
+
+
+def test_a_run_folder_would_write_over_files(good: Good, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil = next(make for name, _, make in run_folders(good, random.Random(0), 0) if "names a file outside" in name)
+    assert not outcome(good, scratch, "run", spoil).ran
+    monkeypatch.setattr(atomicio, "_refuse_way_out", lambda *_: None)
+    assert "the canary" in outcome(good, scratch, "run", spoil).ran
 
 
 def test_numbers_that_are_none_would_load(good: Good, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
