@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,8 +132,12 @@ def recall(record: dict[str, Any]) -> Source:
     An adapter keeps no path of the machine it was made on; this machine remembers where it saw which weights.
     """
     name, kind = record["name"], record["source"]
-    seen = cache_home() / "bases" / record["weights_sha256"]
-    if seen.is_file():
+    names = [record["weights_sha256"]]
+    if "config_sha256" in record:  # the same weights may have been seen with another since
+        names.insert(0, _base_name(record["weights_sha256"], record["config_sha256"]))
+    for seen in (cache_home() / "bases" / name for name in names):
+        if not seen.is_file():
+            continue
         folder = Path(seen.read_text(encoding="utf-8"))
         if _holds(folder, record["weights_sha256"]):
             return Source(name, kind, folder, record["repo"], record["revision"], record["origin"])
@@ -175,7 +180,7 @@ def weights_digest(folder: Path) -> str:
     memo = cache_home() / "digests" / key
     if memo.is_file():
         known = memo.read_text(encoding="utf-8")
-        atomicio.write(cache_home() / "bases" / known, str(folder.resolve()))
+        _remember(folder, known)
         return known
     entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in files:
@@ -194,8 +199,21 @@ def weights_digest(folder: Path) -> str:
                     raise SourceError(f"{file.name}: {name} holds what is no number: fetch the base again.")
                 digest.update(chunk)
     atomicio.write(memo, digest.hexdigest())
-    atomicio.write(cache_home() / "bases" / digest.hexdigest(), str(folder.resolve()))
+    _remember(folder, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _remember(folder: Path, weights_sha256: str) -> None:
+    """Writes down where these weights were seen, and where they were with this configuration."""
+    names = [weights_sha256]
+    with suppress(SourceError):  # whoever needs the configuration says what is wrong with it
+        names.append(_base_name(weights_sha256, config_digest(folder)))
+    for name in names:
+        atomicio.write(cache_home() / "bases" / name, str(folder.resolve()))
+
+
+def _base_name(weights_sha256: str, config_sha256: str) -> str:
+    return hashlib.sha256(f"{weights_sha256} {config_sha256}".encode()).hexdigest()
 
 
 def config_digest(folder: Path) -> str:

@@ -45,6 +45,15 @@ def test_another_configuration_of_the_same_weights_is_refused(run: tiny.Run, tmp
     assert sources.resolve(str(other)).record() != sources.resolve(str(run.base_folder)).record()
 
 
+def test_the_same_weights_seen_elsewhere_with_another_configuration_are_not_taken(
+    run: tiny.Run, tmp_path: Path
+) -> None:
+    other = shutil.copytree(run.base_folder, tmp_path / "base")
+    change(other / "config.json", rms_norm_eps=0.5)
+    sources.resolve(str(other)).record()
+    assert sources.recall(environment.read(run.folder)["base"]).folder == run.base_folder.resolve()
+
+
 def test_what_is_not_computed_with_makes_no_other_configuration(run: tiny.Run, tmp_path: Path) -> None:
     other = shutil.copytree(run.base_folder, tmp_path / "base")
     file = other / "config.json"

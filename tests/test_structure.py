@@ -15,7 +15,7 @@ LIBRARY = ROOT / "lora_ft"
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
-    {"redaction"},
+    {"redaction", "disk"},
     {"errors", "heap", "__init__"},
     {"verdict"},
     {"foreign"},
