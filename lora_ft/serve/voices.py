@@ -9,13 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from lora_ft import base as bases
 from lora_ft import saved, sources
 from lora_ft.data.render import ChatRenderer
 from lora_ft.data.tokens import adds_bos
-from lora_ft.errors import LoraFtError, MaskError
+from lora_ft.errors import LoraFtError, MaskError, SourceError
+from lora_ft.foreign.files import object_of
 from lora_ft.serve import grammars
 from lora_ft.serve.engine import Home
 from lora_ft.serve.models import Model, Models
@@ -139,6 +138,6 @@ def _ends(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     """Returns the tokens that the base's files say a text ends with."""
     told = [config.eos_token_id, tokenizer.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        told.append(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+        told.append(object_of(folder / "generation_config.json", SourceError).get("eos_token_id"))
     ids = [one for value in told for one in (value if isinstance(value, list) else [value])]
     return frozenset(one for one in ids if isinstance(one, int))
