@@ -32,7 +32,7 @@ def whole(server: Server) -> str:
     return job
 
 
-def same_as(server: Server, job: str, whole: str) -> None:
+def same_as(server: Server, job: str, whole: str, paused: bool = False) -> None:
     """Holds that a job ended as the one that nothing happened to: adapter, checkpoints and what was told of steps."""
     assert server.ended(job)["status"] == "succeeded", server.job(job)
     assert server.adapter(job) == server.adapter(whole)
@@ -42,7 +42,7 @@ def same_as(server: Server, job: str, whole: str) -> None:
     listed = [server.ask("GET", f"{JOBS}/{one}/checkpoints?limit=100")[1]["data"] for one in (job, whole)]
     steps = [[one["step_number"] for one in found] for found in listed]
     # A paused job has one checkpoint more, that of the pause.
-    assert set(steps[1]) <= set(steps[0])
+    assert steps[0] == steps[1] or (paused and set(steps[1]) < set(steps[0]) and len(steps[0]) == len(steps[1]) + 1)
     assert server.job(job)["trained_tokens"] == server.job(whole)["trained_tokens"]
 
 
@@ -63,7 +63,7 @@ def test_a_paused_job_frees_the_device_and_goes_on_as_if_it_never_was(server: Se
     assert server.ended(server.start_job(server.upload(chats(12)), **short))["status"] == "succeeded"
     assert server.job(job)["status"] == "paused"
     assert server.ask("POST", f"{JOBS}/{job}/resume")[1]["status"] == "queued"
-    same_as(server, job, whole)
+    same_as(server, job, whole, paused=True)
 
 
 def test_a_cancelled_job_ends_at_once(server: Server) -> None:

@@ -77,7 +77,8 @@ class Reporter(TrainerCallback):
             if told and "train_loss" in finite:
                 line = events.step_line(finite)
                 events.add(connection, self.worker.job_id, line, data=finite, metrics=True, mark=f"step-{step}")
-        if ends_epoch or control.should_training_stop:
+        # Of a job that stops with its server nothing is listed: it goes on as if it had not.
+        if ends_epoch or (control.should_training_stop and self.worker.row["wanted"] == "pause"):
             self._publish(model, step, finite)
 
     def _measured(self, model: Any, step: int, ends_epoch: bool) -> dict[str, float]:
