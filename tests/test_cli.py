@@ -255,12 +255,14 @@ def test_bad_rows_are_all_named_and_the_status_is_1(place, tmp_path, capsys):
         (["data"], 2, "usage:"),
         (["evaluate", "nowhere", "--data", "rows.jsonl"], 1, "rows.jsonl"),
         (["train", "--config", "nowhere.yaml"], 2, "there is no file nowhere.yaml"),
-        (["train", "chat", "--base", "./nowhere", "--out", "x", "--data.train", "y"], 1, "no such folder"),
+        (["train", "complete", "--base", "./nowhere", "--out", "x", "--data.train", "good.txt"], 1, "no such folder"),
+        (["train", "complete", "--base", "./nowhere", "--out", "x", "--data.train", "y.txt"], 1, "y.txt"),
         (["merge", "nowhere", "--out", "x"], 1, "nowhere"),
     ],
 )
 def test_what_the_user_can_mend_is_one_message(words, status, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("good.txt").write_text("w1 w2\n")
     assert main(words) == status
     error = capsys.readouterr().err
     assert message in error
