@@ -24,6 +24,7 @@ from lora_ft import atomicio
 from lora_ft.errors import SourceError
 from lora_ft.foreign import gguf, tensors
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, is_plain_name, object_of, refuse_links_out
+from lora_ft.foreign.model import check_config
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,11 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
 HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
-# What a configuration says of its making, of code, which is never run, and of a dtype, which each run chooses.
-NOT_COMPUTED = ("transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype")
+# What a configuration says of its making, of code, which is never run, and of what each run chooses for itself.
+NOT_COMPUTED = (
+    "transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype",
+    "attn_implementation", "_attn_implementation_internal", "experts_implementation",
+)  # fmt: skip
 # The index of a model of 100,000 tensors has some 10 MB.
 MAX_INDEX_BYTES = 32 << 20
 
@@ -220,8 +224,9 @@ def config_digest(folder: Path) -> str:
     """Returns the sha256 of a model's configuration, which says what is computed with the weights.
 
     Raises:
-        SourceError: it is missing, or is not the JSON of a configuration.
+        SourceError: it is missing, is not the JSON of a configuration, or names code.
     """
+    check_config(folder)
     config = object_of(folder / "config.json", SourceError, any_number=True)
     told = {key: value for key, value in config.items() if key not in NOT_COMPUTED}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
