@@ -406,7 +406,7 @@ def test_code_in_a_base_is_refused(quantized: tiny.Run, tmp_path: Path, monkeypa
     settings = json.loads((folder / "config.json").read_text())
     hostile = {**settings, "model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.C"}}
     (folder / "config.json").write_text(json.dumps(hostile))
-    with pytest.raises(AdapterError, match="belongs to .* with config.json"):
+    with pytest.raises(AdapterError, match=r"belongs to .* with config\.json"):
         merge.merge(quantized.folder, tmp_path / "merged", base_name=str(folder))
 
 
