@@ -9,7 +9,6 @@ fail, or stop at any byte.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,17 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lora_ft import manifest
 from lora_ft.disk import CHUNK, Disk
 from lora_ft.errors import StorageError
-from lora_ft.foreign.files import bytes_of, is_plain_name
-from lora_ft.foreign.strictjson import bare, quoted
 from lora_ft.redaction import redacted
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-MAX_SEALED_BYTES = 16 << 20
-# 200 bytes a file, and a folder of ours holds a few dozen.
-MAX_MANIFEST_BYTES = 1 << 20
 # Names of what was being written, deleted, or exchanged for a new one, when a program was killed.
 DRAFT, DOOMED, OLD = ".tmp-", ".del-", ".old-"
 LEFT = re.compile(rf"({'|'.join(map(re.escape, (DRAFT, DOOMED, OLD)))})(.+)-[0-9a-f]{{8}}")
@@ -64,31 +57,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file that holds a digest of itself, without any secrets in it, as `write` does."""
-    write(path, _sealed({"format": FORMAT, "content": json.loads(redacted(json.dumps(content)))}))
-
-
-def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
-    """Returns what `write_sealed` wrote. Raises StorageError, ending in `remedy`, where it is not as it was written."""
-    try:
-        if path.stat().st_size > MAX_SEALED_BYTES:
-            raise StorageError.of_damage(f"{path}: is larger than {MAX_SEALED_BYTES:,} bytes; {remedy}")
-        data = path.read_bytes()
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{path}: cannot be read: {error.strerror}.") from None
-    try:
-        found = json.loads(data)
-        whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
-    except (ValueError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise StorageError.of_damage(f"{path}: is not as it was written: its own digest differs; {remedy}")
-    if found.get("format") != FORMAT:
-        raise StorageError(f"{path}: has format {bare(str(found.get('format')))}; this version reads format {FORMAT}.")
-    if not isinstance(found.get("content"), dict):
-        raise StorageError(f"{path}: holds no object: it was not written by lora-ft.")
-    return found["content"]
+    write(path, manifest.sealed({"format": manifest.FORMAT, "content": json.loads(redacted(json.dumps(content)))}))
 
 
 def append(path: Path, line: str) -> None:
@@ -161,13 +130,13 @@ class Draft:
             StorageError: also where a folder is there that is not empty, and was not to be exchanged.
         """
         with _told(place):
-            for file in _files(self.path):
+            for file in manifest.files_of(self.path):
                 # Some libraries make files that only their owner may read, whatever the umask.
                 disk.set_mode(file, self._mode)
                 disk.sync(file)
             if facts is not None:
-                disk.write(self.path / MANIFEST, _manifest(self.path, facts))
-                disk.sync(self.path / MANIFEST)
+                disk.write(self.path / manifest.NAME, manifest.made_of(self.path, facts))
+                disk.sync(self.path / manifest.NAME)
             for inner in sorted((path for path in self.path.rglob("*") if path.is_dir()), reverse=True):
                 disk.sync(inner)
             disk.sync(self.path)
@@ -237,68 +206,18 @@ def move_in(staged: Path, place: Path, *, last: str) -> None:
         StorageError: a file is neither in `staged` nor in `place` as it was written, is reached through a link, or
             cannot be moved.
     """
-    files = read_manifest(staged)["files"]
+    files = manifest.read(staged)["files"]
     for name in files:
-        _refuse_way_out(place, name)
+        manifest.refuse_way_out(place, name)
     for name in sorted(files, key=lambda name: (name == last, name)):
-        if _damage(staged / name, files[name]) is None:
+        if manifest.damage_of(staged / name, files[name]) is None:
             with _told(place / name):
                 _make_folder((place / name).parent)
                 disk.rename(staged / name, place / name)
                 disk.sync((place / name).parent)
-        elif (damage := _damage(place / name, files[name])) is not None:
+        elif (damage := manifest.damage_of(place / name, files[name])) is not None:
             raise StorageError(f"{place / name} {damage}, and {staged.name} holds no whole copy: the disk lost it.")
     remove(staged)
-
-
-def read_manifest(place: Path) -> dict[str, Any]:
-    """Returns the manifest of a committed folder, whose names are all of files in it.
-
-    Raises:
-        StorageError: it is not as it was written, or names what is not in the folder or is reached through a link.
-            Anybody can write a manifest with the right digest.
-    """
-    file = place / MANIFEST
-    if not os.path.lexists(file):
-        raise StorageError(f"{file}: is not there, so nothing says that the folder is whole.")
-    _refuse_way_out(place, MANIFEST)
-    data = bytes_of(file, MAX_MANIFEST_BYTES, StorageError)
-    try:
-        found = json.loads(data)
-        whole = _sealed({key: value for key, value in found.items() if key != "sha256"}) == data
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise StorageError.of_damage(f"{file}: cannot be read: {error}.") from None
-    if not whole:
-        raise StorageError.of_damage(f"{file}: is not as it was written: its own digest differs.")
-    if found.get("format") != FORMAT:
-        raise StorageError(f"{file}: has format {bare(str(found.get('format')))}; this version reads format {FORMAT}.")
-    if not isinstance(found.get("facts"), dict) or not _is_list_of_files(found.get("files")):
-        raise StorageError(f"{file}: holds no facts, or no sizes and digests of files: it was not written by lora-ft.")
-    for name in found["files"]:
-        _refuse_way_out(place, name)
-    return found
-
-
-def verify(place: Path) -> dict[str, Any]:
-    """Returns the facts in the manifest of a folder, every file of which has the size and sha256 written there.
-
-    Raises:
-        StorageError: names each file that is missing or is not as it was written, which is `damaged`, or that cannot
-            be read.
-    """
-    manifest, damages, unread = read_manifest(place), [], []
-    for name, kept in manifest["files"].items():
-        try:
-            damage = _damage(place / name, kept)
-        except OSError as error:
-            unread.append(f"{name} cannot be read: {error.strerror}")
-        else:
-            damages += [f"{name} {damage}"] if damage else []
-    if damages or unread:
-        told = StorageError(f"{place}: {'; '.join(damages + unread)}.")
-        told.damaged = bool(damages)
-        raise told
-    return manifest["facts"]
 
 
 def make_folder(place: Path) -> None:
@@ -379,69 +298,6 @@ def _beside(path: Path) -> Path:
 
 def _is_taken(place: Path) -> bool:
     return place.is_dir() and any(place.iterdir())
-
-
-def _files(place: Path) -> list[Path]:
-    return sorted(path for path in place.rglob("*") if path.is_file())
-
-
-def _manifest(place: Path, facts: dict[str, Any]) -> bytes:
-    files = {
-        path.relative_to(place).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in _files(place)
-    }
-    return _sealed({"format": FORMAT, "facts": facts, "files": files})
-
-
-def _is_list_of_files(files: Any) -> bool:
-    """Returns whether it is an object of names, each with size and digest."""
-    return isinstance(files, dict) and all(
-        isinstance(kept, dict)
-        and kept.keys() == {"bytes", "sha256"}
-        and type(kept["bytes"]) is int
-        and isinstance(kept["sha256"], str)
-        for kept in files.values()
-    )
-
-
-def _refuse_way_out(place: Path, name: str) -> None:
-    """Raises StorageError where a name, as a manifest writes it, leads out of `place` or goes through a link."""
-    if not all(map(is_plain_name, name.split("/"))):
-        raise StorageError(
-            f"{place / MANIFEST}: names {quoted(name)}, which is no file in its folder: it was made to deceive; "
-            "delete the folder."
-        )
-    inner = place
-    for part in name.split("/"):
-        inner = inner / part
-        if inner.is_symlink():
-            raise StorageError(
-                f"{inner}: it is a link, to what may be no part of the folder: put the file itself there."
-            )
-
-
-def _sealed(content: dict[str, Any]) -> bytes:
-    """Returns the bytes of a manifest, which hold a digest of themselves: no bit of them can change unseen."""
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _damage(path: Path, kept: dict[str, Any]) -> str | None:
-    """Returns what is wrong with a file, or None where it is as the manifest has it. Raises OSError."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        return "is missing"
-    if not path.is_file():
-        return "is no file"
-    if size != kept["bytes"]:
-        return f"has {size} bytes, not {kept['bytes']}"
-    return None if _sha256(path) == kept["sha256"] else "has the right size but other bytes than were written"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _forget(path: Path) -> None:

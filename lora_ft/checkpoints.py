@@ -27,7 +27,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl
 
-from lora_ft import adapters, atomicio, optimizer
+from lora_ft import adapters, atomicio, manifest, optimizer
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, StorageError
 from lora_ft.exact import require
 
@@ -64,11 +64,11 @@ def newest(folder: Path) -> Path:
     damaged, passed = [], []
     for place in reversed(found(folder)):
         if not is_ours(place):
-            passed.append(f"{place.name} has no {atomicio.MANIFEST}, so it is not one of these checkpoints.")
-            log.warning("%s is passed over: it has no %s", place.name, atomicio.MANIFEST)
+            passed.append(f"{place.name} has no {manifest.NAME}, so it is not one of these checkpoints.")
+            log.warning("%s is passed over: it has no %s", place.name, manifest.NAME)
             continue
         try:
-            atomicio.verify(place)
+            manifest.verify(place)
         except StorageError as error:
             if error.damaged:
                 log.warning("%s is left aside as %s: %s", place.name, atomicio.set_aside(place).name, error)
@@ -90,7 +90,7 @@ def newest(folder: Path) -> Path:
 
 def is_ours(place: Path) -> bool:
     """Returns whether a checkpoint is one of this module, damaged or not, and not another program's."""
-    return os.path.lexists(place / atomicio.MANIFEST)
+    return os.path.lexists(place / manifest.NAME)
 
 
 def step_of(place: Path) -> int:
@@ -129,7 +129,7 @@ class Checkpoints:
         if chosen is True:
             chosen = newest(place)
         elif chosen:
-            atomicio.verify(Path(chosen))
+            manifest.verify(Path(chosen))
             _leave(place, newer_than=Path(chosen))
         elif found(place):
             raise ConfigError(f"{place} holds the checkpoints of a run: resume it, or choose another folder.")
@@ -268,7 +268,7 @@ class Checkpoints:
         trainer: Any = self
         place = Path(trainer.state.best_model_checkpoint)
         try:
-            atomicio.verify(place)
+            manifest.verify(place)
         except StorageError as error:
             if not error.damaged and place.is_dir():
                 raise

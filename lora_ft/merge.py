@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_ft import adapters, atomicio, changes, environment, saved, seal
+from lora_ft import adapters, atomicio, changes, environment, recorded, saved, seal
 from lora_ft import base as bases
 from lora_ft.changes import Change, Whole
 from lora_ft.errors import AdapterError, LoraFtError, ProofError, UnsupportedModelError
@@ -114,11 +114,11 @@ class _Parts:
     @classmethod
     def of(cls, folder: Path, base_name: str | None) -> _Parts:
         """Returns the parts, read from an adapter folder; the weights stay on disk."""
-        record = saved.read_record(folder)
+        record = recorded.read(folder)
         saved.lora_settings(folder)
         sealed = seal.read(folder)
         source = saved.find_base(folder, record["base"], base_name)
-        _, task = saved.read_task(folder, record)
+        _, task = recorded.task(folder, record)
         tokenizer = bases.load_tokenizer(folder)
         try:
             config = bases.read_config(source.folder)

@@ -25,6 +25,7 @@ from lora_ft import (
     evaluate,
     heap,
     locks,
+    recorded,
     replies,
     report,
     saved,
@@ -302,7 +303,7 @@ def _fit(out: Path, record: dict[str, Any]) -> train.Fit:
     found = record.get("fit")
     if not isinstance(found, dict):
         raise AdapterError(f"{out / environment.FILE}: fit is {shown(found)}, not an object: the file was damaged.")
-    problems = saved.unlike(found, FIT, "fit.")
+    problems = recorded.unlike(found, FIT, "fit.")
     problems += [f"fit.{bare(key)} is none of a training" for key in found.keys() - FIT.keys()]
     if not problems and not found["seconds"] > 0:
         problems.append(f"fit.seconds is {found['seconds']}, not a time")

@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import peft
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import adapters, atomicio, blocks, environment, four_bits, fused, sources, tasks
+from lora_ft import adapters, atomicio, blocks, environment, four_bits, fused, recorded, sources, tasks
 from lora_ft import base as bases
 from lora_ft.base import Base
-from lora_ft.config import Quant, RunConfig, from_yaml
+from lora_ft.config import RunConfig
 from lora_ft.errors import AdapterError, LoraFtError
 from lora_ft.foreign import adapter as foreign
 from lora_ft.foreign import tensors
@@ -35,13 +34,7 @@ CONFIG = "adapter_config.json"
 # Where the files of an adapter are, all of them or none, before they are moved into its folder.
 STAGED = "staged-adapter"
 
-# What `load` and `merge` read of the two files, and of which type each must be.
-RECORD: dict[str, Any] = {"base": dict, "dtype": str, "quant": str, "left_whole": list}
-BASE_RECORD: dict[str, Any] = {
-    "name": str, "source": str, "repo": str | None, "revision": str | None, "origin": str, "weights_sha256": str
-}  # fmt: skip
-# What records of earlier versions lack.
-ADDED: dict[str, Any] = {"tokenizer_sha256": str, "versions": dict}
+# What `load` and `merge` read of PEFT's file, and of which type each must be.
 SETTINGS: dict[str, Any] = {
     "peft_type": str,
     "task_type": str,
@@ -57,12 +50,10 @@ SETTINGS: dict[str, Any] = {
     "use_rslora": bool,
     "use_dora": bool,
 }
-DTYPES = ("float32", "bfloat16", "float16")
-# The same as safetensors names them.
+# What tensors of an adapter may be, as safetensors names it.
 FLOATS = ("F32", "BF16", "F16")
 # Tokens that an adapter's tokenizer may have without rows for them; every one takes a row of the base's embeddings.
 FEW_TOKENS = 1024
-MAX_LABELS = 100_000
 
 
 def save(model: peft.PeftModel, folder: Path) -> None:
@@ -132,10 +123,10 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
         AdapterError: the folder is incomplete, the base's weights are others, or tensors do not fit.
         SourceError: the base cannot be found.
     """
-    record = read_record(folder)
+    record = recorded.read(folder)
     settings = lora_settings(folder)
     foreign.refuse_names(tensors.header(folder / WEIGHTS, AdapterError)[1], folder / WEIGHTS)
-    config, task = read_task(folder, record)
+    config, task = recorded.task(folder, record)
     source = find_base(folder, record["base"], base_name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _dtype(record["dtype"], device)
@@ -193,84 +184,15 @@ def _outline(base: Base, task: tasks.Task, folder: Path) -> peft.PeftModel:
         return inject(outline, lora_settings(folder), folder)
 
 
-def _dtype(recorded: str, device: str) -> str:
+def _dtype(of_run: str, device: str) -> str:
     """Returns the dtype that the run computed in, or where the GPU lacks bfloat16 the one that replaces it."""
-    if recorded != "bfloat16" or not device.startswith("cuda"):
-        return recorded
+    if of_run != "bfloat16" or not device.startswith("cuda"):
+        return of_run
     possible, why = bases.choose_dtype("auto", device)
     name = str(possible).removeprefix("torch.")
-    if name != recorded:
-        log.info("the adapter was trained in %s, but is used in %s: %s", recorded, name, why)
+    if name != of_run:
+        log.info("the adapter was trained in %s, but is used in %s: %s", of_run, name, why)
     return name
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Returns the contents of `environment.json`. Raises AdapterError naming all that is missing or not as it was."""
-    record = environment.read(folder)
-    if not isinstance(record, dict):
-        raise AdapterError(f"{folder / environment.FILE}: it holds a {type(record).__name__}, not an object.")
-    problems = unlike(record, RECORD)
-    if isinstance(record.get("base"), dict):
-        problems += unlike(record["base"], BASE_RECORD, "base.")
-        problems += unlike(record["base"], {"config_sha256": str} if "config_sha256" in record["base"] else {}, "base.")
-    problems += unlike(record, {key: kind for key, kind in ADDED.items() if key in record})
-    digest = record["base"].get("weights_sha256") if isinstance(record.get("base"), dict) else None
-    # It becomes the name of a file that is looked for.
-    if isinstance(digest, str) and not re.fullmatch("[0-9a-f]{64}", digest):
-        problems.append(f"base.weights_sha256 is {shown(digest)}, not 64 hexadecimal digits")
-    problems += [
-        f"{key} is {shown(record[key])}, not one of {', '.join(allowed)}"
-        for key, allowed in (("dtype", DTYPES), ("quant", get_args(Quant)))
-        if isinstance(record.get(key), str) and record[key] not in allowed
-    ]
-    if problems:
-        raise AdapterError(f"{folder / environment.FILE}: {'; '.join(problems)}: the file was damaged.")
-    return record
-
-
-def read_task(folder: Path, record: dict[str, Any]) -> tuple[RunConfig, tasks.Task]:
-    """Returns the configuration of the run that made the adapter in `folder`, and its task.
-
-    Args:
-        record: of `read_record`; it holds what the task learned of the rows.
-
-    Raises:
-        AdapterError: what the record says of the task does not fit it.
-        ConfigError: `config.yaml` is missing or wrong.
-    """
-    config = from_yaml(RunConfig, folder / "config.yaml")
-    facts = record.get("task", {})
-    place = f"{folder / environment.FILE}: task is {shown(facts)}, which does not fit {config.task}"
-    if not isinstance(facts, dict) or not all(map(_is_fact, facts.values())):
-        raise AdapterError(f"{place}: it is an object of texts, nulls, and lists of at most {MAX_LABELS:,} texts.")
-    try:
-        return config, tasks.get(config.task, facts)
-    except TypeError as error:
-        raise AdapterError(f"{place}: {shown(str(error))}.") from None
-
-
-def _is_fact(value: Any) -> bool:
-    """Returns whether a value is of a kind that some task learns of its rows: a text, none, or a list of labels."""
-    if value is None or isinstance(value, str):
-        return True
-    return isinstance(value, list) and len(value) <= MAX_LABELS and all(isinstance(label, str) for label in value)
-
-
-def unlike(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns what is wrong with the keys of `found`: `wanted` holds the type, or a union of types, of each."""
-    problems = [f"{prefix}{key} is missing" for key in wanted if key not in found]
-    return problems + [
-        f"{prefix}{key} is {shown(found[key])}, not {_kind(kind)}"
-        for key, kind in wanted.items()
-        if key in found and (not isinstance(found[key], kind) or (isinstance(found[key], bool) and kind is not bool))
-    ]
-
-
-def _kind(kind: Any) -> str:
-    """Returns a type, or a union of types, in the words of JSON."""
-    words = {str: "a string", dict: "an object", list: "a list", bool: "true or false", int: "a whole number"}
-    words |= {float: "a number", type(None): "null"}
-    return " or ".join(words[one] for one in get_args(kind) or (kind,))
 
 
 @contextmanager
@@ -391,7 +313,7 @@ def lora_settings(folder: Path) -> peft.LoraConfig:
         AdapterError: the folder is no adapter, or its configuration was damaged or is not of LoRA.
     """
     settings = read_settings(folder)
-    problems = unlike(settings, SETTINGS)
+    problems = recorded.unlike(settings, SETTINGS)
     if settings.get("peft_type", "LORA") != "LORA":
         problems.append(f"peft_type is {shown(settings['peft_type'])}, not LORA")
     if problems:

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lora_ft import adapters, atomicio, environment, saved, sources
+from lora_ft import adapters, atomicio, environment, recorded, saved, sources
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError, ProofError, SourceError
@@ -146,7 +146,7 @@ def read(folder: Path) -> Seal:
     record = object_of(folder / FILES[1], AdapterError)
     if record.get("format") != FORMAT:
         raise AdapterError(f"{folder / FILES[1]}: format {record.get('format')!r}; this version reads format {FORMAT}.")
-    problems = saved.unlike(record, RECORD)
+    problems = recorded.unlike(record, RECORD)
     if problems:
         raise AdapterError(f"{folder / FILES[1]}: {'; '.join(problems)}: the file was damaged.")
     digest = environment.file_sha256(folder / FILES[0])
@@ -318,7 +318,7 @@ def _verify_adapter(checks: Checks, sealed: Seal, folder: Path, base_name: str |
     """Returns KL(seal, live) of the adapter loaded on its base, not a number where it does not load."""
 
     def same_base() -> None:
-        record = saved.read_record(folder)["base"]
+        record = recorded.read(folder)["base"]
         if record["weights_sha256"] != sealed.record["base_sha256"]:
             raise AdapterError(f"{environment.FILE} names another base than the seal does.")
         saved.find_base(folder, record, base_name)
@@ -387,7 +387,7 @@ def _verify_merged(checks: Checks, sealed: Seal, folder: Path, model_folder: Pat
 
 
 def _task(folder: Path) -> Task:
-    return saved.read_task(folder, saved.read_record(folder))[1]
+    return recorded.task(folder, recorded.read(folder))[1]
 
 
 def _check_merged_tying(checks: Checks, sealed: Seal, model: Any, model_folder: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lora_ft import atomicio, checkpoints, environment, saved
+from lora_ft import atomicio, checkpoints, environment, manifest, saved
 from lora_ft.config import RunConfig, plain
 from lora_ft.errors import ConfigError, StorageError
 from lora_ft.train import CHECKPOINTS
@@ -101,7 +101,7 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     now |= _flat({MADE_WITH: environment.made_with()})
     now = json.loads(json.dumps(now))
     if config.resume:
-        before = atomicio.read_sealed(path, LOST)
+        before = manifest.read_sealed(path, LOST)
         unknown = [key for key in config.allow_changed if key not in now.keys() | before.keys()]
         if unknown:
             raise ConfigError(f"allow-changed: a run has no key {unknown[0]}; its keys are {', '.join(sorted(now))}.")

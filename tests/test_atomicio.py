@@ -12,7 +12,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from lora_ft import atomicio
+from lora_ft import atomicio, manifest
 from lora_ft.errors import StorageError
 from tests.reliability.disks import Failing
 
@@ -86,7 +86,7 @@ def test_a_folder_appears_whole_with_a_manifest_and_the_modes_of_the_umask(tmp_p
         place = make(tmp_path / "f")
     finally:
         os.umask(before)
-    assert atomicio.verify(place) == {"step": 3}
+    assert manifest.verify(place) == {"step": 3}
     assert torch.equal(load_file(place / "t.safetensors")["a"], torch.arange(6.0))
     assert {p.stat().st_mode & 0o777 for p in place.rglob("*") if p.is_file()} == {0o640}
     assert place.stat().st_mode & 0o777 == 0o750
@@ -132,7 +132,7 @@ def test_a_folder_that_is_there_is_never_passed_over_in_silence(tmp_path):
         make(tmp_path / "f")
     with atomicio.cached(tmp_path / "f") as draft:  # what another process made first will do
         draft.write("b.json", "[]")
-    atomicio.verify(tmp_path / "f")
+    manifest.verify(tmp_path / "f")
     (tmp_path / "g").mkdir()
     with atomicio.cached(tmp_path / "g") as draft:
         draft.write("b.json", "[]")
@@ -150,7 +150,7 @@ def test_a_full_disk_at_any_call_leaves_no_folder_and_no_litter(tmp_path, monkey
         # But for the flush of the parent, after the rename: then the folder is whole.
         assert [p.name for p in tmp_path.iterdir()] == ([] if number < total else ["f"])
     monkeypatch.undo()
-    atomicio.verify(tmp_path / "f")
+    manifest.verify(tmp_path / "f")
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -176,7 +176,7 @@ def test_at_any_call_of_an_exchange_the_old_folder_or_the_new_one_is_there(tmp_p
                 exchange(place)
         atomicio.sweep(place.parent)
         assert [p.name for p in place.parent.iterdir()] == ["f"]
-        seen.add(atomicio.verify(place)["step"])
+        seen.add(manifest.verify(place)["step"])
     assert seen == {3, 4}
 
 
@@ -206,12 +206,12 @@ def test_every_change_of_a_folder_is_seen(tmp_path):
         for damaged in (flipped, data[:-1], data + b" ", b"", bytes(len(data))):
             path.write_bytes(damaged)
             with pytest.raises(StorageError, match=path.name):
-                atomicio.verify(place)
+                manifest.verify(place)
         path.unlink()
         with pytest.raises(StorageError, match=path.name):
-            atomicio.verify(place)
+            manifest.verify(place)
         path.write_bytes(data)
-        atomicio.verify(place)
+        manifest.verify(place)
 
 
 def test_without_its_digests_a_flipped_bit_is_not_seen(tmp_path, monkeypatch):
@@ -221,20 +221,20 @@ def test_without_its_digests_a_flipped_bit_is_not_seen(tmp_path, monkeypatch):
     (place / "t.safetensors").write_bytes(data)
     load_file(place / "t.safetensors")  # safetensors does not see it
     with pytest.raises(StorageError, match="other bytes than were written"):
-        atomicio.verify(place)
-    kept = atomicio.read_manifest(place)["files"]["t.safetensors"]["sha256"]
-    monkeypatch.setattr(atomicio, "_sha256", lambda path: kept)
+        manifest.verify(place)
+    kept = manifest.read(place)["files"]["t.safetensors"]["sha256"]
+    monkeypatch.setattr(manifest, "_sha256", lambda path: kept)
     with pytest.raises(StorageError, match=r"b\.json"):  # the others then differ, this one no longer
-        atomicio.verify(place)
+        manifest.verify(place)
 
 
 def test_a_manifest_of_another_format_is_named(tmp_path):
     place = make(tmp_path / "f")
-    content = json.loads((place / atomicio.MANIFEST).read_bytes()) | {"format": 99}
+    content = json.loads((place / manifest.NAME).read_bytes()) | {"format": 99}
     content.pop("sha256")
-    (place / atomicio.MANIFEST).write_bytes(atomicio._sealed(content))
+    (place / manifest.NAME).write_bytes(manifest.sealed(content))
     with pytest.raises(StorageError, match="has format 99; this version reads format 1"):
-        atomicio.verify(place)
+        manifest.verify(place)
 
 
 def test_a_move_that_is_cut_short_is_finished_by_the_next(tmp_path, monkeypatch):
@@ -297,11 +297,11 @@ def test_lines_are_appended_one_by_one(tmp_path):
 def test_a_manifest_names_files_of_its_folder_alone(tmp_path, name):
     place = make(tmp_path / "f")
     (tmp_path / "x").write_text("x")
-    content = json.loads((place / atomicio.MANIFEST).read_bytes())
+    content = json.loads((place / manifest.NAME).read_bytes())
     content.pop("sha256")
     content["files"][name] = content["files"].pop("b.json")
-    (place / atomicio.MANIFEST).write_bytes(atomicio._sealed(content))
-    for action in (atomicio.verify, lambda place: atomicio.move_in(place, tmp_path, last="b.json")):
+    (place / manifest.NAME).write_bytes(manifest.sealed(content))
+    for action in (manifest.verify, lambda place: atomicio.move_in(place, tmp_path, last="b.json")):
         with pytest.raises(StorageError, match="which is no file in its folder"):
             action(place)
 
@@ -316,7 +316,7 @@ def test_nothing_is_read_or_moved_through_a_link(tmp_path):
     shutil.rmtree(place / "inner")
     (place / "inner").symlink_to("../../mine")
     with pytest.raises(StorageError, match=r"f/inner: it is a link"):
-        atomicio.verify(place)
+        manifest.verify(place)
 
 
 @pytest.mark.parametrize(
@@ -332,8 +332,8 @@ def test_nothing_is_read_or_moved_through_a_link(tmp_path):
 )
 def test_a_manifest_of_the_wrong_types_is_no_traceback(tmp_path, change):
     place = make(tmp_path / "f")
-    content = json.loads((place / atomicio.MANIFEST).read_bytes()) | change
+    content = json.loads((place / manifest.NAME).read_bytes()) | change
     content.pop("sha256")
-    (place / atomicio.MANIFEST).write_bytes(atomicio._sealed(content))
+    (place / manifest.NAME).write_bytes(manifest.sealed(content))
     with pytest.raises(StorageError, match="was not written by lora-ft"):
-        atomicio.verify(place)
+        manifest.verify(place)

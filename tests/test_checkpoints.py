@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from lora_ft import adapters, atomicio, checkpoints, exact, optimizer, train
+from lora_ft import adapters, atomicio, checkpoints, exact, manifest, optimizer, train
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, LoraFtError, StorageError
 from tests import tiny
 from tests.reliability.disks import Failing
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_left_as_it_is(
 def test_a_checkpoint_of_a_newer_version_is_no_damaged_one(tmp_path, monkeypatch):
     older = saved(tmp_path / "checkpoint-3")
     with monkeypatch.context() as patch:
-        patch.setattr(atomicio, "FORMAT", 99)
+        patch.setattr(manifest, "FORMAT", 99)
         newest = saved(tmp_path / "checkpoint-4")
     assert checkpoints.newest(tmp_path) == older
     assert newest.is_dir()

@@ -407,7 +407,7 @@ def test_json_and_yaml_are_read_in_one_place() -> None:
     """Files of others go through the strict readers; the few that read what this program wrote are listed."""
     own = {"saved.py", "runs.py", "train.py", "report.py", "tuning.py", "cell.py", "template.py", "metrics.py"}
     # What a run writes for itself alone, and compares with a digest where it matters.
-    own |= {"atomicio.py", "optimizer.py", "watch.py", "started.py", "locks.py"}
+    own |= {"atomicio.py", "manifest.py", "optimizer.py", "watch.py", "started.py", "locks.py"}
     # What a tokenizer says of itself, once it is loaded; and what the server keeps in its own database.
     own |= {"environment.py", "events.py", "jobs.py", "trial.py"}
     reading = {

@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, environment, merge, modes, replies, saved, seal, tasks
+from lora_ft import adapters, base, environment, merge, modes, recorded, replies, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError
 from lora_ft.verdict import Verdict
 from tests import tiny
@@ -284,7 +284,7 @@ def test_a_lost_key_is_named(causal: tiny.Run, tmp_path: Path, file: str) -> Non
     """Each key by itself: what is read without having been looked for would be a traceback."""
     folder = copied(causal, tmp_path)
     whole = json.loads((folder / file).read_text())
-    wanted = saved.RECORD if file == environment.FILE else saved.SETTINGS
+    wanted = recorded.RECORD if file == environment.FILE else saved.SETTINGS
     assert wanted.keys() <= whole.keys()
     for key in wanted:
         (folder / file).write_text(json.dumps({k: v for k, v in whole.items() if k != key}))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import atomicio, environment, runs, saved, started, train
+from lora_ft import atomicio, environment, manifest, recorded, runs, saved, started, train
 from lora_ft import rows as rows_of_a_run
 from lora_ft.config import DataConfig, RunConfig, TrainConfig
 from lora_ft.errors import ConfigError, LoraFtError, StorageError
@@ -152,7 +152,7 @@ def test_a_run_that_ends_at_any_call_of_saving_its_adapter_is_gone_on_with(train
         if started.is_trained(out):
             started.clear_up(out)
             assert names(out) == whole
-            saved.read_record(out)
+            recorded.read(out)
             begun += 1
         else:
             # Nothing of it is in the folder, so training goes on from the last checkpoint.
@@ -197,11 +197,11 @@ def test_an_adapter_that_was_damaged_before_it_was_moved_is_left_aside(trained, 
     assert json.loads((staged.parent / f"{saved.STAGED}.corrupt" / environment.FILE).read_text())
 
 
-def manifest(staged: Path, **files: Path) -> None:
+def forged(staged: Path, **files: Path) -> None:
     """Writes a manifest with the right digests, as anybody can."""
     kept = {name: {"bytes": p.stat().st_size, "sha256": environment.file_sha256(p)} for name, p in files.items()}
     content = {"format": 1, "facts": {}, "files": kept}
-    (staged / atomicio.MANIFEST).write_bytes(atomicio._sealed(content))
+    (staged / manifest.NAME).write_bytes(manifest.sealed(content))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def deceitful(tmp_path: Path) -> Path:
     staged.mkdir()
     (out / ".bashrc").write_text("evil")
     (staged / environment.FILE).write_text("{}")
-    manifest(staged, **{"../../.bashrc": out / ".bashrc", environment.FILE: staged / environment.FILE})
+    forged(staged, **{"../../.bashrc": out / ".bashrc", environment.FILE: staged / environment.FILE})
     return out
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, atomicio, base, checkpoints, exact, losses, tasks, train
+from lora_ft import adapters, atomicio, base, checkpoints, exact, losses, manifest, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from tests import tiny
@@ -354,7 +354,7 @@ def rewrite(place: Path, name: str, text: str) -> None:
     """Changes a file of a checkpoint, and its manifest with it."""
     with atomicio.draft(place) as draft:
         for file in place.iterdir():
-            if file.name not in (name, atomicio.MANIFEST):
+            if file.name not in (name, manifest.NAME):
                 draft.copy(file)
         draft.write(name, text)
         atomicio.remove(place)

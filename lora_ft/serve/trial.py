@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lora_ft import atomicio, saved, sources, tasks
+from lora_ft import atomicio, recorded, sources, tasks
 from lora_ft import base as bases
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig, plain
 from lora_ft.data import formats, pack
@@ -196,11 +196,11 @@ def _context(base: sources.Source) -> int | None:
 
 def _lora_of(parent: Path, base: sources.Source) -> LoraConfig:
     """Returns the shape of the adapter that a job goes on from: its own must be the same."""
-    record = saved.read_record(parent)
+    record = recorded.read(parent)
     held = sources.weights_digest(base.folder)
     if record["base"]["weights_sha256"] != held:
         raise UnsupportedModelError(f"the adapter was made on weights that {base.name} no longer stands for")
-    config, _ = saved.read_task(parent, record)
+    config, _ = recorded.task(parent, record)
     if config.lora.init in ("pissa", "olora"):
         raise AdapterError(f"lora.init={config.lora.init} is saved at another rank, and cannot be gone on from")
     return config.lora

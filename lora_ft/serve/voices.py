@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import base as bases
-from lora_ft import saved, sources
+from lora_ft import recorded, saved, sources
 from lora_ft.data.render import ChatRenderer
 from lora_ft.data.tokens import adds_bos
 from lora_ft.errors import LoraFtError, MaskError, SourceError
@@ -118,7 +118,7 @@ class Voices:
                 self._homes[model.source] = Home(source, sources.weights_digest(source.folder))
             home = self._homes[model.source]
         else:
-            record = saved.read_record(folder)
+            record = recorded.read(folder)
             home = Home(saved.find_base(folder, record["base"]), record["base"]["weights_sha256"], record["quant"])
         config = bases.read_config(home.source.folder)
         tokenizer = bases.load_tokenizer(folder or home.source.folder)

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lora_ft import atomicio, started, train
+from lora_ft import manifest, started, train
 from lora_ft.checkpoints import found
 from lora_ft.errors import StorageError
 from tests.reliability.disks import Deadly
@@ -62,13 +62,13 @@ def seen(place: Path, count: int, seed: int = 0) -> tuple[collections.Counter, c
         made[kind] += 1
         taken[kind] += opens(file)
         try:
-            atomicio.read_sealed(run, started.LOST) if file == run else atomicio.verify(place)
+            manifest.read_sealed(run, started.LOST) if file == run else manifest.verify(place)
             missed.append(f"{kind} in {file.name}")
         except StorageError as error:
             if file.name not in str(error):
                 missed.append(f"{kind} in {file.name} was told as: {error}")
         file.write_bytes(data)
-    atomicio.verify(place)
+    manifest.verify(place)
     return made, taken, missed
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_ft import atomicio, cli, train
+from lora_ft import cli, manifest, train
 from lora_ft.checkpoints import found
 from lora_ft.errors import StorageError
 from tests.reliability.disks import Failing
@@ -55,7 +55,7 @@ def faults(ended: Ended, out: Path) -> str | None:
         return f"the message does not say why: {ended.said}"
     for place in found(out / train.CHECKPOINTS):
         try:
-            atomicio.verify(place)
+            manifest.verify(place)
         except StorageError as error:
             return str(error)
     return None

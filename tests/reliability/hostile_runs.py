@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_ft import atomicio, environment, saved, started, train
+from lora_ft import atomicio, environment, manifest, saved, started, train
 from lora_ft.config import DataConfig, RunConfig
 from tests.reliability.cases import ADAPTER, Good, Made, change
 
@@ -49,9 +49,9 @@ def open_run(good: Good, folder: Path) -> None:
     saved.load(folder, str(good.base), "cpu")
 
 
-def manifest(place: Path, **files: Any) -> None:
+def forged(place: Path, **files: Any) -> None:
     """Writes a manifest that names those files, with its own right digest, as anybody can."""
-    (place / atomicio.MANIFEST).write_bytes(atomicio._sealed({"format": 1, "facts": {}, "files": files}))
+    (place / manifest.NAME).write_bytes(manifest.sealed({"format": 1, "facts": {}, "files": files}))
 
 
 def entry(file: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def run_folders(good: Good, rng: random.Random, turn: int) -> Made:
             (folder / bait).parent.mkdir(parents=True, exist_ok=True)
             (folder / bait).write_text("evil")
             (staged / environment.FILE).write_text("{}")
-            manifest(staged, **{name: entry(folder / bait), environment.FILE: entry(staged / environment.FILE)})
+            forged(staged, **{name: entry(folder / bait), environment.FILE: entry(staged / environment.FILE)})
             if anew:
                 (folder / "anew").touch()
 
@@ -96,14 +96,14 @@ def run_folders(good: Good, rng: random.Random, turn: int) -> Made:
 
     def of(**content: Any) -> Callable[[Path], None]:
         def make(folder: Path) -> None:
-            sealed = atomicio._sealed({"format": 1, "facts": {}, "files": {}, **content})
-            (folder / staged_place / atomicio.MANIFEST).write_bytes(sealed)
+            sealed = manifest.sealed({"format": 1, "facts": {}, "files": {}, **content})
+            (folder / staged_place / manifest.NAME).write_bytes(sealed)
 
         return make
 
     none, depth = "no checkpoint to resume from", rng.randint(2000, 90_000)
     out, begun = "../../outside/canary", Path(train.CHECKPOINTS) / "checkpoint-5"
-    staged, start = f"{staged_place}/{atomicio.MANIFEST}", f"{train.CHECKPOINTS}/{started.FILE}"
+    staged, start = f"{staged_place}/{manifest.NAME}", f"{train.CHECKPOINTS}/{started.FILE}"
     yield "a manifest that names a file outside", none, naming(out, "outside/canary")
     yield "the same without --resume", "holds an unfinished run", naming(out, "outside/canary", anew=True)
     yield "a manifest with an absolute name", none, naming(str(good.canary), "x")

@@ -29,7 +29,7 @@ from lora_ft.config import LoraConfig
 from lora_ft.started import is_trained
 from tests import tiny
 from tests.reliability.disks import Deadly
-from tests.reliability.forks import MEMORY, Place, fingerprints, fork, litter, one_thread
+from tests.reliability.forks import MEMORY, Ended, Place, fingerprints, fork, litter, one_thread
 
 # Every so many runs are killed by the clock instead of at a byte, with the disk as it always is.
 BY_CLOCK = 5
@@ -102,15 +102,20 @@ def ours(folder: Path, count: int, seed: int = 0) -> Tally:
         tally.lost += not is_trained(out) and logged - max(kept, default=0) > 1
         ended = place.finish(out)
         tally.unreadable += ended.status != 0
-        if fingerprints(out) != expected or (out / "adapter_model.safetensors").read_bytes() != final:
-            tally.unlike += 1
-        tally.litter += len(litter(out))
-        if not tally.clean and len(tally.notes) < 3:
-            tally.notes.append(ended.said)
-        shutil.rmtree(out)
+        count_differences(tally, out, ended, expected, final)
         if tally.kills % 50 == 0:
             print(f"so far: {tally}", file=sys.stderr, flush=True)
     return tally
+
+
+def count_differences(tally: Tally, out: Path, ended: Ended, expected: Any, final: bytes) -> None:
+    """Counts in what a run that went on differs from the whole one, and removes it."""
+    if fingerprints(out) != expected or (out / "adapter_model.safetensors").read_bytes() != final:
+        tally.unlike += 1
+    tally.litter += len(litter(out))
+    if not tally.clean and len(tally.notes) < 3:
+        tally.notes.append(ended.said)
+    shutil.rmtree(out)
 
 
 def evaluated(folder: Path, count: int) -> Tally:
@@ -133,12 +138,7 @@ def evaluated(folder: Path, count: int) -> Tally:
         done = (out / "environment.json").is_file() and not (out / train.CHECKPOINTS).exists()
         ended = place.finish(out) if done else place.run(out, "--resume")
         tally.unreadable += ended.status != 0
-        if fingerprints(out) != expected or (out / "adapter_model.safetensors").read_bytes() != final:
-            tally.unlike += 1
-        tally.litter += len(litter(out))
-        if not tally.clean and len(tally.notes) < 3:
-            tally.notes.append(ended.said)
-        shutil.rmtree(out)
+        count_differences(tally, out, ended, expected, final)
     return tally
 
 
