@@ -29,9 +29,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def mixed_precision(model: nn.Module) -> torch.autocast:
     """Returns the autocast that lets float32 adapters and heads work on a 16-bit base; else off."""
-    ours = [p for p in model.parameters() if p.is_floating_point()]
-    frozen = next((p for p in ours if not p.requires_grad), ours[0])
+    frozen = next((p for p in _floating(model) if not p.requires_grad), None)
+    if frozen is None:
+        frozen = next(_floating(model))
     half = frozen.dtype if frozen.dtype in (torch.bfloat16, torch.float16) else None
     if getattr(model, "computes_in_float32", False):
         half = None
     return torch.autocast(frozen.device.type, dtype=half, enabled=half is not None)
+
+
+def _floating(model: nn.Module) -> Iterator[nn.Parameter]:
+    # One by one: all parameters of a model are too many to look at in every step.
+    return (p for p in model.parameters() if p.is_floating_point())
