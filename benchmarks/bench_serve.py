@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lora_ft import adapters, config, environment, saved, sources, tasks
 from lora_ft import base as bases
 from lora_ft.serve.decoding import Piece
-from lora_ft.serve.engine import Engine, Home, Row
+from lora_ft.serve.engine import Engine, Row
+from lora_ft.serve.held import Home
 from lora_ft.serve.sampling import Settings
 
 CHATS, ADAPTERS, RANK = 8, 4, 16

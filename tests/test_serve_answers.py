@@ -11,7 +11,7 @@ import torch
 
 from lora_ft import adapters, base, config, tasks
 from lora_ft.data.render import ChatRenderer
-from lora_ft.serve import engine, jobs, models
+from lora_ft.serve import engine, held, jobs, models
 from lora_ft.serve.decoding import Decoder, token_bytes
 from lora_ft.serve.sampling import Chooser, Chosen, Settings
 from lora_ft.serve.toolcalls import CallForm
@@ -95,14 +95,14 @@ def at_once(client: Client, asked: list[dict]) -> list[dict]:
 
 def test_adapters_answered_together_say_what_they_say_alone(client, monkeypatch):
     largest = 0
-    run = engine._Held.run
+    run = held.Held.run
 
-    def watched(held, names, **inputs):
+    def watched(base, names, **inputs):
         nonlocal largest
         largest = max(largest, len(set(names)))
-        return run(held, names, **inputs)
+        return run(base, names, **inputs)
 
-    monkeypatch.setattr(engine._Held, "run", watched)
+    monkeypatch.setattr(held.Held, "run", watched)
     texts = ["say abcd", "a much longer question than the other one, so that padding stands before it"]
     asked = [
         {
@@ -147,15 +147,15 @@ def test_many_requests_of_any_length_come_and_go(client):
 
 
 def test_more_adapters_than_are_kept(client, monkeypatch):
-    monkeypatch.setattr(engine, "MAX_ADAPTERS", 2)
+    monkeypatch.setattr(held, "MAX_ADAPTERS", 2)
     before = [said(chat(client, model=name)) for name in client.names]
     assert [said(chat(client, model=name)) for name in client.names] == before
-    held = client.state.answers.engine._held
+    kept = client.state.answers.engine._held
     chat(client)
-    assert len(held._names) <= 2
-    assert sum(name.endswith(".lora_A") for name, _ in held.model.named_modules()) > 0
-    assert {name for module in held.model.modules() if hasattr(module, "lora_A") for name in module.lora_A} == set(
-        held._names.values()
+    assert len(kept._names) <= 2
+    assert sum(name.endswith(".lora_A") for name, _ in kept.model.named_modules()) > 0
+    assert {name for module in kept.model.modules() if hasattr(module, "lora_A") for name in module.lora_A} == set(
+        kept._names.values()
     )
 
 
@@ -393,8 +393,8 @@ def test_an_answer_that_has_begun_is_made_to_its_end_though_its_model_is_deleted
     assert said(chat(client, **ask)) == whole
     monkeypatch.undo()
     assert said(chat(client))
-    held = client.state.answers.engine._held
-    assert not [place for place in held._names if place.name == "made-98"]
+    kept = client.state.answers.engine._held
+    assert not [place for place in kept._names if place.name == "made-98"]
 
 
 def test_too_many_that_wait_are_told_to_come_again(client, monkeypatch):

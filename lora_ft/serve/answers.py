@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -166,7 +166,7 @@ class Answers:
     def _row(voice: Voice, prompt: list[int], settings: Settings, place: int, **more: Any) -> Row:
         # Several answers to one request differ, and are the same the next time.
         seed = None if settings.seed is None else settings.seed + place
-        settings = Settings(**{**vars(settings), "seed": seed})
+        settings = replace(settings, seed=seed)
         return Row(voice.home, voice.adapter, prompt, settings, voice.tokenizer, lambda piece: None, **more)
 
     @staticmethod

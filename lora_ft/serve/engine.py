@@ -9,54 +9,30 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import secrets
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from transformers import DynamicCache
 
-from lora_ft import base as bases
-from lora_ft import four_bits, fused, heap, saved, sources
-from lora_ft.errors import LoraFtError, UnsupportedModelError
-from lora_ft.generate import BATCH_TOKENS, InPlaceLayer, can_share, contiguous_head
-from lora_ft.modes import unwrapped
+from lora_ft import heap
+from lora_ft.errors import LoraFtError
+from lora_ft.generate import BATCH_TOKENS
 from lora_ft.serve.decoding import Decoder, Piece
+from lora_ft.serve.held import NO_ADAPTER, Held, Home
 from lora_ft.serve.refusals import RequestError
 from lora_ft.serve.sampling import Chooser, Settings, logprobs_of
-from lora_ft.tasks import get as get_task
 
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 16
-# Adapters kept beside the base: of SmolLM2-135M at rank 16 each takes 10 MB in bfloat16.
-MAX_ADAPTERS = 16
 # Requests that may wait; beyond them a client is told to come again.
 MAX_WAITING = 256
-NO_ADAPTER = "__base__"
-"""PEFT's word for a row that no adapter changes."""
-
-
-@dataclass(frozen=True)
-class Home:
-    """A base as adapters and requests name it: what must be the same for them to share it."""
-
-    source: sources.Source
-    digest: str
-    quant: Any = "nf4"
-    dtype: str = "auto"
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.digest, self.quant, self.dtype
 
 
 @dataclass(eq=False)
@@ -94,7 +70,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._ending = False
         self._forgotten: set[Path] = set()
-        self._held: _Held | None = None
+        self._held: Held | None = None
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queues answers. Raises RequestError (429) where too many wait already."""
@@ -153,7 +129,7 @@ class Engine:
                     with self._changed:
                         self._waiting.extendleft(reversed(joining[1:]))
                     joining = joining[:1]
-                joining = held.ready(joining)
+                joining = _ready(held, joining)
                 batch = batch if batch is not None and batch.held is held else _Batch(held)
                 batch.join(joining)
                 joining = []
@@ -161,7 +137,7 @@ class Engine:
                 batch.step()
         except Exception as error:
             # Whatever it was, nobody may be left waiting, or take what came so far for the whole answer.
-            log.error("answers could not be computed", exc_info=not isinstance(error, LoraFtError), stack_info=False)
+            log.error("answers could not be computed", exc_info=not isinstance(error, LoraFtError))
             for row in {id(row): row for row in (*joining, *(batch.rows if batch else ()))}.values():
                 row.tell(error)
             heap.give_back()
@@ -191,108 +167,19 @@ class Engine:
             return False
         return max(row.longest, *(other.longest for other in others)) * (len(others) + 1) <= BATCH_TOKENS
 
-    def _holding(self, home: Home) -> _Held:
+    def _holding(self, home: Home) -> Held:
         if self._held is None or self._held.home.key != home.key:
             # The one before goes first: two bases need not fit.
             self._held = None
             heap.give_back()
-            self._held = _Held(home)
+            self._held = Held(home)
         return self._held
-
-
-class _Held:
-    """The base in memory and the adapters on it."""
-
-    def __init__(self, home: Home) -> None:
-        self.home = home
-        base = bases.load(home.source, quant=home.quant, model_class=get_task("chat").model_class, dtype=home.dtype)
-        self.base, self.model = base, base.model
-        self.model.eval()
-        takes = inspect.signature(self.model.forward).parameters
-        if "past_key_values" not in takes:
-            raise UnsupportedModelError(
-                f"{home.source.name}: a {self.model.config.model_type} model keeps no cache of what it has read, so it "
-                "would read all of it anew for every token: it is not served."
-            )
-        self.keeps_logits = "logits_to_keep" in takes
-        self.mixes = can_share(self.model)
-        if not self.mixes:
-            log.info("%s answers one request at a time: its attention does not allow padding", home.source.name)
-        self._kept = ExitStack()
-        self._kept.enter_context(four_bits.dequantized(self.model))
-        self._kept.enter_context(contiguous_head(self.model))
-        self._names: OrderedDict[Path, str] = OrderedDict()
-        self._made = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    def ready(self, rows: Sequence[Row]) -> list[Row]:
-        """Returns the rows whose adapters are in the model; the others are told why theirs is not."""
-        found = []
-        for row in rows:
-            try:
-                row.name = NO_ADAPTER if row.adapter is None else self._name_of(row.adapter)
-            except LoraFtError as error:
-                row.tell(error)
-                continue
-            seed = secrets.randbits(63) if row.settings.seed is None else row.settings.seed % 2**63
-            row.chooser = Chooser(row.settings, row.grammar, self.device, seed)
-            row.decoder = Decoder(row.tokenizer, row.settings.stop)
-            found.append(row)
-        return found
-
-    def drop(self, place: Path) -> None:
-        """Takes an adapter out of the model."""
-        if name := self._names.pop(place, None):
-            self.model.delete_adapter(name)
-
-    def _name_of(self, place: Path) -> str:
-        if place in self._names:
-            self._names.move_to_end(place)
-            return self._names[place]
-        settings = saved.lora_settings(place)
-        self._made += 1
-        name = f"a{self._made}"
-        fused.register(settings)
-        if isinstance(self.model, peft.PeftModel):
-            self.model.add_adapter(name, settings)
-        else:
-            self.model.name_or_path = settings.base_model_name_or_path
-            self.model = peft.get_peft_model(self.model, settings, adapter_name=name)
-        try:
-            saved.fill(self.model, place, name)
-        except LoraFtError:
-            self.model.delete_adapter(name)
-            raise
-        # Autocast would make the same numbers of them, for every product anew.
-        for parameter_name, parameter in self.model.named_parameters():
-            if f".{name}." in parameter_name:
-                parameter.data = parameter.data.to(self.base.dtype)
-                parameter.requires_grad_(False)
-        self.model.eval()
-        self._names[place] = name
-        return name
-
-    def let_go(self, but: set[str]) -> None:
-        """Drops the adapters that were not used for longest, where there are too many."""
-        for place in [place for place, name in self._names.items() if name not in but]:
-            if len(self._names) <= MAX_ADAPTERS:
-                return
-            self.drop(place)
-
-    def run(self, names: Sequence[str], **inputs: Any) -> Any:
-        """Returns the model's output for rows, each with the adapter of its name."""
-        if isinstance(self.model, peft.PeftModel):
-            return self.model(**inputs, adapter_names=list(names))
-        return self.model(**inputs)
 
 
 class _Batch:
     """The rows being answered, with keys and values of all their tokens, padded on the left to one length."""
 
-    def __init__(self, held: _Held) -> None:
+    def __init__(self, held: Held) -> None:
         self.held = held
         self.rows: list[Row] = []
         self.cache: Any = None
@@ -310,7 +197,7 @@ class _Batch:
         ids = torch.tensor([[pad] * (longest - len(r.ids)) + r.ids for r in rows], device=held.device)
         mask = torch.tensor([[0] * (longest - len(r.ids)) + [1] * len(r.ids) for r in rows], device=held.device)
         echoes = any(row.echo is not None for row in rows)
-        cache = _cache(held)
+        cache = held.cache()
         places = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "attention_mask": mask} if held.mixes else {}
         kept = {"logits_to_keep": 1} if held.keeps_logits and not echoes else {}
         out = held.run([r.name for r in rows], input_ids=ids, past_key_values=cache, use_cache=True, **places, **kept)
@@ -320,7 +207,7 @@ class _Batch:
                 told = logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo)
                 row.tell(Piece(tokens=told))
         if self.rows:
-            self.cache, self.mask_BT = _joined(held, self.cache, self.mask_BT, out.past_key_values, mask)
+            self.cache, self.mask_BT = held.joined(self.cache, self.mask_BT, out.past_key_values, mask)
         else:
             self.cache, self.mask_BT = out.past_key_values, mask
         self.rows = [*self.rows, *rows]
@@ -381,33 +268,23 @@ class _Batch:
         mask = self.mask_BT[chosen]
         # Columns that are padding in every row that stays are let go too.
         start = int((mask.sum(dim=0) > 0).int().argmax())
-        cache = _cache(self.held)
+        cache = self.held.cache()
         for new, old in zip(cache.layers, self.cache.layers, strict=True):
             new.update(old.keys[chosen, :, start:], old.values[chosen, :, start:])
         self.cache, self.mask_BT = cache, mask[:, start:]
 
 
-def _cache(held: _Held) -> DynamicCache:
-    """Returns an empty cache: the model's own kind where a batch has one row only."""
-    config = unwrapped(held.model).config
-    cache = DynamicCache(config=config)
-    if held.mixes:
-        cache.layers = [InPlaceLayer() for _ in cache.layers or range(config.num_hidden_layers)]
-    return cache
-
-
-def _joined(
-    held: _Held, first: DynamicCache, first_mask: torch.Tensor, second: DynamicCache, second_mask: torch.Tensor
-) -> tuple[DynamicCache, torch.Tensor]:
-    """Returns the caches and masks of two batches as those of one, the shorter padded on the left."""
-    longest = max(first_mask.shape[1], second_mask.shape[1])
-    cache = _cache(held)
-    for new, one, two in zip(cache.layers, first.layers, second.layers, strict=True):
-        keys = torch.cat([_padded(one.keys, longest), _padded(two.keys, longest)])
-        new.update(keys, torch.cat([_padded(one.values, longest), _padded(two.values, longest)]))
-    masks = [torch.nn.functional.pad(m, (longest - m.shape[1], 0)) for m in (first_mask, second_mask)]
-    return cache, torch.cat(masks)
-
-
-def _padded(states_BHTD: torch.Tensor, longest: int) -> torch.Tensor:
-    return torch.nn.functional.pad(states_BHTD, (0, 0, longest - states_BHTD.shape[2], 0))
+def _ready(held: Held, rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows whose adapters are in the model; the others are told why theirs is not."""
+    found = []
+    for row in rows:
+        try:
+            row.name = held.name_of(row.adapter)
+        except LoraFtError as error:
+            row.tell(error)
+            continue
+        seed = secrets.randbits(63) if row.settings.seed is None else row.settings.seed % 2**63
+        row.chooser = Chooser(row.settings, row.grammar, held.device, seed)
+        row.decoder = Decoder(row.tokenizer, row.settings.stop)
+        found.append(row)
+    return found

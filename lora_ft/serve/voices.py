@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from lora_ft.data.tokens import adds_bos
 from lora_ft.errors import LoraFtError, MaskError, SourceError
 from lora_ft.foreign.files import object_of
 from lora_ft.serve import grammars
-from lora_ft.serve.engine import Home
+from lora_ft.serve.held import Home
 from lora_ft.serve.models import Model, Models
 from lora_ft.serve.refusals import RequestError, bad
 from lora_ft.serve.toolcalls import CallForm
@@ -72,7 +73,7 @@ class Voice:
     def fingerprint(self) -> str:
         """What changes where the same request may be answered otherwise."""
         name = self.model.name if self.adapter else "base"
-        digest = sources.hashlib.sha256(f"{self.home.key} {name}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.home.key} {name}".encode()).hexdigest()
         return f"fp_{digest[:10]}"
 
 
