@@ -13,7 +13,8 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Row:
     echo: int | None = None
     """Whether the tokens of the prompt are told first, with this many likeliest ones at each place."""
     cancelled: bool = False
+    """Whether nobody waits for the answer any more."""
     chooser: Chooser = field(init=False)
     decoder: Decoder = field(init=False)
     name: str = field(init=False, default=NO_ADAPTER)
@@ -59,6 +61,41 @@ class Row:
     def longest(self) -> int:
         """The tokens of prompt and answer together."""
         return len(self.ids) + self.settings.max_tokens
+
+    def begin(self, held: Held) -> None:
+        """Makes ready what the answer is made with. Raises LoraFtError where the adapter cannot be had."""
+        self.name = held.name_of(self.adapter)
+        seed = secrets.randbits(63) if self.settings.seed is None else self.settings.seed % 2**63
+        self.chooser = Chooser(self.settings, self.grammar, held.device, seed)
+        self.decoder = Decoder(self.tokenizer, self.settings.stop)
+
+    def advance(self, logits_V: torch.Tensor) -> int:
+        """Returns the next token, having told it, or -1 where the answer ends; the logits may be changed."""
+        if self.settings.max_tokens == 0:
+            return self._end("length")
+        chosen = self.chooser.choose(logits_V)
+        self.made += 1
+        is_end = chosen.token in self.settings.ends
+        if is_end or (self.grammar is not None and self.grammar.done):
+            if not is_end:
+                self.tell(self.decoder.add(chosen))
+            return self._end("stop")
+        piece = self.decoder.add(chosen)
+        self.tell(piece)
+        if piece.finish is not None:
+            return -1
+        return self._end("length") if self.made >= self.settings.max_tokens else chosen.token
+
+    def _end(self, finish: str) -> int:
+        self.tell(self.decoder.end(finish))
+        return -1
+
+    def fail(self, error: Exception) -> None:
+        """Tells why there will be no answer: nobody may wait for ever, or take a part for the whole."""
+        if not self.cancelled:
+            log.error("an answer ends: %s", error, exc_info=None if isinstance(error, LoraFtError) else error)
+            self.cancelled = True
+            self.tell(error)
 
 
 class Engine:
@@ -129,19 +166,23 @@ class Engine:
                     with self._changed:
                         self._waiting.extendleft(reversed(joining[1:]))
                     joining = joining[:1]
-                joining = _ready(held, joining)
+                for row in joining:
+                    with _alone(row):
+                        row.begin(held)
+                joining = [row for row in joining if not row.cancelled]
                 batch = batch if batch is not None and batch.held is held else _Batch(held)
                 batch.join(joining)
                 joining = []
             elif batch is not None:
                 batch.step()
         except Exception as error:
-            # Whatever it was, nobody may be left waiting, or take what came so far for the whole answer.
-            log.error("answers could not be computed", exc_info=not isinstance(error, LoraFtError))
-            for row in {id(row): row for row in (*joining, *(batch.rows if batch else ()))}.values():
-                row.tell(error)
+            taken = batch.rows if batch is not None else []
+            # Where the new rows could not be taken in, the others are as they were.
+            lost = joining if joining and joining[0] not in taken else taken
+            for row in lost:
+                row.fail(error)
             heap.give_back()
-            return None
+            return batch if lost is joining else None
         return batch
 
     def _joining(self, batch: _Batch | None) -> list[Row]:
@@ -204,8 +245,8 @@ class _Batch:
         for place, row in enumerate(rows):
             if row.echo is not None:
                 start = longest - len(row.ids)
-                told = logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo)
-                row.tell(Piece(tokens=told))
+                with _alone(row):
+                    row.tell(Piece(tokens=logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo)))
         if self.rows:
             self.cache, self.mask_BT = held.joined(self.cache, self.mask_BT, out.past_key_values, mask)
         else:
@@ -232,27 +273,12 @@ class _Batch:
         self._leave()
 
     def _chosen(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> list[int]:
-        tokens = []
-        for row, logits in zip(rows, logits_BV.float(), strict=True):
-            tokens.append(-1)
-            if row.settings.max_tokens == 0:
-                row.tell(row.decoder.end("length"))
-                continue
-            chosen = row.chooser.choose(logits)
-            row.made += 1
-            if chosen.token in row.settings.ends or (row.grammar is not None and row.grammar.done):
-                if row.grammar is not None and chosen.token not in row.settings.ends:
-                    row.tell(row.decoder.add(chosen))
-                row.tell(row.decoder.end("stop"))
-                continue
-            piece = row.decoder.add(chosen)
-            row.tell(piece)
-            if piece.finish is not None:
-                continue
-            if row.made >= row.settings.max_tokens:
-                row.tell(row.decoder.end("length"))
-                continue
-            tokens[-1] = chosen.token
+        """Returns the next token of each row, -1 where there is none."""
+        tokens = [-1] * len(rows)
+        for place, (row, logits) in enumerate(zip(rows, logits_BV.float(), strict=True)):
+            if not row.cancelled:
+                with _alone(row):
+                    tokens[place] = row.advance(logits)
         return tokens
 
     def _leave(self) -> None:
@@ -274,17 +300,10 @@ class _Batch:
         self.cache, self.mask_BT = cache, mask[:, start:]
 
 
-def _ready(held: Held, rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows whose adapters are in the model; the others are told why theirs is not."""
-    found = []
-    for row in rows:
-        try:
-            row.name = held.name_of(row.adapter)
-        except LoraFtError as error:
-            row.tell(error)
-            continue
-        seed = secrets.randbits(63) if row.settings.seed is None else row.settings.seed % 2**63
-        row.chooser = Chooser(row.settings, row.grammar, held.device, seed)
-        row.decoder = Decoder(row.tokenizer, row.settings.stop)
-        found.append(row)
-    return found
+@contextmanager
+def _alone(row: Row) -> Iterator[None]:
+    """Runs the block for one row: what goes wrong there is told to that row, and ends no other."""
+    try:
+        yield
+    except Exception as error:
+        row.fail(error)

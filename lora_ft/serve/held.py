@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from lora_ft import base as bases
 from lora_ft import four_bits, fused, saved, sources
-from lora_ft.errors import LoraFtError, UnsupportedModelError
+from lora_ft.errors import UnsupportedModelError
 from lora_ft.generate import InPlaceLayer, can_share, contiguous_head
 from lora_ft.modes import unwrapped
 from lora_ft.tasks import get as get_task
@@ -95,7 +95,7 @@ class Held:
             self.model = peft.get_peft_model(self.model, settings, adapter_name=name)
         try:
             saved.fill(self.model, place, name)
-        except LoraFtError:
+        except Exception:
             self.model.delete_adapter(name)
             raise
         # Autocast would make the same numbers of them, for every product anew.
