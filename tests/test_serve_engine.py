@@ -128,3 +128,27 @@ def test_rows_that_cannot_be_taken_in_end_none_that_run(home, running, monkeypat
     assert isinstance(failed.errors[0], MemoryError)
     assert first.tell.ended.wait(60)
     assert (first.tell.text, first.tell.errors) == (alone.text, [])
+
+
+def test_rows_without_a_limit_go_together_and_never_outgrow_the_batch(home, running, monkeypatch):
+    def asked() -> list[engine.Row]:
+        rows = [row(home, text, 100) for text in ("hello", "other", "a longer one")]
+        draw = Settings(max_tokens=100, temperature=1.0, seed=3)
+        return [*rows, engine.Row(home, None, WORDS("drawn")["input_ids"], draw, WORDS, Told())]
+
+    alone = [answered(running, [one])[0] for one in asked()]
+    sizes, run = [], held.Held.run
+
+    def watched(base, names, **inputs):
+        sizes.append((len(names), inputs["attention_mask"].shape[1]))
+        return run(base, names, **inputs)
+
+    monkeypatch.setattr(held.Held, "run", watched)
+    # One that was thought to be as long as it may be would leave no room for a second.
+    monkeypatch.setattr(engine, "BATCH_TOKENS", 200)
+    monkeypatch.setattr(engine, "ROOM", 10)
+    told = answered(running, asked())
+    assert [(one.text, one.finish) for one in told] == [(one.text, "length") for one in alone]
+    assert max(rows for rows, _ in sizes) == 4
+    assert max(rows * length for rows, length in sizes) <= 200
+    assert [rows for rows, _ in sizes].index(3) < [rows for rows, _ in sizes].index(2), "one after the other waits"

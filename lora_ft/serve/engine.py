@@ -4,6 +4,10 @@ Requests join a running batch before its next token and leave it after their las
 differ (PEFT's mixed batches). Rows of a batch are padded on the left; what a row says depends on its neighbours by
 rounding only.
 
+A row is let in by what it holds and a little room, for most that may take the whole context end long before. The rows
+times the tokens of the longest stay within BATCH_TOKENS, but for a row alone: where a batch outgrows that, the row that
+came last waits again, and later reads its prompt and what it has said anew.
+
 Shapes: B rows, T tokens, V vocabulary.
 """
 
@@ -32,6 +36,8 @@ from lora_ft.serve.sampling import Chooser, Settings, logprobs_of
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 16
+# Tokens that an answer is thought to take beyond those it has: most end within.
+ROOM = 256
 # Requests that may wait; beyond them a client is told to come again.
 MAX_WAITING = 256
 
@@ -58,13 +64,20 @@ class Row:
     made: int = field(init=False, default=0)
 
     @property
-    def longest(self) -> int:
-        """The tokens of prompt and answer together."""
-        return len(self.ids) + self.settings.max_tokens
+    def so_far(self) -> list[int]:
+        """The tokens of the prompt and of what has been said."""
+        return [*self.ids, *self.decoder.ids] if self.made else self.ids
+
+    @property
+    def expected(self) -> int:
+        """How many tokens prompt and answer are thought to come to."""
+        return len(self.ids) + min(self.settings.max_tokens, self.made + ROOM)
 
     def begin(self, held: Held) -> None:
         """Makes ready what the answer is made with. Raises LoraFtError where the adapter cannot be had."""
         self.name = held.name_of(self.adapter)
+        if self.made:
+            return
         seed = secrets.randbits(63) if self.settings.seed is None else self.settings.seed % 2**63
         self.chooser = Chooser(self.settings, self.grammar, held.device, seed)
         self.decoder = Decoder(self.tokenizer, self.settings.stop)
@@ -174,6 +187,8 @@ class Engine:
                 batch.join(joining)
                 joining = []
             elif batch is not None:
+                with self._changed:
+                    self._waiting.extendleft(batch.put_aside())
                 batch.step()
         except Exception as error:
             taken = batch.rows if batch is not None else []
@@ -206,7 +221,7 @@ class Engine:
             return False
         if self._held is not None and self._held.home.key == row.home.key and not self._held.mixes:
             return False
-        return max(row.longest, *(other.longest for other in others)) * (len(others) + 1) <= BATCH_TOKENS
+        return max(row.expected, *(other.expected for other in others)) * (len(others) + 1) <= BATCH_TOKENS
 
     def _holding(self, home: Home) -> Held:
         if self._held is None or self._held.home.key != home.key:
@@ -233,20 +248,21 @@ class _Batch:
             return
         held = self.held
         held.let_go({row.name for row in (*self.rows, *rows)})
-        longest = max(len(row.ids) for row in rows)
+        texts = [row.so_far for row in rows]
+        longest = max(map(len, texts))
         pad = held.base.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(r.ids)) + r.ids for r in rows], device=held.device)
-        mask = torch.tensor([[0] * (longest - len(r.ids)) + [1] * len(r.ids) for r in rows], device=held.device)
-        echoes = any(row.echo is not None for row in rows)
+        ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts], device=held.device)
+        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=held.device)
+        echoing = [place for place, row in enumerate(rows) if row.echo is not None and not row.made]
         cache = held.cache()
         places = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "attention_mask": mask} if held.mixes else {}
-        kept = {"logits_to_keep": 1} if held.keeps_logits and not echoes else {}
+        kept = {"logits_to_keep": 1} if held.keeps_logits and not echoing else {}
         out = held.run([r.name for r in rows], input_ids=ids, past_key_values=cache, use_cache=True, **places, **kept)
-        for place, row in enumerate(rows):
-            if row.echo is not None:
+        for place in echoing:
+            row = rows[place]
+            with _alone(row):
                 start = longest - len(row.ids)
-                with _alone(row):
-                    row.tell(Piece(tokens=logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo)))
+                row.tell(Piece(tokens=logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo or 0)))
         if self.rows:
             self.cache, self.mask_BT = held.joined(self.cache, self.mask_BT, out.past_key_values, mask)
         else:
@@ -281,9 +297,20 @@ class _Batch:
                     tokens[place] = row.advance(logits)
         return tokens
 
+    def put_aside(self) -> list[Row]:
+        """Returns the rows, the last first, that were taken out because the next token would make them all too many."""
+        self._leave()
+        length = self.mask_BT.shape[1] + 1
+        fitting = max(1, BATCH_TOKENS // length)
+        aside = self.rows[fitting:]
+        self._keep(range(len(self.rows))[:fitting])
+        return aside[::-1]
+
     def _leave(self) -> None:
         """Takes the rows out that have ended, or that nobody waits for any more."""
-        staying = [i for i, row in enumerate(self.rows) if self.last[i] >= 0 and not row.cancelled]
+        self._keep([i for i, row in enumerate(self.rows) if self.last[i] >= 0 and not row.cancelled])
+
+    def _keep(self, staying: Sequence[int]) -> None:
         if len(staying) == len(self.rows):
             return
         self.rows, self.last = [self.rows[i] for i in staying], [self.last[i] for i in staying]
