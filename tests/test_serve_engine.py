@@ -1,6 +1,9 @@
 """The engine by itself: rows that fail beside others, that come without a limit, that outgrow the batch, and none."""
 
+import dataclasses
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,3 +155,31 @@ def test_rows_without_a_limit_go_together_and_never_outgrow_the_batch(home, runn
     assert max(rows for rows, _ in sizes) == 4
     assert max(rows * length for rows, length in sizes) <= 200
     assert [rows for rows, _ in sizes].index(3) < [rows for rows, _ in sizes].index(2), "one after the other waits"
+
+
+def test_a_base_that_nobody_asks_is_let_go_and_loaded_anew(home, running, monkeypatch):
+    monkeypatch.setattr(engine, "IDLE_S", 1.0)
+    (before,) = answered(running, [row(home)])
+    model = weakref.ref(running._held.model)
+    end = time.monotonic() + 30
+    while model() is not None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert model() is None
+    (after,) = answered(running, [row(home)])
+    assert after.text == before.text
+    answered(running, [row(home)])
+
+
+def test_the_base_before_is_gone_before_another_is_loaded(home, running, monkeypatch):
+    alive, made = [], []
+
+    class Watched(held.Held):
+        def __init__(self, home: held.Home) -> None:
+            alive.append(sum(model() is not None for model in made))
+            super().__init__(home)
+            made.append(weakref.ref(self.model))
+
+    monkeypatch.setattr(engine, "Held", Watched)
+    for dtype in ("float32", "bfloat16", "float32"):
+        answered(running, [row(dataclasses.replace(home, dtype=dtype))])
+    assert alive == [0, 0, 0]

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 MAX_ROWS = 16
 # Tokens that an answer is thought to take beyond those it has: most end within.
 ROOM = 256
+# How long a base is kept that nobody asks: a job may want the device, and loading takes seconds.
+IDLE_S = 300.0
 # Requests that may wait; beyond them a client is told to come again.
 MAX_WAITING = 256
 
@@ -152,15 +154,18 @@ class Engine:
         batch: _Batch | None = None
         with torch.inference_mode():
             while True:
+                is_idle = False
                 with self._changed:
-                    while not self._waiting and not self._ending and not (batch and batch.rows):
-                        self._changed.wait()
+                    while not (self._waiting or self._ending or batch or is_idle):
+                        is_idle = not self._changed.wait(IDLE_S if self._held else None)
                     if self._ending:
                         break
                     # An answer that has begun is made to its end, whatever has become of its model.
                     used = {row.adapter for row in (*(batch.rows if batch else ()), *self._waiting)}
                     forgotten = self._forgotten - used
                     self._forgotten &= used
+                if is_idle:
+                    self._let_go()
                 if self._held is not None:
                     for place in forgotten:
                         self._held.drop(place)
@@ -170,7 +175,10 @@ class Engine:
             row.tell(gone)
 
     def _advanced(self, batch: _Batch | None) -> _Batch | None:
-        """Returns the batch after one token of all its rows, with those that wait taken in where they fit."""
+        """Returns the batch after one token of all its rows, with those that wait taken in where they fit.
+
+        None where no rows are left: a batch holds its base.
+        """
         joining = self._joining(batch)
         try:
             if joining:
@@ -187,8 +195,9 @@ class Engine:
                 batch.join(joining)
                 joining = []
             elif batch is not None:
+                aside = batch.put_aside()
                 with self._changed:
-                    self._waiting.extendleft(batch.put_aside())
+                    self._waiting.extendleft(aside)
                 batch.step()
         except Exception as error:
             taken = batch.rows if batch is not None else []
@@ -197,8 +206,9 @@ class Engine:
             for row in lost:
                 row.fail(error)
             heap.give_back()
-            return batch if lost is joining else None
-        return batch
+            if lost is not joining:
+                return None
+        return batch if batch is not None and batch.rows else None
 
     def _joining(self, batch: _Batch | None) -> list[Row]:
         """Returns the rows, the oldest first, that go with the batch as it is, or together where there is none."""
@@ -226,10 +236,15 @@ class Engine:
     def _holding(self, home: Home) -> Held:
         if self._held is None or self._held.home.key != home.key:
             # The one before goes first: two bases need not fit.
-            self._held = None
-            heap.give_back()
+            self._let_go()
             self._held = Held(home)
         return self._held
+
+    def _let_go(self) -> None:
+        """Gives back the memory of the base and its adapters."""
+        self._held = None
+        heap.give_back()
+        torch.cuda.empty_cache()
 
 
 class _Batch:
