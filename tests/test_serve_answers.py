@@ -1,18 +1,21 @@
 """Answers of bases and of several adapters at once: stopped, seeded, biased, held to schemas, streamed, broken off."""
 
+import asyncio
 import json
 import math
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_ft import adapters, base, config, tasks
 from lora_ft.data.render import ChatRenderer
-from lora_ft.serve import engine, held, jobs, models
-from lora_ft.serve.decoding import Decoder, token_bytes
+from lora_ft.serve import answers, engine, held, jobs, models
+from lora_ft.serve.decoding import Decoder, Piece, token_bytes
 from lora_ft.serve.sampling import Chooser, Chosen, Settings
 from lora_ft.serve.toolcalls import CallForm
 from tests import tiny, tiny_server
@@ -401,6 +404,54 @@ def test_too_many_that_wait_are_told_to_come_again(client, monkeypatch):
     monkeypatch.setattr(engine, "MAX_WAITING", 0)
     status, answer, headers = client("POST", "/v1/chat/completions", {"model": "tiny", "messages": ASK})
     assert (status, answer["error"]["code"], headers["retry-after"]) == (429, "overloaded", "1")
+
+
+# Clients that leave
+
+
+def test_a_client_that_left_is_noticed_while_tokens_come(monkeypatch):
+    monkeypatch.setattr(answers, "LOOK_S", 0.05)
+
+    async def left() -> bool:
+        return True
+
+    async def listen() -> float:
+        asking = answers.Asking(SimpleNamespace(), [SimpleNamespace(cancelled=False)], 1)
+
+        async def talk() -> None:
+            while not asking.rows[0].cancelled:
+                asking.pieces.put_nowait((0, Piece("x")))
+                await asyncio.sleep(0.01)
+
+        talking, began = asyncio.create_task(talk()), time.monotonic()
+        async with asyncio.timeout(10):
+            async for _ in asking.each(left):
+                pass
+        await talking
+        return time.monotonic() - began
+
+    assert asyncio.run(listen()) < 5
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("at", ["http.response.start", "http.response.body"])
+def test_a_stream_that_nobody_takes_is_not_computed(client, monkeypatch, path, at):
+    asked, submit = [], answers.Answers._submit
+
+    def watched(self, asking):
+        asked.append(asking)
+        return submit(self, asking)
+
+    def leaves(message):
+        if message["type"] == at:
+            raise OSError("the client left")
+
+    monkeypatch.setattr(answers.Answers, "_submit", watched)
+    more = {"messages": ASK} if "chat" in path else {"prompt": "hello", "echo": True}
+    body = {"model": "tiny", "stream": True, "n": 2, "max_tokens": 500, **more}
+    client("POST", path, body, heard=leaves)
+    (asking,) = asked
+    assert [row.cancelled for row in asking.rows] == [True, True]
 
 
 # The parts

@@ -7,12 +7,15 @@ import itertools
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from lora_ft.data.chats import OPENAI, conversation, toolbox
 from lora_ft.data.faults import Faults
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # How often it is looked whether a client still waits.
 LOOK_S = 1.0
+PING_S = 15
 Gone = Callable[[], Awaitable[bool]]
 
 
@@ -52,14 +56,16 @@ class Asking:
 
     async def each(self, gone: Gone) -> AsyncIterator[tuple[int, Piece]]:
         """Yields the pieces of all rows as they come, up to the last of each. Raises what ended a row."""
-        left = set(range(len(self.rows)))
+        left, looked = set(range(len(self.rows))), time.monotonic()
         try:
             while left:
+                if time.monotonic() - looked >= LOOK_S:
+                    if await gone():
+                        return
+                    looked = time.monotonic()
                 try:
                     place, piece = await asyncio.wait_for(self.pieces.get(), LOOK_S)
                 except TimeoutError:
-                    if await gone():
-                        return
                     continue
                 if isinstance(piece, Exception):
                     raise _refusal(piece)
@@ -269,7 +275,21 @@ def head(asking: Asking, request: asked.Asked, kind: str, prefix: str) -> dict[s
     }
 
 
-async def with_errors_told(chunks: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
+class Stream(EventSourceResponse):
+    """The chunks of an answer as events. Nobody waits for it any more once they end, or could not even begin."""
+
+    def __init__(self, asking: Asking, chunks: AsyncIterator[str]) -> None:
+        super().__init__(_with_errors_told(chunks), ping=PING_S, sep="\n")
+        self._asking = asking
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._asking.cancel()
+
+
+async def _with_errors_told(chunks: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
     """Yields the events of a stream. One that breaks ends in an error object, which clients raise: a stream that just
     ended they would take for the whole answer."""
     try:
