@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lora_ft import adapters, config, environment, saved, sources, tasks
 from lora_ft import base as bases
-from lora_ft.serve.decoding import Piece
+from lora_ft.serve.decoding import Decoder, Piece
 from lora_ft.serve.engine import Engine, Row
 from lora_ft.serve.held import Home
 from lora_ft.serve.sampling import Settings
@@ -104,7 +104,10 @@ def main() -> None:
         def rows() -> list[Row]:
             # No token ends an answer, so that all are of the same length.
             settings = Settings(max_tokens=options.tokens, temperature=0.0, logprobs=2)
-            return [Row(home, places[n % ADAPTERS], prompts[n], settings, task.tokenizer, print) for n in range(CHATS)]
+            return [
+                Row(home, places[n % ADAPTERS], prompts[n], settings, Decoder(task.tokenizer, ()), print)
+                for n in range(CHATS)
+            ]
 
         answers(engine, rows()[:ADAPTERS], together=True)
         times: dict[bool, list[float]] = {False: [], True: []}

@@ -11,14 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
 from lora_ft import adapters, base, config, tasks
 from lora_ft.data.render import ChatRenderer
 from lora_ft.serve import answers, engine, held, jobs, models
+from lora_ft.serve.asked import ChatRequest
 from lora_ft.serve.decoding import Decoder, Piece, token_bytes
 from lora_ft.serve.sampling import Chooser, Chosen, Settings
 from lora_ft.serve.toolcalls import CallForm
-from tests import tiny, tiny_server
+from tests import stock_templates, tiny, tiny_server
 from tests.in_process import Client
 from tests.test_serve_states import order
 
@@ -263,6 +266,44 @@ def test_calls_are_read_out_of_texts(text, content, calls):
     found, made = form.read(text)
     assert found == content
     assert [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in made] == calls
+
+
+def mistral() -> PreTrainedTokenizerFast:
+    made = stock_templates.tokenizer_of("mistral")
+    made.add_tokens([AddedToken("[TOOL_CALLS]", special=True)], special_tokens=True)
+    return made
+
+
+@pytest.mark.parametrize("many", [1, 2])
+def test_calls_are_read_behind_a_mark_that_is_a_special_token(many):
+    words = mistral()
+    form = CallForm.of(ChatRenderer(words, 64))
+    assert form == CallForm("[TOOL_CALLS] [", "]", "arguments")
+    wrote = [{"name": name, "arguments": {"a": [1, {}]}} for name in "fg"[:many]]
+    written = words(f"[TOOL_CALLS] {json.dumps(wrote)}</s>", add_special_tokens=False)["input_ids"]
+    assert words.convert_tokens_to_ids("[TOOL_CALLS]") in written
+    decoder, text = Decoder(words, (), form.tokens(words)), ""
+    for token in written:
+        text += decoder.add(Chosen(token, 0.0)).text
+    content, calls = form.read(text + decoder.end("stop").text)
+    assert content is None
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"a": [1, {}]}] * many
+
+
+def test_an_answer_with_tools_keeps_the_marks_of_calls_and_no_other(client, monkeypatch):
+    voice = client.state.answers.voices.of("tiny")
+    word = "<tool_call>"
+    monkeypatch.setattr(voice, "tokenizer", tiny_server.tokenizer())
+    voice.tokenizer.add_tokens([AddedToken(word, special=True)], special_tokens=True)
+    request = ChatRequest(model="tiny", messages=ASK, tools=[{"type": "function", "function": {"name": "f"}}])
+
+    def text_of(request: ChatRequest) -> str:
+        decoder = client.state.answers._chat(request).rows[0].decoder
+        tokens = voice.tokenizer(f"<|im_start|>{word}a")["input_ids"]
+        return "".join(decoder.add(Chosen(token, 0.0)).text for token in tokens)
+
+    assert text_of(request) == f"{word}a"
+    assert text_of(request.model_copy(update={"tool_choice": "none"})) == "a"
 
 
 def test_the_stream_holds_what_the_answer_holds(client):

@@ -14,7 +14,7 @@ import torch
 
 from lora_ft import sources
 from lora_ft.serve import engine, held
-from lora_ft.serve.decoding import Piece
+from lora_ft.serve.decoding import Decoder, Piece
 from lora_ft.serve.sampling import Settings
 from tests import tiny_server
 
@@ -54,7 +54,7 @@ def running() -> Iterator[engine.Engine]:
 
 def row(home: held.Home, text: str = "hello", most: int = 12, **more: Any) -> engine.Row:
     settings = Settings(max_tokens=most, temperature=0.0, **more.pop("settings", {}))
-    return engine.Row(home, None, WORDS(text)["input_ids"], settings, WORDS, Told(), **more)
+    return engine.Row(home, None, WORDS(text)["input_ids"], settings, Decoder(WORDS, ()), Told(), **more)
 
 
 def answered(running: engine.Engine, rows: list[engine.Row], seconds: float = 60) -> list[Told]:
@@ -99,8 +99,8 @@ FAILING: dict[str, Callable[[held.Home, pytest.MonkeyPatch], engine.Row]] = {
     "drawn choice": lambda home, patch: no_numbers(home, patch, temperature=1.0),
     "bias": lambda home, _: row(home, settings={"logit_bias": {10**6: 1.0}}),
     "echo": lambda home, _: row(home, echo=-1),
-    "adapter": lambda home, _: engine.Row(home, Path("none"), [5], Settings(max_tokens=9), WORDS, Told()),
-    "tokenizer": lambda home, _: engine.Row(home, None, [5], Settings(max_tokens=9), None, Told()),
+    "adapter": lambda home, _: engine.Row(home, Path("none"), [5], Settings(max_tokens=9), Decoder(WORDS, ()), Told()),
+    "tokenizer": lambda home, _: engine.Row(home, None, [5], Settings(max_tokens=9), Decoder(None, ()), Told()),
 }
 
 
@@ -137,7 +137,7 @@ def test_rows_without_a_limit_go_together_and_never_outgrow_the_batch(home, runn
     def asked() -> list[engine.Row]:
         rows = [row(home, text, 100) for text in ("hello", "other", "a longer one")]
         draw = Settings(max_tokens=100, temperature=1.0, seed=3)
-        return [*rows, engine.Row(home, None, WORDS("drawn")["input_ids"], draw, WORDS, Told())]
+        return [*rows, engine.Row(home, None, WORDS("drawn")["input_ids"], draw, Decoder(WORDS, ()), Told())]
 
     alone = [answered(running, [one])[0] for one in asked()]
     sizes, run = [], held.Held.run

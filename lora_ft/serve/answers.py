@@ -21,7 +21,7 @@ from lora_ft.data.chats import OPENAI, conversation, toolbox
 from lora_ft.data.faults import Faults
 from lora_ft.errors import DataError, LoraFtError
 from lora_ft.serve import asked, grammars, ids
-from lora_ft.serve.decoding import Piece
+from lora_ft.serve.decoding import Decoder, Piece
 from lora_ft.serve.engine import Engine, Row
 from lora_ft.serve.models import Models
 from lora_ft.serve.refusals import RequestError, bad, body
@@ -135,6 +135,8 @@ class Answers:
         with voice.lock:
             renderer = voice.renderer
             calls = voice.calls if tools else None
+            read = calls if choice != "none" else None
+            marks = read.tokens(voice.tokenizer) if read else frozenset()
             try:
                 prompt = renderer.prompt(messages, tools if choice != "none" else ())
             except LoraFtError as error:
@@ -144,10 +146,10 @@ class Answers:
         settings = request.settings(most, request.told_logprobs, ends, voice.vocabulary)
         source = self._grammar(request, voice, tools, choice, calls)
         rows = [
-            self._row(voice, prompt, settings, place, grammar=_grammar_of(voice, source) if source else None)
+            self._row(voice, prompt, settings, place, marks, grammar=_grammar_of(voice, source) if source else None)
             for place in range(request.n or 1)
         ]
-        return Asking(voice, rows, len(prompt), calls if choice != "none" else None)
+        return Asking(voice, rows, len(prompt), read)
 
     def _completion(self, request: asked.CompletionRequest) -> Asking:
         request.refuse_unsupported()
@@ -169,11 +171,19 @@ class Answers:
         return Asking(voice, rows, sum(map(len, prompts)))
 
     @staticmethod
-    def _row(voice: Voice, prompt: list[int], settings: Settings, place: int, **more: Any) -> Row:
+    def _row(
+        voice: Voice,
+        prompt: list[int],
+        settings: Settings,
+        place: int,
+        marks: frozenset[int] = frozenset(),
+        **more: Any,
+    ) -> Row:
         # Several answers to one request differ, and are the same the next time.
         seed = None if settings.seed is None else settings.seed + place
         settings = replace(settings, seed=seed)
-        return Row(voice.home, voice.adapter, prompt, settings, voice.tokenizer, lambda piece: None, **more)
+        decoder = Decoder(voice.tokenizer, settings.stop, marks)
+        return Row(voice.home, voice.adapter, prompt, settings, decoder, lambda piece: None, **more)
 
     @staticmethod
     def _grammar(

@@ -52,7 +52,7 @@ class Row:
     adapter: Path | None
     ids: list[int]
     settings: Settings
-    tokenizer: Any
+    decoder: Decoder
     tell: Callable[[Piece | Exception], None]
     """Called from the engine's thread with each piece, the last of which says why the answer ends."""
     grammar: Any = None
@@ -61,14 +61,13 @@ class Row:
     cancelled: bool = False
     """Whether nobody waits for the answer any more."""
     chooser: Chooser = field(init=False)
-    decoder: Decoder = field(init=False)
     name: str = field(init=False, default=NO_ADAPTER)
     made: int = field(init=False, default=0)
 
     @property
     def so_far(self) -> list[int]:
         """The tokens of the prompt and of what has been said."""
-        return [*self.ids, *self.decoder.ids] if self.made else self.ids
+        return [*self.ids, *self.decoder.ids]
 
     @property
     def expected(self) -> int:
@@ -82,7 +81,6 @@ class Row:
             return
         seed = secrets.randbits(63) if self.settings.seed is None else self.settings.seed % 2**63
         self.chooser = Chooser(self.settings, self.grammar, held.device, seed)
-        self.decoder = Decoder(self.tokenizer, self.settings.stop)
 
     def advance(self, logits_V: torch.Tensor) -> int:
         """Returns the next token, having told it, or -1 where the answer ends; the logits may be changed."""
