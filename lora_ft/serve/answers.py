@@ -140,7 +140,8 @@ class Answers:
             try:
                 prompt = renderer.prompt(messages, tools if choice != "none" else ())
             except LoraFtError as error:
-                raise bad("messages", str(error).removeprefix("prompt: "), "invalid_messages") from None
+                told = str(error).removeprefix("prompt: ")
+                raise bad(_place_in(told) or "messages", told, "invalid_messages") from None
         most = _most(request.most_tokens, len(prompt), voice.context, "messages")
         ends = voice.ends | {renderer.end_id}
         settings = request.settings(most, request.told_logprobs, ends, voice.vocabulary)
@@ -257,8 +258,13 @@ def _raise(faults: Faults, param: str) -> None:
         faults.raise_if_any()
     except DataError as error:
         lines = [line.removeprefix("request: ") for line in error.problems]
-        place = re.match(r"[\w.\[\]]+", lines[0])
-        raise bad(place.group() if place else param, " ".join(lines[:8]), "invalid_value") from None
+        raise bad(_place_in(lines[0]) or param, " ".join(lines[:8]), "invalid_value") from None
+
+
+def _place_in(told: str) -> str | None:
+    """Returns the field that a refusal begins with."""
+    place = re.match(r"(messages|tools)\b[\w.\[\]]*", told)
+    return place.group() if place else None
 
 
 def _refusal(error: Exception) -> RequestError:
