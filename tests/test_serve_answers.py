@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_ft import adapters, base, config, tasks
 from lora_ft.data.render import ChatRenderer
-from lora_ft.serve import answers, engine, held, jobs, models
-from lora_ft.serve.asked import ChatRequest
+from lora_ft.serve import answers, completions, engine, held, jobs, models
+from lora_ft.serve.asked import ChatRequest, CompletionRequest
 from lora_ft.serve.decoding import Decoder, Piece, token_bytes
 from lora_ft.serve.sampling import Chooser, Chosen, Settings
 from lora_ft.serve.toolcalls import CallForm
+from lora_ft.serve.voices import Voice
 from tests import stock_templates, tiny, tiny_server
 from tests.in_process import Client
 from tests.test_serve_states import order
@@ -372,6 +373,37 @@ def test_completions_in_all_their_forms(client):
     assert 8 < best["usage"]["completion_tokens"] <= 20
     chunks = events(client, "/v1/completions", prompt="hello", echo=True, max_tokens=5)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == echoed["text"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "chatml"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_offsets_are_those_of_the_text(name, as_text):
+    words = stock_templates.tokenizer_of(name)
+    model, home = SimpleNamespace(name="x"), SimpleNamespace(key=())
+    voice = Voice(model, home, None, words, context=64, vocabulary=len(words), ends=frozenset())
+    end = words.eos_token
+    prompt = f"What is é the{end} capital?"
+    ids = voice.plain(prompt)
+    request = CompletionRequest(model="x", prompt=prompt if as_text else ids, echo=True, logprobs=1)
+    row = SimpleNamespace(ids=ids, made=1, cancelled=False)
+    asking, decoder = answers.Asking(voice, [row], len(ids)), Decoder(words, ())
+    asking.pieces.put_nowait((0, Piece(tokens=[Chosen(token, -1.0) for token in ids[1:]])))
+    for token in words(f" on{end} the ürban river", add_special_tokens=False)["input_ids"]:
+        asking.pieces.put_nowait((0, decoder.add(Chosen(token, -2.0))))
+    asking.pieces.put_nowait((0, decoder.end("length")))
+    (choice,) = asyncio.run(completions.answer(asking, request, None))["choices"]
+    text, lists = choice["text"], choice["logprobs"]
+    assert text.startswith(prompt if as_text else prompt.replace(end, ""))
+    assert "".join(lists["tokens"]).replace("\ufffd", "").count("What") == 1
+    assert lists["token_logprobs"][0] is None
+    assert None not in lists["token_logprobs"][1:]
+    assert len({len(held) for held in lists.values()}) == 1
+    assert (words.bos_token in lists["tokens"]) == (words.bos_token is not None and not as_text)
+    whole = [pair for pair in zip(lists["text_offset"], lists["tokens"], strict=True) if "\ufffd" not in pair[1]]
+    for offset, token in whole:
+        is_left_out = token in words.all_special_tokens and not (as_text and offset < len(prompt))
+        assert is_left_out or text[offset:].lstrip().startswith(token.lstrip()), (offset, token)
+    assert lists["text_offset"][-1] == len(text) - len(lists["tokens"][-1])
 
 
 @pytest.mark.parametrize(

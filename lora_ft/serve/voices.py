@@ -62,12 +62,16 @@ class Voice:
         """What grammars know of the tokenizer."""
         return grammars.tokenizer_of(self.tokenizer, self.vocabulary, sorted(self.ends | {self.renderer.end_id}))
 
+    @cached_property
+    def start(self) -> list[int]:
+        """What is put before a prompt without a template: BOS, where the tokenizer puts it before texts."""
+        return [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
+
     def plain(self, text: str) -> list[int]:
         """Returns a prompt without a template as tokens, as it was trained."""
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        start = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
         # A model must be run on something.
-        return [*start, *ids] or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+        return [*self.start, *ids] or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
 
     @property
     def fingerprint(self) -> str:
