@@ -3,14 +3,19 @@
 python benchmarks/bench_serve.py [--base smollm2-135m] [--tokens 64]
 
 Random adapters at rank 16 stand for trained ones: what is measured does not depend on what they say. Each chat is
-greedy and of the same length. The first token two answers differ in must be one whose two likeliest were as good as
-even, or the run fails.
+greedy and of the same length; once that length is asked for, and once none is, and the client leaves at it.
+
+Where an answer among others parts from the one by itself, the two likeliest logits of the latter must be no further
+apart than twice what rounding does there: the largest difference between the logits of that very beginning computed by
+itself and beside the other chats, on one adapter, lest a mistake in mixing them pass for rounding. The run fails
+otherwise, or where answers at once are not 2.5 times as fast.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 import tempfile
 import threading
@@ -23,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lora_ft import adapters, config, environment, saved, sources, tasks
 from lora_ft import base as bases
-from lora_ft.serve.decoding import Piece
-from lora_ft.serve.engine import Engine, Home, Row
-from lora_ft.serve.sampling import Settings
+from lora_ft.serve.decoding import Decoder, Piece
+from lora_ft.serve.engine import Engine, Row
+from lora_ft.serve.held import Held, Home
+from lora_ft.serve.sampling import Chosen, Settings
 
 CHATS, ADAPTERS, RANK = 8, 4, 16
-# Of a difference of two logits in bfloat16, relative to logits of about 16.
-EVEN = 0.25
+TARGET = 2.5
 QUESTIONS = (
     "What is the capital of France?", "Write a sentence about the sea.", "Name three primary colours.",
     "How do I boil an egg?", "What is two plus two?", "Tell me a short story.", "Who wrote Hamlet?", "What is rain?",
@@ -53,18 +58,19 @@ def made(base: bases.Base, name: str, folder: Path, seed: int) -> Path:
     return place
 
 
-def answers(engine: Engine, rows: list[Row], together: bool) -> tuple[list[list], float]:
-    """Returns the tokens of each answer and the seconds that all of them took."""
-    found: list[list] = [[] for _ in rows]
+def answers(engine: Engine, rows: list[Row], tokens: int, together: bool) -> tuple[list[list[Chosen]], float]:
+    """Returns the first `tokens` of each answer and the seconds that all of them took."""
+    found: list[list[Chosen]] = [[] for _ in rows]
     ended = [threading.Event() for _ in rows]
     began = time.perf_counter()
 
     def teller(place: int):
         def tell(piece: Piece | Exception) -> None:
             if isinstance(piece, Exception):
-                raise piece
+                raise SystemExit(f"an answer failed: {piece}")
             found[place] += piece.tokens
-            if piece.finish:
+            if piece.finish or len(found[place]) >= tokens:
+                rows[place].cancelled = True
                 ended[place].set()
 
         return tell
@@ -78,7 +84,39 @@ def answers(engine: Engine, rows: list[Row], together: bool) -> tuple[list[list]
         engine.submit(rows)
         for event in ended:
             event.wait()
-    return found, time.perf_counter() - began
+    return [one[:tokens] for one in found], time.perf_counter() - began
+
+
+@torch.inference_mode()
+def rounding(held: Held, adapter: Path, prompts: list[list[int]], said: list[list[int]], chat: int) -> float:
+    """Returns the largest difference of the logits behind what a chat said, read by itself and in a row among all.
+
+    All rows have the adapter of that chat: rows of other adapters are what the difference is to judge.
+    """
+
+    def logits(rows: list[int]) -> torch.Tensor:
+        names, cache = [held.name_of(adapter)] * len(rows), held.cache()
+        longest = max(len(prompts[row]) for row in rows)
+        padding = [longest - len(prompts[row]) for row in rows]
+        ids = torch.tensor([[0] * pad + prompts[row] for row, pad in zip(rows, padding, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        for step in range(len(said[chat]) + 1):
+            if step:
+                ids = torch.tensor([[said[row][step - 1]] for row in rows])
+                mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.int64)], dim=1)
+            places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            read = {"input_ids": ids, "position_ids": places, "attention_mask": mask}
+            inputs = {name: value.to(held.device) for name, value in read.items()}
+            out = held.run(names, **inputs, past_key_values=cache, use_cache=True)
+        return out.logits[rows.index(chat), -1].float()
+
+    return float((logits([chat]) - logits(list(range(len(prompts))))).abs().max())
+
+
+def parting(alone: list[Chosen], beside: list[Chosen]) -> int | None:
+    """Returns the first place where two answers differ."""
+    pairs = enumerate(zip(alone, beside, strict=True))
+    return next((place for place, (one, other) in pairs if one.token != other.token), None)
 
 
 def main() -> None:
@@ -89,44 +127,65 @@ def main() -> None:
     options = parser.parse_args()
     source = sources.resolve(options.base)
     home = Home(source, sources.weights_digest(source.folder))
+    context = bases.positions(bases.read_config(source.folder), options.base) or 2048
     task = tasks.get("chat")
+    wrong = []
+    print(f"{CHATS} chats of {options.tokens} tokens over {ADAPTERS} adapters of rank {RANK} on {options.base}")
     with tempfile.TemporaryDirectory() as scratch:
-        places = []
+        adapters_made = []
         for seed in range(ADAPTERS):
             base = bases.load(source)
-            places.append(made(base, options.base, Path(scratch), seed))
+            adapters_made.append(made(base, options.base, Path(scratch), seed))
         task.prepare(base.tokenizer, 512)
         prompts = [task.renderer.prompt([{"role": "user", "content": one}]) for one in QUESTIONS]
         del base
         engine = Engine()
 
-        def rows() -> list[Row]:
+        def rows(limit: int | None) -> list[Row]:
             # No token ends an answer, so that all are of the same length.
-            settings = Settings(max_tokens=options.tokens, temperature=0.0, logprobs=2)
-            return [Row(home, places[n % ADAPTERS], prompts[n], settings, task.tokenizer, print) for n in range(CHATS)]
+            made = []
+            for n, prompt in enumerate(prompts):
+                settings = Settings(max_tokens=limit or context - len(prompt), temperature=0.0, logprobs=2)
+                decoder = Decoder(task.tokenizer, ())
+                made.append(Row(home, adapters_made[n % ADAPTERS], prompt, settings, decoder, print))
+            return made
 
-        answers(engine, rows()[:ADAPTERS], together=True)
-        times: dict[bool, list[float]] = {False: [], True: []}
-        texts = {}
-        for _ in range(options.repeats):
-            for together in (False, True):
-                texts[together], seconds = answers(engine, rows(), together)
-                times[together].append(seconds)
+        answers(engine, rows(4)[:ADAPTERS], 4, together=True)
+        texts: dict[bool, list[list[Chosen]]] = {}
+        parted = {}
+        for limit in (options.tokens, None):
+            times: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(options.repeats):
+                for together in (False, True):
+                    texts[together], seconds = answers(engine, rows(limit), options.tokens, together)
+                    times[together].append(seconds)
+                for chat, pair in enumerate(zip(texts[False], texts[True], strict=True)):
+                    if (place := parting(*pair)) is not None:
+                        parted[chat, place] = texts[False]
+            rates = {together: CHATS * options.tokens / statistics.median(s) for together, s in times.items()}
+            ratio = rates[True] / rates[False]
+            print(
+                f"max_tokens {limit or 'not given'}: one after the other {rates[False]:.1f} tokens/s, all at once "
+                f"{rates[True]:.1f}, {ratio:.2f} times"
+            )
+            csv.writer(sys.stdout).writerow(
+                [options.base, options.tokens, limit, *(f"{r:.2f}" for r in rates.values())]
+            )
+            if ratio < TARGET:
+                wrong.append(f"answers at once are {ratio:.2f} times as fast, not {TARGET}")
         engine.stop()
-    differ = 0
-    for alone, beside in zip(texts[False], texts[True], strict=True):
-        for one, other in zip(alone, beside, strict=True):
-            if one.token != other.token:
-                differ += 1
-                margin = one.top[0][1] - one.top[1][1]
-                if margin > EVEN:
-                    raise SystemExit(f"an answer differs where the likeliest token leads by {margin:.3f}")
-                break
-    rates = {together: CHATS * options.tokens / min(seconds) for together, seconds in times.items()}
-    print(f"{CHATS} chats of {options.tokens} tokens over {ADAPTERS} adapters of rank {RANK} on {options.base}")
-    print(f"one after the other {rates[False]:.1f} tokens/s, all at once {rates[True]:.1f} tokens/s")
-    print(f"{rates[True] / rates[False]:.2f} times; {CHATS - differ} of {CHATS} answers the same to the last token")
-    csv.writer(sys.stdout).writerow([options.base, options.tokens, f"{rates[False]:.2f}", f"{rates[True]:.2f}"])
+        del engine
+        held = Held(home) if parted else None
+        for (chat, place), alone in parted.items():
+            said = [[one.token for one in text[:place]] for text in alone]
+            (_, likeliest), (_, next_best) = alone[chat][place].top
+            gap, apart = likeliest - next_best, rounding(held, adapters_made[chat % ADAPTERS], prompts, said, chat)
+            print(f"chat {chat} parts at token {place}: the two likeliest are {gap:.4f} apart, rounding is {apart:.4f}")
+            if gap > 2 * apart:
+                wrong.append(f"chat {chat} parts at token {place} by more than rounding")
+    print(f"{CHATS - len({chat for chat, _ in parted})} of {CHATS} answers are the same to the last token")
+    if wrong:
+        raise SystemExit("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,18 @@ class Client:
         self.app = app.create(self.state, bound)
 
     def __call__(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str | None] | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str | None] | None = None,
+        heard: Callable[[dict[str, Any]], None] = lambda message: None,
     ) -> tuple[int, Any, dict[str, str]]:
-        """Returns status, JSON (or text) and headers of an answer; a header of None is left out."""
+        """Returns status, JSON (or text) and headers of an answer; a header of None is left out.
+
+        Args:
+            heard: called with each part of the answer; what it raises, the server meets as it sends.
+        """
         given: dict[str, str | None] = {"host": HOST, "authorization": f"Bearer {self.token}"}
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         given |= {"content-type": "application/json", "content-length": str(len(data))}
@@ -38,9 +48,11 @@ class Client:
             "path": route, "raw_path": route.encode(), "query_string": query.encode(), "headers": sent,
             "server": ("127.0.0.1", 8000), "client": ("127.0.0.1", 1), "root_path": "",
         }  # fmt: skip
-        return asyncio.run(self._exchange(scope, data))
+        return asyncio.run(self._exchange(scope, data, heard))
 
-    async def _exchange(self, scope: dict[str, Any], data: bytes) -> tuple[int, Any, dict[str, str]]:
+    async def _exchange(
+        self, scope: dict[str, Any], data: bytes, heard: Callable[[dict[str, Any]], None]
+    ) -> tuple[int, Any, dict[str, str]]:
         messages: list[dict[str, Any]] = []
         sent = False
 
@@ -53,6 +65,7 @@ class Client:
 
         async def send(message: dict[str, Any]) -> None:
             messages.append(message)
+            heard(message)
 
         try:
             await self.app(scope, receive, send)

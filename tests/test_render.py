@@ -304,6 +304,8 @@ def test_control_tokens_in_what_is_said_are_refused(name: str, token: str) -> No
     assert f"messages[1] holds the control token {token}" in problem(
         renderer, chat(user("hi"), assistant(f"strike {token} this"))
     )
+    with pytest.raises(MaskError, match=rf"^prompt: messages\[2\] holds the control token {re.escape(token)}, which"):
+        renderer.prompt([user("hi"), assistant("yes"), user(f"strike {token} this")])
 
 
 def test_marks_that_the_template_writes_are_refused_wherever_they_stand() -> None:

@@ -67,7 +67,7 @@ def conversation(
     if not isinstance(turns, list) or not turns:
         faults.add(place, found(turns), "give a list with at least one message")
         return ()
-    messages = [_message(turn, f"{place}[{index}]", dialect, faults) for index, turn in enumerate(turns)]
+    messages = [_message(turn, f"{place}[{index}]", dialect, faults, trained) for index, turn in enumerate(turns)]
     _check_answers(messages, place, faults)
     # Where a role is wrong, that message may have been the assistant's.
     if trained and all(message["role"] for message in messages) and not any(map(_is_trained, messages)):
@@ -83,7 +83,7 @@ def _is_trained(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def _message(turn: Any, place: str, dialect: Dialect, faults: Faults) -> Message:
+def _message(turn: Any, place: str, dialect: Dialect, faults: Faults, trained: bool) -> Message:
     if not isinstance(turn, dict):
         faults.add(place, found(turn), f'give an object with "{dialect.role}" and "{dialect.content}"')
         return {"role": None, "content": None}
@@ -100,11 +100,11 @@ def _message(turn: Any, place: str, dialect: Dialect, faults: Faults) -> Message
     _check_extras(message, place, faults)
     if calls := _calls(message, place, faults):
         message["tool_calls"] = calls
-    message["content"] = _content(content, message, f"{place}.{dialect.content}", faults)
+    message["content"] = _content(content, message, f"{place}.{dialect.content}", faults, trained)
     return message
 
 
-def _content(value: Any, message: Message, place: str, faults: Faults) -> str | None:
+def _content(value: Any, message: Message, place: str, faults: Faults, trained: bool) -> str | None:
     """Returns the text, parts joined; an assistant's refusal is its text where it has no other."""
     if message["role"] == "assistant":
         refusal = message.pop("refusal", None)
@@ -113,7 +113,7 @@ def _content(value: Any, message: Message, place: str, faults: Faults) -> str | 
     if isinstance(value, list):
         value = _joined(value, place, faults)
     if isinstance(value, str):
-        if not value.strip() and not has_calls and _is_trained(message):
+        if trained and not value.strip() and not has_calls and _is_trained(message):
             faults.add(place, "is empty", "an assistant message needs text, tool_calls, or a weight of 0")
         return value
     if not (value in (None, MISSING) and has_calls and message["role"] == "assistant"):

@@ -81,10 +81,16 @@ class ChatRenderer:
             raise MaskError([f"{example.where}: {error}"]) from error
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Token ids that a trained model answers to: the conversation and the generation prompt."""
+        """Token ids that a trained model answers to: the conversation and the generation prompt.
+
+        Raises MaskError where the template refuses, or messages or tools hold a token that it alone may write.
+        """
         asked_with = [dict(tool) for tool in tools]
         try:
             template = self._template(asked_with, messages)
+            # What a user writes must not end a turn or begin one, as another's.
+            _refuse_control_tokens(template, messages, "messages")
+            _refuse_control_tokens(template, asked_with, "tools")
             asked = template.messages(messages)
             text = template.prompt(asked, asked_with)
             _refuse_dropped_tools(template.prompt, asked, asked_with, text)

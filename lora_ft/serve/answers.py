@@ -7,18 +7,21 @@ import itertools
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from lora_ft.data.chats import OPENAI, conversation, toolbox
 from lora_ft.data.faults import Faults
 from lora_ft.errors import DataError, LoraFtError
 from lora_ft.serve import asked, grammars, ids
-from lora_ft.serve.decoding import Piece
+from lora_ft.serve.decoding import Decoder, Piece
 from lora_ft.serve.engine import Engine, Row
 from lora_ft.serve.models import Models
 from lora_ft.serve.refusals import RequestError, bad, body
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # How often it is looked whether a client still waits.
 LOOK_S = 1.0
+PING_S = 15
 Gone = Callable[[], Awaitable[bool]]
 
 
@@ -52,14 +56,16 @@ class Asking:
 
     async def each(self, gone: Gone) -> AsyncIterator[tuple[int, Piece]]:
         """Yields the pieces of all rows as they come, up to the last of each. Raises what ended a row."""
-        left = set(range(len(self.rows)))
+        left, looked = set(range(len(self.rows))), time.monotonic()
         try:
             while left:
+                if time.monotonic() - looked >= LOOK_S:
+                    if await gone():
+                        return
+                    looked = time.monotonic()
                 try:
                     place, piece = await asyncio.wait_for(self.pieces.get(), LOOK_S)
                 except TimeoutError:
-                    if await gone():
-                        return
                     continue
                 if isinstance(piece, Exception):
                     raise _refusal(piece)
@@ -129,19 +135,22 @@ class Answers:
         with voice.lock:
             renderer = voice.renderer
             calls = voice.calls if tools else None
+            read = calls if choice != "none" else None
+            marks = read.tokens(voice.tokenizer) if read else frozenset()
             try:
                 prompt = renderer.prompt(messages, tools if choice != "none" else ())
             except LoraFtError as error:
-                raise bad("messages", str(error).removeprefix("prompt: "), "invalid_messages") from None
+                told = str(error).removeprefix("prompt: ")
+                raise bad(_place_in(told) or "messages", told, "invalid_messages") from None
         most = _most(request.most_tokens, len(prompt), voice.context, "messages")
         ends = voice.ends | {renderer.end_id}
         settings = request.settings(most, request.told_logprobs, ends, voice.vocabulary)
         source = self._grammar(request, voice, tools, choice, calls)
         rows = [
-            self._row(voice, prompt, settings, place, grammar=_grammar_of(voice, source) if source else None)
+            self._row(voice, prompt, settings, place, marks, grammar=_grammar_of(voice, source) if source else None)
             for place in range(request.n or 1)
         ]
-        return Asking(voice, rows, len(prompt), calls if choice != "none" else None)
+        return Asking(voice, rows, len(prompt), read)
 
     def _completion(self, request: asked.CompletionRequest) -> Asking:
         request.refuse_unsupported()
@@ -163,11 +172,19 @@ class Answers:
         return Asking(voice, rows, sum(map(len, prompts)))
 
     @staticmethod
-    def _row(voice: Voice, prompt: list[int], settings: Settings, place: int, **more: Any) -> Row:
+    def _row(
+        voice: Voice,
+        prompt: list[int],
+        settings: Settings,
+        place: int,
+        marks: frozenset[int] = frozenset(),
+        **more: Any,
+    ) -> Row:
         # Several answers to one request differ, and are the same the next time.
         seed = None if settings.seed is None else settings.seed + place
-        settings = Settings(**{**vars(settings), "seed": seed})
-        return Row(voice.home, voice.adapter, prompt, settings, voice.tokenizer, lambda piece: None, **more)
+        settings = replace(settings, seed=seed)
+        decoder = Decoder(voice.tokenizer, settings.stop, marks)
+        return Row(voice.home, voice.adapter, prompt, settings, decoder, lambda piece: None, **more)
 
     @staticmethod
     def _grammar(
@@ -241,8 +258,13 @@ def _raise(faults: Faults, param: str) -> None:
         faults.raise_if_any()
     except DataError as error:
         lines = [line.removeprefix("request: ") for line in error.problems]
-        place = re.match(r"[\w.\[\]]+", lines[0])
-        raise bad(place.group() if place else param, " ".join(lines[:8]), "invalid_value") from None
+        raise bad(_place_in(lines[0]) or param, " ".join(lines[:8]), "invalid_value") from None
+
+
+def _place_in(told: str) -> str | None:
+    """Returns the field that a refusal begins with."""
+    place = re.match(r"(messages|tools)\b[\w.\[\]]*", told)
+    return place.group() if place else None
 
 
 def _refusal(error: Exception) -> RequestError:
@@ -269,7 +291,21 @@ def head(asking: Asking, request: asked.Asked, kind: str, prefix: str) -> dict[s
     }
 
 
-async def with_errors_told(chunks: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
+class Stream(EventSourceResponse):
+    """The chunks of an answer as events. Nobody waits for it any more once they end, or could not even begin."""
+
+    def __init__(self, asking: Asking, chunks: AsyncIterator[str]) -> None:
+        super().__init__(_with_errors_told(chunks), ping=PING_S, sep="\n")
+        self._asking = asking
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._asking.cancel()
+
+
+async def _with_errors_told(chunks: AsyncIterator[str]) -> AsyncIterator[dict[str, str]]:
     """Yields the events of a stream. One that breaks ends in an error object, which clients raise: a stream that just
     ended they would take for the whole answer."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -25,10 +26,15 @@ class Piece:
 
 
 class Decoder:
-    """The text of one answer."""
+    """The text of one answer.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    Args:
+        kept: the special tokens that stand in the text; the others are left out.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], kept: frozenset[int] = frozenset()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
+        self._hidden = special_tokens(tokenizer).keys() - kept if kept else None
         self.ids: list[int] = []
         self.text = ""
         """All that the tokens say so far, up to a stop string."""
@@ -52,8 +58,8 @@ class Decoder:
 
     def end(self, finish: str) -> Piece:
         """Returns the rest of an answer that ends."""
-        rest = self.tokenizer.decode(self.ids[self._window :], skip_special_tokens=True)
-        known = self.tokenizer.decode(self.ids[self._window : self._read], skip_special_tokens=True)
+        rest = self._decoded(self.ids[self._window :])
+        known = self._decoded(self.ids[self._window : self._read])
         self.text += rest[len(known) :].rstrip(HALF)
         return self._piece(len(self.text), finish)
 
@@ -62,12 +68,17 @@ class Decoder:
 
         A token is decoded with those before it, for some tokenizers write a space between words only.
         """
-        before = self.tokenizer.decode(self.ids[self._window : self._read], skip_special_tokens=True)
-        now = self.tokenizer.decode(self.ids[self._window :], skip_special_tokens=True)
+        before = self._decoded(self.ids[self._window : self._read])
+        now = self._decoded(self.ids[self._window :])
         if now.endswith(HALF) or len(now) <= len(before):
             return ""
         self._window, self._read = self._read, len(self.ids)
         return now[len(before) :]
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        if self._hidden is None:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode([one for one in ids if one not in self._hidden]))
 
     def _held(self) -> int:
         """Returns how many characters at the end may be the beginning of a stop string."""
@@ -87,6 +98,11 @@ class Decoder:
             ready = [one for begins, one in self._waiting if begins < end or finish == "length"]
             self._waiting = []
         return Piece(text, ready, finish)
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Returns the tokens that are no text, and how they are written."""
+    return {one: token.content for one, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 @cache

@@ -4,59 +4,44 @@ Requests join a running batch before its next token and leave it after their las
 differ (PEFT's mixed batches). Rows of a batch are padded on the left; what a row says depends on its neighbours by
 rounding only.
 
+A row is let in by what it holds and a little room, for most that may take the whole context end long before. The rows
+times the tokens of the longest stay within BATCH_TOKENS, but for a row alone: where a batch outgrows that, the row that
+came last waits again, and later reads its prompt and what it has said anew.
+
 Shapes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import secrets
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from transformers import DynamicCache
 
-from lora_ft import base as bases
-from lora_ft import four_bits, fused, heap, saved, sources
-from lora_ft.errors import LoraFtError, UnsupportedModelError
-from lora_ft.generate import BATCH_TOKENS, InPlaceLayer, can_share, contiguous_head
-from lora_ft.modes import unwrapped
+from lora_ft import heap
+from lora_ft.errors import LoraFtError
+from lora_ft.generate import BATCH_TOKENS
 from lora_ft.serve.decoding import Decoder, Piece
+from lora_ft.serve.held import NO_ADAPTER, Held, Home
 from lora_ft.serve.refusals import RequestError
 from lora_ft.serve.sampling import Chooser, Settings, logprobs_of
-from lora_ft.tasks import get as get_task
 
 log = logging.getLogger(__name__)
 
 MAX_ROWS = 16
-# Adapters kept beside the base: of SmolLM2-135M at rank 16 each takes 10 MB in bfloat16.
-MAX_ADAPTERS = 16
+# Tokens that an answer is thought to take beyond those it has: most end within.
+ROOM = 256
+# How long a base is kept that nobody asks: a job may want the device, and loading takes seconds.
+IDLE_S = 300.0
 # Requests that may wait; beyond them a client is told to come again.
 MAX_WAITING = 256
-NO_ADAPTER = "__base__"
-"""PEFT's word for a row that no adapter changes."""
-
-
-@dataclass(frozen=True)
-class Home:
-    """A base as adapters and requests name it: what must be the same for them to share it."""
-
-    source: sources.Source
-    digest: str
-    quant: Any = "nf4"
-    dtype: str = "auto"
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.digest, self.quant, self.dtype
 
 
 @dataclass(eq=False)
@@ -67,22 +52,63 @@ class Row:
     adapter: Path | None
     ids: list[int]
     settings: Settings
-    tokenizer: Any
+    decoder: Decoder
     tell: Callable[[Piece | Exception], None]
     """Called from the engine's thread with each piece, the last of which says why the answer ends."""
     grammar: Any = None
     echo: int | None = None
     """Whether the tokens of the prompt are told first, with this many likeliest ones at each place."""
     cancelled: bool = False
+    """Whether nobody waits for the answer any more."""
     chooser: Chooser = field(init=False)
-    decoder: Decoder = field(init=False)
     name: str = field(init=False, default=NO_ADAPTER)
     made: int = field(init=False, default=0)
 
     @property
-    def longest(self) -> int:
-        """The tokens of prompt and answer together."""
-        return len(self.ids) + self.settings.max_tokens
+    def so_far(self) -> list[int]:
+        """The tokens of the prompt and of what has been said."""
+        return [*self.ids, *self.decoder.ids]
+
+    @property
+    def expected(self) -> int:
+        """How many tokens prompt and answer are thought to come to."""
+        return len(self.ids) + min(self.settings.max_tokens, self.made + ROOM)
+
+    def begin(self, held: Held) -> None:
+        """Makes ready what the answer is made with. Raises LoraFtError where the adapter cannot be had."""
+        self.name = held.name_of(self.adapter)
+        if self.made:
+            return
+        seed = secrets.randbits(63) if self.settings.seed is None else self.settings.seed % 2**63
+        self.chooser = Chooser(self.settings, self.grammar, held.device, seed)
+
+    def advance(self, logits_V: torch.Tensor) -> int:
+        """Returns the next token, having told it, or -1 where the answer ends; the logits may be changed."""
+        if self.settings.max_tokens == 0:
+            return self._end("length")
+        chosen = self.chooser.choose(logits_V)
+        self.made += 1
+        is_end = chosen.token in self.settings.ends
+        if is_end or (self.grammar is not None and self.grammar.done):
+            if not is_end:
+                self.tell(self.decoder.add(chosen))
+            return self._end("stop")
+        piece = self.decoder.add(chosen)
+        self.tell(piece)
+        if piece.finish is not None:
+            return -1
+        return self._end("length") if self.made >= self.settings.max_tokens else chosen.token
+
+    def _end(self, finish: str) -> int:
+        self.tell(self.decoder.end(finish))
+        return -1
+
+    def fail(self, error: Exception) -> None:
+        """Tells why there will be no answer: nobody may wait for ever, or take a part for the whole."""
+        if not self.cancelled:
+            log.error("an answer ends: %s", error, exc_info=None if isinstance(error, LoraFtError) else error)
+            self.cancelled = True
+            self.tell(error)
 
 
 class Engine:
@@ -94,7 +120,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._ending = False
         self._forgotten: set[Path] = set()
-        self._held: _Held | None = None
+        self._held: Held | None = None
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Queues answers. Raises RequestError (429) where too many wait already."""
@@ -126,15 +152,18 @@ class Engine:
         batch: _Batch | None = None
         with torch.inference_mode():
             while True:
+                is_idle = False
                 with self._changed:
-                    while not self._waiting and not self._ending and not (batch and batch.rows):
-                        self._changed.wait()
+                    while not (self._waiting or self._ending or batch or is_idle):
+                        is_idle = not self._changed.wait(IDLE_S if self._held else None)
                     if self._ending:
                         break
                     # An answer that has begun is made to its end, whatever has become of its model.
                     used = {row.adapter for row in (*(batch.rows if batch else ()), *self._waiting)}
                     forgotten = self._forgotten - used
                     self._forgotten &= used
+                if is_idle:
+                    self._let_go()
                 if self._held is not None:
                     for place in forgotten:
                         self._held.drop(place)
@@ -144,7 +173,10 @@ class Engine:
             row.tell(gone)
 
     def _advanced(self, batch: _Batch | None) -> _Batch | None:
-        """Returns the batch after one token of all its rows, with those that wait taken in where they fit."""
+        """Returns the batch after one token of all its rows, with those that wait taken in where they fit.
+
+        None where no rows are left: a batch holds its base.
+        """
         joining = self._joining(batch)
         try:
             if joining:
@@ -153,20 +185,28 @@ class Engine:
                     with self._changed:
                         self._waiting.extendleft(reversed(joining[1:]))
                     joining = joining[:1]
-                joining = held.ready(joining)
+                for row in joining:
+                    with _alone(row):
+                        row.begin(held)
+                joining = [row for row in joining if not row.cancelled]
                 batch = batch if batch is not None and batch.held is held else _Batch(held)
                 batch.join(joining)
                 joining = []
             elif batch is not None:
+                aside = batch.put_aside()
+                with self._changed:
+                    self._waiting.extendleft(aside)
                 batch.step()
         except Exception as error:
-            # Whatever it was, nobody may be left waiting, or take what came so far for the whole answer.
-            log.error("answers could not be computed", exc_info=not isinstance(error, LoraFtError), stack_info=False)
-            for row in {id(row): row for row in (*joining, *(batch.rows if batch else ()))}.values():
-                row.tell(error)
+            taken = batch.rows if batch is not None else []
+            # Where the new rows could not be taken in, the others are as they were.
+            lost = joining if joining and joining[0] not in taken else taken
+            for row in lost:
+                row.fail(error)
             heap.give_back()
-            return None
-        return batch
+            if lost is not joining:
+                return None
+        return batch if batch is not None and batch.rows else None
 
     def _joining(self, batch: _Batch | None) -> list[Row]:
         """Returns the rows, the oldest first, that go with the batch as it is, or together where there is none."""
@@ -189,110 +229,26 @@ class Engine:
             return False
         if self._held is not None and self._held.home.key == row.home.key and not self._held.mixes:
             return False
-        return max(row.longest, *(other.longest for other in others)) * (len(others) + 1) <= BATCH_TOKENS
+        return max(row.expected, *(other.expected for other in others)) * (len(others) + 1) <= BATCH_TOKENS
 
-    def _holding(self, home: Home) -> _Held:
+    def _holding(self, home: Home) -> Held:
         if self._held is None or self._held.home.key != home.key:
             # The one before goes first: two bases need not fit.
-            self._held = None
-            heap.give_back()
-            self._held = _Held(home)
+            self._let_go()
+            self._held = Held(home)
         return self._held
 
-
-class _Held:
-    """The base in memory and the adapters on it."""
-
-    def __init__(self, home: Home) -> None:
-        self.home = home
-        base = bases.load(home.source, quant=home.quant, model_class=get_task("chat").model_class, dtype=home.dtype)
-        self.base, self.model = base, base.model
-        self.model.eval()
-        takes = inspect.signature(self.model.forward).parameters
-        if "past_key_values" not in takes:
-            raise UnsupportedModelError(
-                f"{home.source.name}: a {self.model.config.model_type} model keeps no cache of what it has read, so it "
-                "would read all of it anew for every token: it is not served."
-            )
-        self.keeps_logits = "logits_to_keep" in takes
-        self.mixes = can_share(self.model)
-        if not self.mixes:
-            log.info("%s answers one request at a time: its attention does not allow padding", home.source.name)
-        self._kept = ExitStack()
-        self._kept.enter_context(four_bits.dequantized(self.model))
-        self._kept.enter_context(contiguous_head(self.model))
-        self._names: OrderedDict[Path, str] = OrderedDict()
-        self._made = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    def ready(self, rows: Sequence[Row]) -> list[Row]:
-        """Returns the rows whose adapters are in the model; the others are told why theirs is not."""
-        found = []
-        for row in rows:
-            try:
-                row.name = NO_ADAPTER if row.adapter is None else self._name_of(row.adapter)
-            except LoraFtError as error:
-                row.tell(error)
-                continue
-            seed = secrets.randbits(63) if row.settings.seed is None else row.settings.seed % 2**63
-            row.chooser = Chooser(row.settings, row.grammar, self.device, seed)
-            row.decoder = Decoder(row.tokenizer, row.settings.stop)
-            found.append(row)
-        return found
-
-    def drop(self, place: Path) -> None:
-        """Takes an adapter out of the model."""
-        if name := self._names.pop(place, None):
-            self.model.delete_adapter(name)
-
-    def _name_of(self, place: Path) -> str:
-        if place in self._names:
-            self._names.move_to_end(place)
-            return self._names[place]
-        settings = saved.lora_settings(place)
-        self._made += 1
-        name = f"a{self._made}"
-        fused.register(settings)
-        if isinstance(self.model, peft.PeftModel):
-            self.model.add_adapter(name, settings)
-        else:
-            self.model.name_or_path = settings.base_model_name_or_path
-            self.model = peft.get_peft_model(self.model, settings, adapter_name=name)
-        try:
-            saved.fill(self.model, place, name)
-        except LoraFtError:
-            self.model.delete_adapter(name)
-            raise
-        # Autocast would make the same numbers of them, for every product anew.
-        for parameter_name, parameter in self.model.named_parameters():
-            if f".{name}." in parameter_name:
-                parameter.data = parameter.data.to(self.base.dtype)
-                parameter.requires_grad_(False)
-        self.model.eval()
-        self._names[place] = name
-        return name
-
-    def let_go(self, but: set[str]) -> None:
-        """Drops the adapters that were not used for longest, where there are too many."""
-        for place in [place for place, name in self._names.items() if name not in but]:
-            if len(self._names) <= MAX_ADAPTERS:
-                return
-            self.drop(place)
-
-    def run(self, names: Sequence[str], **inputs: Any) -> Any:
-        """Returns the model's output for rows, each with the adapter of its name."""
-        if isinstance(self.model, peft.PeftModel):
-            return self.model(**inputs, adapter_names=list(names))
-        return self.model(**inputs)
+    def _let_go(self) -> None:
+        """Gives back the memory of the base and its adapters."""
+        self._held = None
+        heap.give_back()
+        torch.cuda.empty_cache()
 
 
 class _Batch:
     """The rows being answered, with keys and values of all their tokens, padded on the left to one length."""
 
-    def __init__(self, held: _Held) -> None:
+    def __init__(self, held: Held) -> None:
         self.held = held
         self.rows: list[Row] = []
         self.cache: Any = None
@@ -305,22 +261,23 @@ class _Batch:
             return
         held = self.held
         held.let_go({row.name for row in (*self.rows, *rows)})
-        longest = max(len(row.ids) for row in rows)
+        texts = [row.so_far for row in rows]
+        longest = max(map(len, texts))
         pad = held.base.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(r.ids)) + r.ids for r in rows], device=held.device)
-        mask = torch.tensor([[0] * (longest - len(r.ids)) + [1] * len(r.ids) for r in rows], device=held.device)
-        echoes = any(row.echo is not None for row in rows)
-        cache = _cache(held)
+        ids = torch.tensor([[pad] * (longest - len(text)) + text for text in texts], device=held.device)
+        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=held.device)
+        echoing = [place for place, row in enumerate(rows) if row.echo is not None and not row.made]
+        cache = held.cache()
         places = {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0), "attention_mask": mask} if held.mixes else {}
-        kept = {"logits_to_keep": 1} if held.keeps_logits and not echoes else {}
+        kept = {"logits_to_keep": 1} if held.keeps_logits and not echoing else {}
         out = held.run([r.name for r in rows], input_ids=ids, past_key_values=cache, use_cache=True, **places, **kept)
-        for place, row in enumerate(rows):
-            if row.echo is not None:
+        for place in echoing:
+            row = rows[place]
+            with _alone(row):
                 start = longest - len(row.ids)
-                told = logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo)
-                row.tell(Piece(tokens=told))
+                row.tell(Piece(tokens=logprobs_of(out.logits[place, start:-1], row.ids[1:], row.echo or 0)))
         if self.rows:
-            self.cache, self.mask_BT = _joined(held, self.cache, self.mask_BT, out.past_key_values, mask)
+            self.cache, self.mask_BT = held.joined(self.cache, self.mask_BT, out.past_key_values, mask)
         else:
             self.cache, self.mask_BT = out.past_key_values, mask
         self.rows = [*self.rows, *rows]
@@ -345,32 +302,28 @@ class _Batch:
         self._leave()
 
     def _chosen(self, rows: Sequence[Row], logits_BV: torch.Tensor) -> list[int]:
-        tokens = []
-        for row, logits in zip(rows, logits_BV.float(), strict=True):
-            tokens.append(-1)
-            if row.settings.max_tokens == 0:
-                row.tell(row.decoder.end("length"))
-                continue
-            chosen = row.chooser.choose(logits)
-            row.made += 1
-            if chosen.token in row.settings.ends or (row.grammar is not None and row.grammar.done):
-                if row.grammar is not None and chosen.token not in row.settings.ends:
-                    row.tell(row.decoder.add(chosen))
-                row.tell(row.decoder.end("stop"))
-                continue
-            piece = row.decoder.add(chosen)
-            row.tell(piece)
-            if piece.finish is not None:
-                continue
-            if row.made >= row.settings.max_tokens:
-                row.tell(row.decoder.end("length"))
-                continue
-            tokens[-1] = chosen.token
+        """Returns the next token of each row, -1 where there is none."""
+        tokens = [-1] * len(rows)
+        for place, (row, logits) in enumerate(zip(rows, logits_BV.float(), strict=True)):
+            if not row.cancelled:
+                with _alone(row):
+                    tokens[place] = row.advance(logits)
         return tokens
+
+    def put_aside(self) -> list[Row]:
+        """Returns the rows, the last first, that were taken out because the next token would make them all too many."""
+        self._leave()
+        length = self.mask_BT.shape[1] + 1
+        fitting = max(1, BATCH_TOKENS // length)
+        aside = self.rows[fitting:]
+        self._keep(range(len(self.rows))[:fitting])
+        return aside[::-1]
 
     def _leave(self) -> None:
         """Takes the rows out that have ended, or that nobody waits for any more."""
-        staying = [i for i, row in enumerate(self.rows) if self.last[i] >= 0 and not row.cancelled]
+        self._keep([i for i, row in enumerate(self.rows) if self.last[i] >= 0 and not row.cancelled])
+
+    def _keep(self, staying: Sequence[int]) -> None:
         if len(staying) == len(self.rows):
             return
         self.rows, self.last = [self.rows[i] for i in staying], [self.last[i] for i in staying]
@@ -381,33 +334,16 @@ class _Batch:
         mask = self.mask_BT[chosen]
         # Columns that are padding in every row that stays are let go too.
         start = int((mask.sum(dim=0) > 0).int().argmax())
-        cache = _cache(self.held)
+        cache = self.held.cache()
         for new, old in zip(cache.layers, self.cache.layers, strict=True):
             new.update(old.keys[chosen, :, start:], old.values[chosen, :, start:])
         self.cache, self.mask_BT = cache, mask[:, start:]
 
 
-def _cache(held: _Held) -> DynamicCache:
-    """Returns an empty cache: the model's own kind where a batch has one row only."""
-    config = unwrapped(held.model).config
-    cache = DynamicCache(config=config)
-    if held.mixes:
-        cache.layers = [InPlaceLayer() for _ in cache.layers or range(config.num_hidden_layers)]
-    return cache
-
-
-def _joined(
-    held: _Held, first: DynamicCache, first_mask: torch.Tensor, second: DynamicCache, second_mask: torch.Tensor
-) -> tuple[DynamicCache, torch.Tensor]:
-    """Returns the caches and masks of two batches as those of one, the shorter padded on the left."""
-    longest = max(first_mask.shape[1], second_mask.shape[1])
-    cache = _cache(held)
-    for new, one, two in zip(cache.layers, first.layers, second.layers, strict=True):
-        keys = torch.cat([_padded(one.keys, longest), _padded(two.keys, longest)])
-        new.update(keys, torch.cat([_padded(one.values, longest), _padded(two.values, longest)]))
-    masks = [torch.nn.functional.pad(m, (longest - m.shape[1], 0)) for m in (first_mask, second_mask)]
-    return cache, torch.cat(masks)
-
-
-def _padded(states_BHTD: torch.Tensor, longest: int) -> torch.Tensor:
-    return torch.nn.functional.pad(states_BHTD, (0, 0, longest - states_BHTD.shape[2], 0))
+@contextmanager
+def _alone(row: Row) -> Iterator[None]:
+    """Runs the block for one row: what goes wrong there is told to that row, and ends no other."""
+    try:
+        yield
+    except Exception as error:
+        row.fail(error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from sse_starlette import EventSourceResponse
 
 from lora_ft.serve import answers, chats, completions
 from lora_ft.serve.asked import ChatRequest, CompletionRequest
@@ -13,7 +12,6 @@ from lora_ft.serve.bodies import documented, reader
 from lora_ft.serve.state import Server
 
 router = APIRouter(prefix="/v1")
-PING_S = 15
 
 
 @router.post("/chat/completions", openapi_extra=documented(ChatRequest))
@@ -22,8 +20,7 @@ async def chat(request: Request, server: Server, body: Annotated[ChatRequest, De
     asking = await server.answers.ask_chat(body)
     if not body.stream:
         return await chats.answer(asking, body, request.is_disconnected)
-    chunks = chats.stream(asking, body, request.is_disconnected)
-    return EventSourceResponse(answers.with_errors_told(chunks), ping=PING_S, sep="\n")
+    return answers.Stream(asking, chats.stream(asking, body, request.is_disconnected))
 
 
 @router.post("/completions", openapi_extra=documented(CompletionRequest))
@@ -34,5 +31,4 @@ async def complete(
     asking = await server.answers.ask_completion(body)
     if not body.stream:
         return await completions.answer(asking, body, request.is_disconnected)
-    chunks = completions.stream(asking, body, request.is_disconnected)
-    return EventSourceResponse(answers.with_errors_told(chunks), ping=PING_S, sep="\n")
+    return answers.Stream(asking, completions.stream(asking, body, request.is_disconnected))

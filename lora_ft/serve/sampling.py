@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lora_ft.errors import LoraFtError
+
 SHOWN = 20
 
 
@@ -57,8 +59,17 @@ class Chooser:
         self.bias = torch.tensor(list(settings.logit_bias.values()), dtype=torch.float32, device=device)
 
     def choose(self, logits_V: torch.Tensor) -> Chosen:
-        """Returns the next token of the answer; `logits_V` is float32 and may be changed."""
+        """Returns the next token of the answer; `logits_V` is float32 and may be changed.
+
+        Raises:
+            LoraFtError: the largest of the logits is no finite number, so that the choice would mean nothing.
+        """
         settings = self.settings
+        if not torch.isfinite(logits_V.max()):
+            raise LoraFtError(
+                "The model computes no finite numbers for its next token, so its adapter or its base is spoiled; train "
+                "the adapter anew, or ask another model."
+            )
         if len(self.biased):
             logits_V[self.biased] += self.bias
         if self.counts and (settings.presence_penalty or settings.frequency_penalty):

@@ -11,6 +11,7 @@ from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import LoraFtError
 from lora_ft.foreign.strictjson import JsonError, Scanner
 from lora_ft.serve import ids
+from lora_ft.serve.decoding import special_tokens
 
 _NAME, _KEY, _VALUE = "zqcall", "zqkey", "zqvalue"
 _TOOL = {
@@ -23,6 +24,9 @@ _CALL = {
     "content": None,
     "tool_calls": [{"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}],
 }
+
+
+_NEXT = re.compile(r"\s*,\s*(?=\{)")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class CallForm:
         """What an answer that is a call begins with."""
         return self.before.strip() or "{"
 
+    def tokens(self, tokenizer: Any) -> frozenset[int]:
+        """Returns the special tokens among the marks, by which alone a call may be known."""
+        around = self.before + self.after
+        return frozenset(one for one, written in special_tokens(tokenizer).items() if written in around)
+
     def read(self, text: str) -> tuple[str | None, list[dict[str, Any]]]:
         """Returns what an answer says besides calls, None where that is nothing, and the calls in OpenAI's form.
 
@@ -77,6 +86,13 @@ class CallForm:
             said += text[at:start]
             calls.append(call)
             at = end
+            # Mistral's templates write all calls in one list.
+            while (more := _NEXT.match(text, at)) and self.before.endswith("["):
+                call, end = self._call(text, more.end())
+                if call is None:
+                    break
+                calls.append(call)
+                at = end
             closing = self.after.strip()
             if closing and text[at:].lstrip().startswith(closing):
                 at = text.index(closing, at) + len(closing)

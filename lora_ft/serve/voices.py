@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from lora_ft.data.tokens import adds_bos
 from lora_ft.errors import LoraFtError, MaskError, SourceError
 from lora_ft.foreign.files import object_of
 from lora_ft.serve import grammars
-from lora_ft.serve.engine import Home
+from lora_ft.serve.held import Home
 from lora_ft.serve.models import Model, Models
 from lora_ft.serve.refusals import RequestError, bad
 from lora_ft.serve.toolcalls import CallForm
@@ -61,18 +62,22 @@ class Voice:
         """What grammars know of the tokenizer."""
         return grammars.tokenizer_of(self.tokenizer, self.vocabulary, sorted(self.ends | {self.renderer.end_id}))
 
+    @cached_property
+    def start(self) -> list[int]:
+        """What is put before a prompt without a template: BOS, where the tokenizer puts it before texts."""
+        return [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
+
     def plain(self, text: str) -> list[int]:
         """Returns a prompt without a template as tokens, as it was trained."""
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        start = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
         # A model must be run on something.
-        return [*start, *ids] or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+        return [*self.start, *ids] or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
 
     @property
     def fingerprint(self) -> str:
         """What changes where the same request may be answered otherwise."""
         name = self.model.name if self.adapter else "base"
-        digest = sources.hashlib.sha256(f"{self.home.key} {name}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self.home.key} {name}".encode()).hexdigest()
         return f"fp_{digest[:10]}"
 
 
