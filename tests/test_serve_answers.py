@@ -11,7 +11,7 @@ import torch
 
 from lora_ft import adapters, base, config, tasks
 from lora_ft.data.render import ChatRenderer
-from lora_ft.serve import engine, jobs, models
+from lora_ft.serve import asked, engine, jobs, models
 from lora_ft.serve.decoding import Decoder, token_bytes
 from lora_ft.serve.sampling import Chooser, Chosen, Settings
 from lora_ft.serve.toolcalls import CallForm
@@ -363,6 +363,19 @@ def test_requests_that_are_refused(client, more, code, param):
     status, answer, _ = client("POST", "/v1/chat/completions", {"model": "tiny", "messages": ASK, **more})
     assert status == 400, answer
     assert (answer["error"]["code"], answer["error"]["param"]) == (code, param), answer
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"prompt": ["a"] * (asked.MAX_PROMPTS + 1)}, "prompt"),
+        ({"prompt": ["a"] * (asked.MAX_ANSWERS // 16 + 1), "n": 16}, "n"),
+        ({"prompt": "a", "stop": "x" * (asked.STOP_CHARS + 1)}, "stop"),
+    ],
+)
+def test_texts_that_are_refused(client, more, param):
+    status, answer, _ = client("POST", "/v1/completions", {"model": "tiny", "max_tokens": 1, **more})
+    assert (status, answer["error"]["param"]) == (400, param), answer
 
 
 def test_what_changes_nothing_is_taken(client):
