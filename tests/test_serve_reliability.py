@@ -1,9 +1,14 @@
 """The server's harnesses: a few requests of any shape in every run, all of them and the kills in the slow ones."""
 
+import signal
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests import tiny_server
+from tests.in_process import Client
 from tests.reliability import fuzz_api, serve_kill
 
 
@@ -47,4 +52,39 @@ def test_ten_thousand_requests_are_not_either(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_kills_at_fifty_moments_change_nothing(tmp_path: Path) -> None:
-    assert not serve_kill.differing(tmp_path, 50)
+    done = serve_kill.kills(tmp_path, 50)
+    print(done)
+    assert not done.wrong
+    assert done.killed.total() == 50
+    assert done.killed.keys() == set(serve_kill.WHAT)
+
+
+@pytest.mark.parametrize(
+    ("what", "works", "ended", "counts"),
+    [
+        ("server", False, False, True),
+        ("server", True, True, False),
+        ("worker", True, False, True),
+        ("worker", False, False, False),
+        ("worker", True, True, False),
+        ("both", True, False, True),
+        ("both", False, False, False),
+    ],
+)
+def test_a_kill_counts_only_where_there_was_something_to_kill(
+    tmp_path: Path, what: str, works: bool, ended: bool, counts: bool
+) -> None:
+    client = Client(tiny_server.home(tmp_path, tmp_path / "base"))
+    job = client.job()["id"]
+    if ended:
+        client.state.jobs.ask(job, "cancel")
+    server, worker = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    stub = tiny_server.Server(tmp_path)
+    stub.process, stub.workers = server, lambda job: [psutil.Process(worker.pid)] if works else []  # type: ignore
+    assert serve_kill._kill(stub, job, what) == counts
+    if what != "server" and works:
+        assert worker.wait(10) == -signal.SIGKILL
+    assert (server.poll() is None) == (what == "worker")
+    for process in (server, worker):
+        process.kill()
+        process.wait()

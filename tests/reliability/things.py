@@ -96,8 +96,6 @@ class Things:
         """Returns the id of a new checkpoint of a job."""
         made = ids.new("ftckpt_")
         with self.client.state.store.change() as connection:
-            connection.execute(
-                "INSERT INTO checkpoints(id, job_id, created_at, step, model, metrics) VALUES (?, ?, 1, 1, 'ft:x', '{}')",
-                (made, job),
-            )
+            names = "id, job_id, created_at, step, model, metrics"
+            connection.execute(f"INSERT INTO checkpoints({names}) VALUES (?, ?, 1, 1, 'ft:x', '{{}}')", (made, job))
         return made
