@@ -19,7 +19,7 @@ quickstart: setup
 	$(BIN)/lora-ft quickstart
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not network'
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m 'not slow and not gpu and not network'
 
 test-slow: setup
 	$(BIN)/python -m pytest -m 'slow'

@@ -68,8 +68,8 @@ def curves(
 
 
 def _series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps at which `key` was logged and its values; those that are not finite are left out."""
-    last = {line["step"]: float(line[key]) for line in lines if key in line and math.isfinite(line[key])}
+    """Returns the steps at which `key` was logged and its values; those that were not finite are null in the file."""
+    last = {line["step"]: float(line[key]) for line in lines if line.get(key) is not None}
     return list(last), list(last.values())
 
 

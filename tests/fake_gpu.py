@@ -18,7 +18,6 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState
 from torch import nn
-from torch._library.custom_ops import OPDEFS
 from torch._library.simple_registry import singleton
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -159,19 +158,16 @@ def _bodies() -> Iterator[None]:
     """Runs the bodies of the operators of `lora_kernels` where fake tensors would have their shape functions run."""
     on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     library = torch.library.Library("lora_kernels", "FRAGMENT")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in torch._C._dispatch_get_all_op_names():
-            space, _, op = name.partition("::")
-            if name in OPDEFS and space == "lora_kernels":
-                patch.setattr(OPDEFS[name], "_abstract_fn", _checked(OPDEFS[name]._init_fn, OPDEFS[name]._abstract_fn))
-            elif space == "lora_kernels":
-                body = functools.partial(getattr(torch.ops.lora_kernels, op).default.redispatch, on_gpu)
-                shapes = singleton.find(name).fake_impl.kernel.func
-                torch.library.register_fake(name, _checked(body, shapes), lib=library, allow_override=True)
-        try:
-            yield
-        finally:
-            library._destroy()
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, op = name.partition("::")
+        if space == "lora_kernels":
+            body = functools.partial(getattr(torch.ops.lora_kernels, op).default.redispatch, on_gpu)
+            shapes = singleton.find(name).fake_impl.kernel.func
+            torch.library.register_fake(name, _checked(body, shapes), lib=library, allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _checked(body: Callable[..., Any], shapes: Callable[..., Any]) -> Callable[..., Any]:

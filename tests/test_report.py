@@ -353,7 +353,7 @@ def test_every_curve_is_there_and_fits_light_and_dark() -> None:
 
 
 def test_curves_leave_out_what_is_not_a_number_and_thin_what_is_too_fine() -> None:
-    steps, values = curves._series([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}], "loss")
+    steps, values = curves._series([{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}], "loss")
     assert (steps, values) == ([1], [2.0])
     x, y = curves._thin(list(range(10_000)), [float(i) for i in range(10_000)])
     assert len(x) == curves.POINTS

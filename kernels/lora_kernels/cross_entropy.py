@@ -12,6 +12,7 @@ import torch
 
 from lora_kernels import backend
 from lora_kernels.matmul import matmul_float32
+from lora_kernels.operators import Operator
 
 ROWS_IN_CACHE = 16
 """Rows whose softmax a CPU computes at a time: in float32 those of 49,152 words are 3 MiB."""
@@ -77,7 +78,7 @@ def _empty_outputs(
     return zeros(()), zeros(len(labels_T)), dh_TK, dweight_VK, zeros(len(weight_VK) if need_bias else 0)
 
 
-@torch.library.custom_op("lora_kernels::linear_cross_entropy", mutates_args=())
+@Operator
 def _linear_cross_entropy(
     h_TK: torch.Tensor,
     weight_VK: torch.Tensor,
@@ -100,6 +101,7 @@ def _linear_cross_entropy(
     need_any = need_h or need_weight or need_bias
     # One buffer for all chunks. P is V and what aligns the rows, so that vector loads do not hang on the vocabulary.
     buffer_CP = h_TK.new_empty((min(chunk_rows, len(place_L)), -(-words // 16) * 16), dtype=dtype)
+    buffer_CP[:, words:].zero_()  # `backend.readable` tells who reads it
     for place_C in place_L.split(chunk_rows):
         h_CK, rows_CP = h_TK[place_C].to(dtype), buffer_CP[: len(place_C)]
         logits_CV = rows_CP[:, :words]

@@ -83,7 +83,7 @@ def lora_group(
     x_MS = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     flat = [list(part) for part in zip(*(one.weight.flat() for one in projections), strict=True)]
     b, bias, scaling = (list(part) for part in zip(*((p.b, p.bias, p.scaling) for p in projections), strict=True))
-    *outputs, _ = _lora_group(x_MS, a, b, bias, scaling, *flat, dropout, seed or 0)
+    *outputs, _ = _lora_group(x_MS, a, b, bias, scaling, *flat, dropout, 0 if seed is None else seed)
     return outputs if x.ndim == 2 else [y_MN.view(*x.shape[:-1], y_MN.shape[1]) for y_MN in outputs]
 
 
@@ -216,7 +216,7 @@ def _add_products(dx_MK: torch.Tensor, dys: Sequence[torch.Tensor], weights: Seq
     """Makes `dx_MK` beta * dx + the sum of dy @ W, by products of each weight, or of a slab of it, in turn."""
     for dy_MN, weight in zip(dys, weights, strict=True):
         for rows, w in linear.parts(weight, dx_MK.dtype, dx_MK):
-            dx_MK.addmm_(dy_MN[:, rows], w, beta=beta)
+            dx_MK.addmm_(backend.readable(dy_MN[:, rows]), w, beta=beta)
             beta = 1
 
 

@@ -40,7 +40,7 @@ def lora_linear(
     if dropout and seed is None:
         seed = new_seed()
     x_MK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y_MN, _ = _lora_linear(x_MK, *weight.flat(), bias, a, b, scaling, dropout, seed or 0)
+    y_MN, _ = _lora_linear(x_MK, *weight.flat(), bias, a, b, scaling, dropout, 0 if seed is None else seed)
     return y_MN if x.ndim == 2 else y_MN.view(*x.shape[:-1], y_MN.shape[1])
 
 
@@ -83,7 +83,7 @@ def product(
         from lora_kernels.gpu import linear
 
         return linear.adapted_product(x_MK, dense(weight, dtype).t(), xa_MR, b_RN, bias_N, scaling)
-    bias_N = None if bias_N is None else bias_N.to(dtype)
+    bias_N, xa_MR = None if bias_N is None else bias_N.to(dtype), backend.readable(xa_MR)
     if path == "gemm_4bit":
         return _gemm_4bit(x_MK, weight, bias_N).addmm_(xa_MR, b_RN, alpha=scaling)
     # The narrow product first: then the wide one reads and rounds it, instead of being read and rounded again itself.
@@ -92,6 +92,7 @@ def product(
         y_MN.addmm_(xa_MR, b_RN, beta=0, alpha=scaling)
     else:
         torch.addmm(bias_N, xa_MR, b_RN, alpha=scaling, out=y_MN)
+    x_MK = backend.readable(x_MK)
     for rows, w in parts(weight, dtype, x_MK):
         y_MN[:, rows].addmm_(x_MK, w.t())
     return y_MN
@@ -122,7 +123,7 @@ def _backward(
         dx_MK = _fused_dx(path, dy_MN, weight, ds_MR, a_RK.to(dtype), dropout, seed)
     elif dx_MK is not None:
         for rows, w in parts(weight, dtype, x_MK):
-            dx_MK.addmm_(dy_MN[:, rows], w)
+            dx_MK.addmm_(backend.readable(dy_MN[:, rows]), w)
     return dx_MK, da_RK, db_NR
 
 

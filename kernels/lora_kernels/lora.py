@@ -45,7 +45,7 @@ def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> t
     dtype = backend.product_dtype(x_MK)
     x_MK, a_RK = x_MK.to(dtype), a_RK.to(dtype)
     if not dropout:
-        return torch.mm(x_MK, a_RK.t())
+        return torch.mm(backend.readable(x_MK), a_RK.t())
     return _scaled_product(ones_and_zeros(x_MK, dropout, seed).mul_(x_MK), a_RK.t(), 1 / (1 - dropout))
 
 
@@ -68,7 +68,7 @@ def up_backward(
 def _scaled_product(left_MK: torch.Tensor, right_KN: torch.Tensor, scale: float) -> torch.Tensor:
     """Returns scale * left @ right, rounded once: the product is scaled while it is in the registers yet."""
     out_MN = left_MK.new_empty(left_MK.shape[0], right_KN.shape[1])
-    return out_MN.addmm_(left_MK, right_KN, beta=0, alpha=scale)
+    return out_MN.addmm_(backend.readable(left_MK), right_KN, beta=0, alpha=scale)
 
 
 def down_backward(

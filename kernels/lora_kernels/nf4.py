@@ -8,6 +8,7 @@ import torch
 
 from lora_kernels import backend
 from lora_kernels.frozen import Frozen
+from lora_kernels.operators import Operator
 from lora_kernels.slabs import dense_slabs
 
 
@@ -21,7 +22,7 @@ def nf4_dequant(weight: Frozen, dtype: torch.dtype) -> torch.Tensor:
     return _nf4_dequant(*weight.flat(), dtype)
 
 
-@torch.library.custom_op("lora_kernels::nf4_dequant", mutates_args=())
+@Operator
 def _nf4_dequant(
     data: torch.Tensor,
     absmax: torch.Tensor | None,

@@ -91,7 +91,7 @@ def _forward_on_cpu(
         torch.mul((wide_BK * rstd_B[:, None]).to(h_MK.dtype), weight_K, out=y_MS[rows, :columns])
     if a_RK is not None:
         dtype = backend.product_dtype(y_MS)
-        y_MS[:, columns:] = y_MS[:, :columns].to(dtype) @ a_RK.to(dtype).T
+        y_MS[:, columns:] = backend.readable(y_MS[:, :columns].to(dtype)) @ a_RK.to(dtype).T
 
 
 def _empty_gradients(

@@ -95,10 +95,14 @@ class Operator:
             return self._call(*inputs)
 
     def _compute(self, *inputs: Any) -> Any:
-        device = inputs[0].device.type
-        if not torch.is_autocast_enabled(device):
+        device = inputs[0].device
+        if device.type == "cuda" and torch.cuda.is_initialized() and device.index != torch.cuda.current_device():
+            # Triton launches where torch currently is, wherever the tensors are.
+            with torch.cuda.device(device):
+                return self._compute(*inputs)
+        if not torch.is_autocast_enabled(device.type):
             return self._function(*inputs)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return self._function(*inputs)
 
 

@@ -60,7 +60,7 @@ def _forward_on_cpu(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tens
         torch.mul(torch.nn.functional.silu(gate_MN[rows].float()), up_MN[rows], out=h_MN[rows])
     if a_RN is not None:
         dtype = backend.product_dtype(h_MN)
-        h_MS[:, columns:] = h_MN.to(dtype) @ a_RN.to(dtype).T
+        h_MS[:, columns:] = backend.readable(h_MN.to(dtype)) @ a_RN.to(dtype).T
 
 
 def _empty_gradients(

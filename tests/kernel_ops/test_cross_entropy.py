@@ -10,6 +10,7 @@ import lora_kernels
 from lora_kernels import backend, cross_entropy, reference
 from tests.kernel_ops.accuracy import assert_as_good
 from tests.kernel_ops.compare import outputs_and_gradients
+from tests.kernel_ops.gaps import memory_is_no_number
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # T, V, K, dtype, options: words that fill no vector and no block of 4096, chunks that leave a rest.
@@ -62,6 +63,25 @@ def test_outputs_and_gradients(case):
     *shape, dtype, options = case
     *tensors, labels = inputs(*shape, dtype, bias="softcap" not in options)
     assert_like_the_twin(tensors, labels, options)
+
+
+def test_nothing_is_read_that_was_not_written():
+    h, weight, bias, labels = inputs(130, 100, 64, BF16)
+    op, upstream = loss_function(lora_kernels.linear_cross_entropy, labels, {}), [torch.tensor(0.3), None]
+    wanted = outputs_and_gradients(op, (h, weight, bias), upstream)
+    with memory_is_no_number():
+        found = outputs_and_gradients(op, (h, weight, bias), upstream)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_changes_nothing_inside():
+    *tensors, labels = inputs(7, 130, 16, FP32)
+    op, upstream = loss_function(lora_kernels.linear_cross_entropy, labels, {}), [torch.tensor(0.3), None]
+    plain = outputs_and_gradients(op, tensors, upstream)
+    with torch.autocast(labels.device.type, BF16):
+        inside = outputs_and_gradients(op, tensors, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(inside, plain, strict=True))
 
 
 @pytest.mark.parametrize("needed", ["h", "weight", "bias"])

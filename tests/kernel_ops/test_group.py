@@ -7,6 +7,7 @@ import torch
 import lora_kernels
 from lora_kernels import Frozen, Projection, group, lora, reference
 from tests.kernel_ops.accuracy import assert_as_good, error
+from tests.kernel_ops.gaps import rows_apart
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WAYS = ["cpu", "dequant", "gemm_4bit", "triton", "triton_4bit"]
@@ -25,13 +26,6 @@ CASES = [
 
 
 pytestmark = pytest.mark.usefixtures("by_its_way")
-
-
-def rows_apart(rows, columns, dtype):
-    """Returns random rows with a gap after each, which is not a number."""
-    wide = torch.full((rows, columns + 24), float("nan"), dtype=dtype)
-    wide[:, :columns] = torch.randn(rows, columns)
-    return wide[:, :columns]
 
 
 class Case:
@@ -79,10 +73,10 @@ class Case:
         if dys is None:
             dys = [rows_apart(len(x), len(w), x.dtype) for w in self.w]
 
-        def run(function, dtype=None):
-            leaves = [(leaf.to(dtype) if dtype else leaf).detach().requires_grad_() for leaf in self.leaves(x)]
+        def run(function, as_given=torch.Tensor.contiguous):
+            leaves = [as_given(leaf).detach().requires_grad_() for leaf in self.leaves(x)]
             ys = function(*self.parted(leaves))
-            gradients = torch.autograd.grad(ys, leaves, [dy.to(y.dtype) for dy, y in zip(dys, ys, strict=True)])
+            gradients = torch.autograd.grad(ys, leaves, [as_given(dy) for dy in dys])
             return [y.detach() for y in ys], gradients, leaves
 
         def grouped(x, a, b, bias):
@@ -99,7 +93,7 @@ class Case:
             a = lora_kernels.stacked(a) if brought else torch.cat(a)
             return reference.lora_group(x, a, self.layers(b, bias, x.dtype), dropout, keep)
 
-        found, eager, exact = run(grouped), run(plain), run(plain, torch.float64)
+        found, eager, exact = run(grouped, lambda leaf: leaf), run(plain), run(plain, torch.Tensor.double)
         for one, other, true in zip(found[0], eager[0], exact[0], strict=True):
             assert_as_good(one, other, true)
         for one, other, true, leaf in zip(found[1], eager[1], exact[1], found[2], strict=True):

@@ -7,6 +7,7 @@ import torch
 import lora_kernels
 from lora_kernels import Frozen, backend, linear, reference
 from tests.kernel_ops.accuracy import assert_as_good
+from tests.kernel_ops.gaps import rows_apart
 
 WAYS = ["cpu", "dequant", "gemm_4bit", "triton", "triton_4bit"]
 BY_EVERY_WAY = pytest.mark.parametrize("way", WAYS)
@@ -43,20 +44,12 @@ def an_adapter(outputs, inputs, rank):
     return torch.randn(rank, inputs) / inputs**0.5, torch.randn(outputs, rank) / rank**0.5
 
 
-def rows_apart(rows, columns, dtype):
-    """Returns random rows with a gap after each, which is not a number."""
-    wide = torch.full((rows, columns + 24), float("nan"), dtype=dtype)
-    wide[:, :columns] = torch.randn(rows, columns)
-    return wide[:, :columns]
-
-
 def assert_right(x, weight, w, bias, a, b, *, dropout=0.0, dy=None, scaling=0.7):
     """`lora_linear` and its four gradients are as near to float64 as plain torch is, which rounds after each step."""
     keep = lora_kernels.keep_mask(x, dropout, 9) if dropout else None
     dy = rows_apart(len(x), len(w), x.dtype) if dy is None else dy
 
-    def run(function, dtype, of):
-        leaves = [leaf.to(dtype) if dtype else leaf.detach().clone() for leaf in of]
+    def run(function, leaves, dy):
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         y = function(*leaves)
         return y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))
@@ -70,7 +63,9 @@ def assert_right(x, weight, w, bias, a, b, *, dropout=0.0, dy=None, scaling=0.7)
         return reference.lora_linear(x, w.to(x.dtype), *(bias or [None]), a, b, scaling, dropout, keep)
 
     leaves = [x, a, b] if bias is None else [x, a, b, bias]
-    found, eager, exact = run(fused, None, leaves), run(plain, None, leaves), run(plain, torch.float64, leaves)
+    closed = [leaf.contiguous() for leaf in leaves]
+    found, eager = run(fused, leaves, dy), run(plain, closed, dy.contiguous())
+    exact = run(plain, [leaf.double() for leaf in leaves], dy)
     assert found[0].dtype == x.dtype
     for one, other, true, leaf in zip(found[1:], eager[1:], exact[1:], leaves, strict=True):
         assert one.dtype == leaf.dtype

@@ -6,6 +6,7 @@ import torch
 import lora_kernels
 from lora_kernels import reference
 from tests.kernel_ops.accuracy import assert_as_good
+from tests.kernel_ops.gaps import rows_apart
 
 BOTH = pytest.mark.parametrize("implementation", ["triton", "cpu"])
 DOWN = [
@@ -28,13 +29,6 @@ def _implementation(request):
         request.getfixturevalue("triton_anywhere")
 
 
-def rows_apart(rows, columns, dtype):
-    """Returns random rows with a gap after each, which is not a number."""
-    wide = torch.full((rows, columns + 24), float("nan"), dtype=dtype)
-    wide[:, :columns] = torch.randn(rows, columns)
-    return wide[:, :columns]
-
-
 def with_gradients(function, inputs, dy):
     """Returns what `function` makes of the inputs, then the gradients of the inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -53,7 +47,7 @@ def test_down_and_its_gradients(rows, inputs, rank, dtype, dropout, implementati
         return reference.lora_down(x, a.to(x.dtype), dropout, keep)
 
     found = with_gradients(lambda x, a: lora_kernels.lora_down(x, a, dropout=dropout, seed=9), (x, a), dxa)
-    eager = with_gradients(plain, (x, a), dxa)
+    eager = with_gradients(plain, (x.contiguous(), a), dxa.contiguous())
     exact = with_gradients(plain, (x.double(), a.double()), dxa.double())
     for one, other, true in zip(found, eager, exact, strict=True):
         assert_as_good(one, other, true)
@@ -77,7 +71,7 @@ def test_up_goes_back(rows, outputs, rank, dtype, implementation):
     dy, xa = rows_apart(rows, outputs, dtype), rows_apart(rows, rank, dtype)
     b = torch.randn(outputs, rank).to(dtype)
     ds, db = lora_kernels.lora_bwd_up(dy, b, xa, 0.7)
-    plain = reference.lora_bwd_up(dy, b, xa, 0.7)
+    plain = reference.lora_bwd_up(dy.contiguous(), b, xa.contiguous(), 0.7)
     exact = reference.lora_bwd_up(dy.double(), b.double(), xa.double(), 0.7)
     assert_as_good(ds, plain[0], exact[0])
     assert_as_good(db, plain[1].float(), exact[1])

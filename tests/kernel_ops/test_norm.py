@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import lora_kernels
 from lora_kernels import backend, reference
 from tests.kernel_ops.compare import assert_like_its_twin, outputs_and_gradients
+from tests.kernel_ops.gaps import memory_is_no_number
 
 EPS = 1e-5
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -126,6 +127,14 @@ def test_master_weights_get_gradients_of_their_own_dtype():
     assert da_wide.dtype == FP32
     assert torch.equal(da_wide.bfloat16(), da)
     assert not torch.equal(da_wide.bfloat16().float(), da_wide)
+
+
+def test_nothing_is_read_that_was_not_written():
+    tensors = inputs(130, 100, 16, BF16)
+    wanted = op(*tensors)
+    with memory_is_no_number():
+        found = op(*tensors)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_autocast_changes_nothing_inside():

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import lora_kernels
 from lora_kernels import backend, reference
 from tests.kernel_ops.compare import assert_like_its_twin, outputs_and_gradients
+from tests.kernel_ops.gaps import memory_is_no_number
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # M, N, R, dtype: each off the tile of 16 rows, 128 (in float32 64) columns and 16 to 64 ranks somewhere.
@@ -104,6 +105,14 @@ def test_master_weights_get_gradients_of_their_own_dtype():
     assert da_wide.dtype == FP32
     assert torch.equal(da_wide.bfloat16(), da)
     assert not torch.equal(da_wide.bfloat16().float(), da_wide)
+
+
+def test_nothing_is_read_that_was_not_written():
+    tensors = inputs(130, 100, 16, BF16)
+    wanted = lora_kernels.swiglu_lora(*tensors)
+    with memory_is_no_number():
+        found = lora_kernels.swiglu_lora(*tensors)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_autocast_changes_nothing_inside():

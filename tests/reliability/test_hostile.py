@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import atomicio, saved
+from lora_ft import manifest, saved
 from lora_ft.foreign import adapter, templates
 from tests.reliability import hostile
 from tests.reliability.cases import Case, Good, change
@@ -87,7 +87,7 @@ def test_a_case_of_which_nothing_is_laid_down_is_noticed(good: Good) -> None:
 def test_a_run_folder_would_write_over_files(good: Good, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil = next(make for name, _, make in run_folders(good, random.Random(0), 0) if "names a file outside" in name)
     assert not outcome(good, scratch, "run", spoil).ran
-    monkeypatch.setattr(atomicio, "_refuse_way_out", lambda *_: None)
+    monkeypatch.setattr(manifest, "refuse_way_out", lambda *_: None)
     assert "the canary" in outcome(good, scratch, "run", spoil).ran
 
 
