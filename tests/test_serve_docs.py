@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_ft.serve import asked, bodies, events, routes_answers, routes_files, routes_jobs, routes_models
+from lora_ft.serve.states import ACTIONS, RUNNING
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "openai_api.md").read_text(encoding="utf-8")
@@ -66,8 +67,12 @@ def test_every_field_of_a_request_stands_in_the_table_and_no_other(endpoint: str
         ("POST /v1/chat/completions", "logit_bias", f"{asked.MAX_BIASES:,} tokens"),
         ("POST /v1/completions", "prompt", f"{asked.MAX_PROMPTS} prompts at most"),
         ("POST /v1/completions", "n", f"times the prompts, {asked.MAX_ANSWERS} at most"),
-        ("POST /v1/fine_tuning/jobs/{job_id}/{action}", "pause", "before their first step too"),
     ],
 )
 def test_limits_are_told(endpoint: str, field: str, said: str) -> None:
     assert [text for fields, text in rows()[endpoint] if f"`{field}`" in fields and said in text]
+
+
+def test_what_can_be_paused_is_told() -> None:
+    assert "pause" in ACTIONS[RUNNING]
+    assert "of running jobs, before their first step too" in TEXT

@@ -30,8 +30,10 @@ class Things:
 
     def path(self, operation: str, action: str) -> dict[str, str]:
         """Returns the ids in the path of a request."""
-        if "{job_id}/{action}" in operation:
+        if "{action}" in operation:
             return {"job_id": self.job(*ACTIONS[action]), "action": action}
+        if "{job_id}" in operation and (action := operation.rpartition("/")[2]) in ACTIONS:
+            return {"job_id": self.job(*ACTIONS[action])}
         if "{job_id}" in operation:
             # What follows the events of a job waits for its end.
             return {"job_id": self.job(CANCELLED)}
@@ -55,7 +57,7 @@ class Things:
 
     def body(self, operation: str, path: dict[str, str]) -> dict[str, Any] | None:
         """Returns the least that a request must say, where it says anything."""
-        if operation == "POST /v1/fine_tuning/jobs":
+        if operation in ("POST /v1/fine_tuning/jobs", "POST /v1/fine_tuning/validate"):
             return {"model": "tiny", "training_file": self.file()}
         if operation.endswith("/complete"):
             query = "SELECT id FROM parts WHERE upload_id = ?"
