@@ -37,10 +37,11 @@ def server(folder: Path) -> Iterator[tiny_server.Server]:
     assert "Traceback" not in "\n".join(running.log)
 
 
+@pytest.mark.parametrize("script", ["whole_way.py", "pausing.py"])
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize("version", openai_clients.VERSIONS)
-def test_a_script_runs_unchanged(server: tiny_server.Server, folder: Path, version: str, way: str) -> None:
-    said = openai_clients.run(version, server.url, server.token, "whole_way.py", way, str(folder)).split()
+def test_a_script_runs_unchanged(server: tiny_server.Server, folder: Path, version: str, way: str, script: str) -> None:
+    said = openai_clients.run(version, server.url, server.token, script, way, str(folder)).split()
     assert said[:2] == [version, way]
     assert float(said[2]) < LONGEST_S
 
