@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 from lora_ft import atomicio
 from lora_ft.data import files, findings
 from lora_ft.data.findings import Finding, Kind, Line, Lines
-from lora_ft.errors import DataError
+from lora_ft.errors import DataError, LoraFtError
 
 SHARE, MOST_HELD_OUT, SEED = 0.1, 1000, 42
 # A split of fewer rows than this would hold out too little to say anything.
@@ -31,8 +32,11 @@ class Prepared:
     files: dict[str, str] = field(default_factory=dict)
     """`train` and, where rows were held out, `valid`."""
     estimate: dict[str, float] = field(default_factory=dict)
-    """`tokens`, `steps`, `seconds` and `bytes` of a training with the usual options."""
+    """`tokens`, `steps`, `seconds` and `bytes` of a training with the usual options; empty where it cannot be told."""
     command: str = ""
+    """What to run next; empty where nothing trains on such rows."""
+    reason: str = ""
+    """Why there is no estimate, or no command either."""
 
 
 def prepare(
@@ -84,13 +88,20 @@ def prepare(
         atomicio.write(place, text)
         done.files[name] = str(place)
         say(f"Wrote {len(held)} rows to {place}.")
-    done.command = _command(done, base, source)
     if kind == "preference":
-        say("No task here trains on preferences yet; the file is ready for when one does.")
+        done.reason = "No task here trains on preferences yet; the file is ready for when one does."
+        say(done.reason)
         return done
-    done.estimate = (estimated or estimate)(Path(done.files["train"]), kind, base)
-    seconds, memory, tokens = (done.estimate[name] for name in ("seconds", "bytes", "tokens"))
-    say(f"Training takes about {_duration(seconds)} and {memory / 2**30:.1f} GiB here: 3 times {tokens:,.0f} tokens.")
+    done.command = _command(done, base, source)
+    try:
+        done.estimate = (estimated or estimate)(Path(done.files["train"]), kind, base)
+    except LoraFtError as error:
+        done.reason = f"What training takes cannot be told: {error}"
+        say(done.reason)
+    else:
+        seconds, memory, tokens = (done.estimate[name] for name in ("seconds", "bytes", "tokens"))
+        took = f"about {_duration(seconds)} and {memory / 2**30:.1f} GiB here: 3 times {tokens:,.0f} tokens"
+        say(f"Training takes {took}.")
     say(f"Next:\n  {done.command}")
     return done
 
@@ -156,8 +167,9 @@ def _free(source: Path, more: str) -> Path:
 
 def _command(done: Prepared, base: str, source: Path) -> str:
     task = "chat" if done.kind == "chat" else "complete"
-    held_out = f" --data.eval {done.files['valid']}" if "valid" in done.files else ""
-    return f"lora-ft train {task} --base {base} --data.train {done.files['train']}{held_out} --out runs/{source.stem}"
+    held_out = ["--data.eval", done.files["valid"]] if "valid" in done.files else []
+    words = ["lora-ft", "train", task, "--base", base, "--data.train", done.files["train"], *held_out]
+    return shlex.join([*words, "--out", f"runs/{source.stem}"])
 
 
 def estimate(path: Path, kind: Kind, base: str) -> dict[str, float]:

@@ -21,7 +21,7 @@ class Client:
         self.state = State.of(home)
         self.token = access.make_token(self.state.store)
         if not queue:
-            self.state.queue.wake = lambda: None  # type: ignore[method-assign]
+            self.state.queue.wake = self.state.queue.start = lambda: None  # type: ignore[method-assign]
         self.app = app.create(self.state, bound)
 
     def __call__(

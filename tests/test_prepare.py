@@ -114,6 +114,56 @@ def test_preferences_come_out_as_the_api_takes_them(tmp_path):
     }
     assert "preferences" in said[-1]
 
+    assert (done.command, done.estimate) == ("", {})
+    assert done.reason == said[-1]
+
+
+def test_a_command_names_paths_of_any_letters(tmp_path):
+    folder = tmp_path / "my rows; $HOME's"
+    folder.mkdir()
+    done, _ = prepared(csv_of(folder, PAIRS))
+    words = shlex.split(done.command)
+    assert words[words.index("--data.train") + 1] == done.files["train"]
+    assert words[words.index("--data.eval") + 1] == done.files["valid"]
+
+
+WRONG = [
+    {"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "y"}]},
+]
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_rows_that_cannot_be_trained_on_are_named_and_left_out_where_that_is_agreed_to(tmp_path, takes):
+    chats = tiny_server.chats(4).splitlines()
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*chats[:2], *map(json.dumps, WRONG), *chats[2:]]) + "\n")
+    done, _ = prepared(path, lambda question: takes)
+    (found,) = [finding for finding in done.findings if "cannot be trained on" in finding["text"]]
+    assert (found["rows"], found["taken"]) == (["3", "4"], takes)
+    assert 'a.jsonl:3: messages[0].role is "bot"' in found["text"]
+    assert len(rows_of(done)) == (4 if takes else 6)
+    if takes:
+        assert len(formats.read(done.files["train"])) == 4
+    else:
+        with pytest.raises(DataError, match="bot"):
+            formats.read(done.files["train"])
+
+
+def test_a_prompt_that_is_empty_cannot_be_trained_on(tmp_path):
+    done, _ = prepared(csv_of(tmp_path, [*PAIRS, ("", "it is 4")]))
+    assert [finding["rows"] for finding in done.findings if "cannot be trained on" in finding["text"]] == [["32"]]
+    assert all(formats.read(file) for file in done.files.values())
+
+
+def test_without_the_base_there_is_no_estimate_and_still_a_command(tmp_path, capsys):
+    source = csv_of(tmp_path, PAIRS)
+    assert cli.main(["data", "prepare", str(source), "--base", str(tmp_path / "gone"), "--yes", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["estimate"] == {}
+    assert done["reason"].startswith("What training takes cannot be told: ")
+    assert shlex.split(done["command"])[:5] == ["lora-ft", "train", "complete", "--base", str(tmp_path / "gone")]
+
 
 def test_conversations_that_end_with_a_question_are_cut(tmp_path):
     chats = [json.loads(line) for line in tiny_server.chats(3).splitlines()]

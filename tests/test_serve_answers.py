@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_ft import adapters, base, config, tasks
 from lora_ft.data.render import ChatRenderer
-from lora_ft.serve import answers, completions, engine, held, jobs, models
+from lora_ft.serve import answers, asked, completions, engine, held, jobs, models
 from lora_ft.serve.asked import ChatRequest, CompletionRequest
 from lora_ft.serve.decoding import Decoder, Piece, token_bytes
 from lora_ft.serve.sampling import Chooser, Chosen, Settings
@@ -452,6 +452,19 @@ def test_requests_that_are_refused(client, more, code, param):
 
 def test_a_history_may_hold_an_answer_that_says_nothing(client):
     assert said(chat(client, messages=[*ASK, {"role": "assistant", "content": ""}, *ASK]))
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"prompt": ["a"] * (asked.MAX_PROMPTS + 1)}, "prompt"),
+        ({"prompt": ["a"] * (asked.MAX_ANSWERS // 16 + 1), "n": 16}, "n"),
+        ({"prompt": "a", "stop": "x" * (asked.STOP_CHARS + 1)}, "stop"),
+    ],
+)
+def test_texts_that_are_refused(client, more, param):
+    status, answer, _ = client("POST", "/v1/completions", {"model": "tiny", "max_tokens": 1, **more})
+    assert (status, answer["error"]["param"]) == (400, param), answer
 
 
 def test_what_changes_nothing_is_taken(client):

@@ -499,61 +499,79 @@ def test_an_error_of_our_own_says_nothing_of_the_inside(client, monkeypatch):
     assert answer[2]["x-request-id"].startswith("req_")
 
 
-# Who may ask: each row is a request, and the status it must get.
+# Who may ask: each row is a request, and the code that it must be refused with.
 
-OK, NO_TOKEN, NO = 200, 401, 403
+OK, NO_TOKEN, NO_HOST, NO_ORIGIN = None, "invalid_api_key", "invalid_host", "invalid_origin"
+STATUSES = {OK: 200, NO_TOKEN: 401, NO_HOST: 403, NO_ORIGIN: 403}
 HOSTS = {
-    "127.0.0.1:8000": OK, "localhost": OK, "localhost:1": OK, "[::1]:8000": OK, "LOCALHOST": OK, "evil.example": NO,
-    "127.0.0.1.evil.example": NO, "192.168.0.9:8000": NO, "": NO, "a@localhost": NO, "localhost/x": NO,
+    "127.0.0.1:8000": OK, "localhost": OK, "localhost:1": OK, "[::1]:8000": OK, "LOCALHOST": OK,
+    "evil.example": NO_HOST, "127.0.0.1.evil.example": NO_HOST, "192.168.0.9:8000": NO_HOST, "": NO_HOST,
+    "a@localhost": NO_HOST, "localhost/x": NO_HOST,
 }  # fmt: skip
-OPEN_HOSTS = {"192.168.0.9:8000": OK, "[fe80::1]:8000": OK, "localhost": OK, "box.example": NO, "evil.example": NO}
+OPEN_HOSTS = {
+    "192.168.0.9:8000": OK, "[fe80::1]:8000": OK, "localhost": OK, "box.example": NO_HOST, "evil.example": NO_HOST,
+}  # fmt: skip
 ORIGINS = {
-    "http://127.0.0.1:8000": OK, "https://127.0.0.1:8000": OK, "http://127.0.0.1:9000": NO, "null": NO, "file://": NO,
-    "http://localhost:8000": NO, "http://evil.example": NO, "http://127.0.0.1:8000.evil.example": NO,
+    "http://127.0.0.1:8000": OK, "https://127.0.0.1:8000": OK, "http://127.0.0.1:9000": NO_ORIGIN, "null": NO_ORIGIN,
+    "file://": NO_ORIGIN, "http://localhost:8000": NO_ORIGIN, "http://evil.example": NO_ORIGIN,
+    "http://127.0.0.1:8000.evil.example": NO_ORIGIN,
+}  # fmt: skip
+OPEN_ORIGINS = {
+    "http://192.168.0.9:8000": OK, "https://192.168.0.9:8000": OK, "http://192.168.0.9": NO_ORIGIN,
+    "http://192.168.0.9:9000": NO_ORIGIN, "http://localhost:8000": NO_ORIGIN, "http://box.example:8000": NO_ORIGIN,
+    "http://evil.example": NO_ORIGIN, "null": NO_ORIGIN, "": NO_ORIGIN,
 }  # fmt: skip
 TOKENS = {
     "Bearer RIGHT": OK, "bearer RIGHT": OK, "Bearer WRONG": NO_TOKEN, "Bearer ": NO_TOKEN, "RIGHT": NO_TOKEN,
     "Basic RIGHT": NO_TOKEN, "Bearer RIGHT,Bearer RIGHT": NO_TOKEN, "Bearer sk-000000000000000000000000": NO_TOKEN,
 }  # fmt: skip
 RULES = [
-    *(({"host": host}, status) for host, status in HOSTS.items()),
-    *(({"origin": origin}, status) for origin, status in ORIGINS.items()),
-    *(({"authorization": token}, status) for token, status in TOKENS.items()),
+    *(({"host": host}, code) for host, code in HOSTS.items()),
+    *(({"origin": origin}, code) for origin, code in ORIGINS.items()),
+    *(({"authorization": token}, code) for token, code in TOKENS.items()),
     ({"authorization": None}, NO_TOKEN),
     ({"authorization": None, "api-key": "RIGHT"}, OK),
     ({"authorization": None, "api-key": "WRONG"}, NO_TOKEN),
     # A wrong host is told before a wrong token: nobody learns which tokens are right from elsewhere.
-    ({"host": "evil.example", "authorization": None}, NO),
-    ({"host": "evil.example", "origin": "http://evil.example"}, NO),
-    ({"origin": "http://evil.example", "authorization": None}, NO),
+    ({"host": "evil.example", "authorization": None}, NO_HOST),
+    ({"host": "evil.example", "origin": "http://evil.example"}, NO_HOST),
+    ({"origin": "http://evil.example", "authorization": None}, NO_ORIGIN),
     ({"host": "localhost:8000", "origin": "http://localhost:8000"}, OK),
     ({"host": "localhost:8000", "origin": "http://localhost:8000", "authorization": "Bearer WRONG"}, NO_TOKEN),
 ]  # fmt: skip
+OPEN_RULES = [
+    *(({"host": host}, code) for host, code in OPEN_HOSTS.items()),
+    *(({"host": host, "authorization": None}, code or NO_TOKEN) for host, code in OPEN_HOSTS.items()),
+    *(({"host": "192.168.0.9:8000", "origin": origin}, code) for origin, code in OPEN_ORIGINS.items()),
+    ({"host": "192.168.0.9:8000", "origin": "http://192.168.0.9:8000", "authorization": None}, NO_TOKEN),
+    ({"host": "192.168.0.9:8000", "origin": "http://evil.example", "authorization": None}, NO_ORIGIN),
+    ({"host": "evil.example", "origin": "http://evil.example"}, NO_HOST),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("headers", "status"), RULES)
-def test_who_may_ask_on_loopback(client, headers, status):
+def holds(client: Client, headers: dict[str, str | None], code: str | None) -> None:
+    """Holds that a request is answered, or refused with that code."""
     given = {key: value and value.replace("RIGHT", client.token) for key, value in headers.items()}
-    answer = client("GET", "/v1/models", headers=given)
-    assert answer[0] == status
-    if status != OK:
-        code = {NO_TOKEN: "invalid_api_key"}.get(status)
-        assert answer[1]["error"]["code"] == code or answer[1]["error"]["code"] in ("invalid_host", "invalid_origin")
-        assert client.token not in json.dumps(answer[1])
-        assert answer[2]["x-request-id"]
+    status, answer, told = client("GET", "/v1/models", headers=given)
+    assert status == STATUSES[code]
+    if code is not OK:
+        assert answer["error"]["code"] == code
+        assert client.token not in json.dumps(answer)
+        assert told["x-request-id"]
 
 
-@pytest.mark.parametrize(("host", "status"), OPEN_HOSTS.items())
-def test_who_may_ask_on_another_address(tmp_path, host, status):
-    client = Client(tmp_path, bound="0.0.0.0")
-    assert client("GET", "/v1/models", headers={"host": host})[0] == status
-    assert client("GET", "/v1/models", headers={"host": host, "authorization": None})[0] == (
-        401 if status == OK else NO
-    )
+@pytest.mark.parametrize(("headers", "code"), RULES)
+def test_who_may_ask_on_loopback(client, headers, code):
+    holds(client, headers, code)
+
+
+@pytest.mark.parametrize(("headers", "code"), OPEN_RULES)
+def test_who_may_ask_on_another_address(tmp_path, headers, code):
+    holds(Client(tmp_path, bound="0.0.0.0"), headers, code)
 
 
 def test_there_are_forty_rules_and_more():
-    assert len(RULES) + len(OPEN_HOSTS) >= 40
+    assert len(RULES) + len(OPEN_RULES) >= 40
 
 
 def test_the_page_needs_no_token_and_tells_nothing(client):

@@ -1,13 +1,23 @@
 """Scripts with OpenAI's own client, three versions of it, against a server with a tiny base."""
 
+import itertools
+import json
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 
+from lora_ft.data import formats
+from lora_ft.serve import engine
 from tests import openai_clients, tiny_server
+from tests.in_process import Client
+
+# Of one script, from its first request to its last.
+LONGEST_S = 60.0
+ROWS = Path(__file__).parents[2] / "shared" / "data" / "alpaca_en_demo.json"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +37,61 @@ def server(folder: Path) -> Iterator[tiny_server.Server]:
     assert "Traceback" not in "\n".join(running.log)
 
 
+@pytest.mark.parametrize("script", ["whole_way.py", "pausing.py"])
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize("version", openai_clients.VERSIONS)
-def test_a_script_runs_unchanged(server: tiny_server.Server, folder: Path, version: str, way: str) -> None:
-    said = openai_clients.run(version, server.url, server.token, "whole_way.py", way, str(folder))
-    assert said.split()[:2] == [version, way]
+def test_a_script_runs_unchanged(server: tiny_server.Server, folder: Path, version: str, way: str, script: str) -> None:
+    said = openai_clients.run(version, server.url, server.token, script, way, str(folder)).split()
+    assert said[:2] == [version, way]
+    assert float(said[2]) < LONGEST_S
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not ROWS.is_file(), reason=f"the real rows are not in {ROWS.name}")
+def test_a_script_runs_unchanged_with_a_real_base_and_real_rows(tmp_path: Path) -> None:
+    lines = [
+        json.dumps(
+            {"messages": [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]}
+        )
+        for row in formats.read(str(ROWS))[:68]
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:60]))
+    (tmp_path / "valid.jsonl").write_text("\n".join(lines[60:]))
+    with tiny_server.Server(tmp_path / "home") as running:
+        words = ("whole_way.py", "sync", str(tmp_path), "1", "4", "1")
+        said = openai_clients.run(openai_clients.VERSIONS[-1], running.url, running.token, *words, timeout=3000)
+    assert said.split()[:2] == [openai_clients.VERSIONS[-1], "sync"]
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.parametrize("version", openai_clients.VERSIONS)
+def test_a_stream_that_breaks_makes_the_client_raise(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, way: str
+) -> None:
+    step, made = engine._Batch.step, itertools.count()
+
+    def breaks(batch):
+        if next(made) > 3:
+            raise RuntimeError("a secret of the inside")
+        return step(batch)
+
+    monkeypatch.setattr(engine._Batch, "step", breaks)
+    here = Client(tiny_server.home(tmp_path / "home", folder / "base"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    serving = uvicorn.Server(uvicorn.Config(here.app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        *came, end = openai_clients.run(version, url, here.token, "broken.py", "told", way).splitlines()
+    finally:
+        serving.should_exit = True
+        thread.join()
+        here.state.answers.stop()
+    assert came
+    assert end.startswith("raised internal_error The answer")
+    assert "inside" not in end
 
 
 # Each takes a server of its own.

@@ -54,6 +54,7 @@ def test_a_paused_job_frees_the_device_and_goes_on_as_if_it_never_was(server: Se
     assert server.ask("POST", f"{JOBS}/{job}/pause")[1]["status"] == "paused"
     steps = server.steps(job)
     assert steps < STEPS
+    assert (paused["step"], paused["total_steps"]) == (steps, STEPS)
     name = server.ask("GET", f"{JOBS}/{job}/checkpoints")[1]["data"][0]["fine_tuned_model_checkpoint"]
     assert name.endswith(f":ckpt-step-{steps}")
     ask = {"model": name, "messages": [{"role": "user", "content": "say ab"}], "max_tokens": 2}

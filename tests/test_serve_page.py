@@ -12,6 +12,17 @@ pytestmark = pytest.mark.skipif(cdp.program() is None, reason="there is no Chrom
 ROWS = "document.querySelectorAll('#{} tr').length"
 POINTS = "(document.querySelector('[data-kind={}]')?.getAttribute('points') ?? '').split(' ').filter(Boolean).length"
 
+# Has each look take longer than the time between two, and counts those on their way.
+COUNTED = """
+  window.looks = window.most = 0; let now = 0; const real = window.fetch;
+  window.fetch = async (path, options) => {
+    if (!String(path).endsWith("jobs?limit=50")) return real(path, options);
+    window.looks++; window.most = Math.max(window.most, ++now);
+    await new Promise((done) => setTimeout(done, 3500));
+    try { return await real(path, options); } finally { now--; }
+  };
+"""
+
 
 def test_the_page_shows_a_job_as_it_goes_on_and_asks_two_models(tmp_path: Path) -> None:
     base = tiny_server.base_folder(tmp_path / "base")
@@ -48,15 +59,26 @@ def test_the_page_shows_a_job_as_it_goes_on_and_asks_two_models(tmp_path: Path) 
             want = json.dumps(answer["choices"][0]["message"]["content"])
             page.until(f"document.querySelector('#answer-{side}').textContent === {want}")
 
-        # A job that is paused from the page.
+        # A job that is not shown tells its step too; then it is paused from the page.
         long = server.start_job(files[0], hyperparameters={"n_epochs": 30, "batch_size": 1})
         row = f"[...document.querySelectorAll('#jobs tr')].find((row) => row.innerText.includes('{long}'))"
+        page.until(f"/^[1-9]\\d*\\/360$/.test({row}?.children[3].innerText)", 120)
+        assert page.value("document.querySelector('#name').innerText") == job
         page.until(f"{row} && !!({row}.click(), true)")
         page.until("document.querySelector('[data-ask=pause]').disabled === false", 120)
         page.until(f"{POINTS.format('train_loss')} > 2", 120)
         page.value("document.querySelector('[data-ask=pause]').click()")
         page.until("document.querySelector('#about').innerText.startsWith('paused')")
         assert server.job(long)["status"] == "paused"
+        # The events that are known were not fetched again.
+        for one in (job, long):
+            asked = f"performance.getEntriesByType('resource').filter((it) => it.name.includes('{one}/events'))"
+            whole = page.value(f"{asked}.filter((it) => it.name.includes('limit=1000')).length")
+            assert 1 <= whole < page.value(f"{asked}.length")
+            assert whole <= 2, "once, and perhaps once before the first event"
+        page.value(COUNTED)
+        page.until("window.looks > 2", 30)
+        assert page.value("window.most") == 1, "one look at a time"
         # Nothing was fetched from anywhere else.
         names = page.value("performance.getEntriesByType('resource').map((one) => one.name)")
         assert names

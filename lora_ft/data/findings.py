@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from lora_ft.data import formats
 from lora_ft.data.chats import SHAREGPT
 from lora_ft.data.faults import listed
+from lora_ft.data.rows import Row
 
 Kind = Literal["chat", "completion", "text", "preference"]
 Weight = Literal["told", "needed", "advised"]
@@ -171,6 +173,16 @@ def _last_turn(lines: Lines, kind: Kind) -> Iterator[Finding]:
         )
 
 
+def _untrainable(lines: Lines, kind: Kind) -> Iterator[Finding]:
+    if kind == "preference":
+        return
+    wrong = {id(line): found for line in lines if (found := formats.problems(Row(line.where, line.fields)))}
+    lost = [line for line in lines if id(line) in wrong]
+    if lost:
+        told = " ".join(problem for found in list(wrong.values())[:5] for problem in found[:1])
+        yield _dropping("advised", f"{len(lost)} rows cannot be trained on: {told}", lost, "Leave them out")
+
+
 def _capitals(lines: Lines, kind: Kind) -> Iterator[Finding]:
     for name in ("prompt", "completion") if kind == "completion" else ():
         texts = [line.fields[name] for line in lines]
@@ -202,7 +214,7 @@ def _prompt_end(lines: Lines, kind: Kind) -> Iterator[Finding]:
 def _beginnings(lines: Lines, kind: Kind) -> Iterator[Finding]:
     for name, shortest in (("prompt", SHORTEST_PREFIX), ("completion", 5)) if kind == "completion" else ():
         begin = _common_start([line.fields[name] for line in lines])
-        if len(lines) > 1 and len(begin) >= shortest and all(len(line.fields[name]) > len(begin) for line in lines):
+        if len(lines) > 1 and len(begin) >= shortest and all(line.fields[name][len(begin) :].strip() for line in lines):
             told = f"Every {name} begins with {begin[:60]!r}, which tells the model nothing."
             yield _on_texts("advised", told, name, partial(_without, begin), "Take it out")
 
@@ -232,7 +244,8 @@ def _completion_start(lines: Lines, kind: Kind) -> Iterator[Finding]:
 
 
 CHECKS = (
-    _few, _empty, _last_turn, _repeated, _long, _capitals, _prompt_end, _beginnings, _completion_end, _completion_start,
+    _few, _empty, _last_turn, _untrainable, _repeated, _long, _capitals, _prompt_end, _beginnings, _completion_end,
+    _completion_start,
 )  # fmt: skip
 
 

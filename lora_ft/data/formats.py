@@ -113,6 +113,18 @@ def each(source: str, columns: Mapping[str, str], streaming: bool) -> Iterator[E
             yield example
 
 
+def problems(row: Row) -> tuple[str, ...]:
+    """Returns what is wrong with one row by itself, nothing where an example can be made of it."""
+    fields = Fields(row.where, row.fields, {}, Faults(row.where))
+    try:
+        form = _recognised(row, fields, FORMATS)
+        form.parse(fields, *form.needs)
+        fields.faults.raise_if_any()
+    except DataError as error:
+        return error.problems
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Fields:
     """The fields of one row under their known names; messages call them by the user's own."""

@@ -159,8 +159,8 @@ class Answers:
             prompts = [_tokens(voice, one) for one in request.prompts]
         wanted = asked.COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
         copies = request.best_of or request.n or 1
-        if len(prompts) * copies > asked.MAX_CHOICES * 8:
-            raise bad("n", f"prompts times n is {len(prompts) * copies}; ask for {asked.MAX_CHOICES * 8} at most.")
+        if len(prompts) * copies > asked.MAX_ANSWERS:
+            raise bad("n", f"prompts times n is {len(prompts) * copies}; ask for {asked.MAX_ANSWERS} at most.")
         # Which of several answers is best is told by how likely they are.
         logprobs = 0 if request.logprobs is None and copies > (request.n or 1) else request.logprobs
         rows = []

@@ -12,6 +12,11 @@ from lora_ft.serve.refusals import RequestError, bad
 from lora_ft.serve.sampling import Settings
 
 MAX_CHOICES = 16
+MAX_PROMPTS = 128
+MAX_ANSWERS = 128
+"""Of all prompts of a request together."""
+STOP_STRINGS, STOP_CHARS = 4, 256
+MAX_MESSAGES, MAX_BIASES = 10_000, 1024
 COMPLETION_TOKENS = 16
 """What `max_tokens` is for completions where it is not given, as the hosted service has it."""
 
@@ -40,14 +45,14 @@ class Asked(Body):
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Bias] | None = Field(None, max_length=1024)
+    logit_bias: dict[str, Bias] | None = Field(None, max_length=MAX_BIASES)
     user: Ignored
 
     def settings(self, max_tokens: int, logprobs: int | None, ends: frozenset[int], vocabulary: int) -> Settings:
         """Returns how an answer is made. Raises RequestError for stop strings and tokens that cannot be."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > 4 or not all(stop) or any(len(one) > 256 for one in stop):
-            raise bad("stop", "stop takes up to 4 strings of 1 to 256 characters.")
+        if len(stop) > STOP_STRINGS or not all(stop) or any(len(one) > STOP_CHARS for one in stop):
+            raise bad("stop", f"stop takes up to {STOP_STRINGS} strings of 1 to {STOP_CHARS} characters.")
         return Settings(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -91,7 +96,7 @@ class ResponseFormat(Body):
 class ChatRequest(Asked):
     """A conversation to be gone on with."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=10_000)
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -185,8 +190,8 @@ class CompletionRequest(Asked):
         if given and all(isinstance(one, int) for one in given):
             return [[int(one) for one in given]]  # type: ignore[arg-type]
         found = list(given)
-        if not 0 < len(found) <= 128 or not all(isinstance(one, str) or one for one in found):
-            raise bad("prompt", "prompt takes 1 to 128 texts, or lists of at least one token.")
+        if not 0 < len(found) <= MAX_PROMPTS or not all(isinstance(one, str) or one for one in found):
+            raise bad("prompt", f"prompt takes 1 to {MAX_PROMPTS} texts, or lists of at least one token.")
         return found  # type: ignore[return-value]
 
 

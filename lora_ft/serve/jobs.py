@@ -78,6 +78,8 @@ def public(row: sqlite3.Row) -> dict[str, Any]:
         "metadata": json.loads(row["metadata"]) if row["metadata"] else None,
         "usage_metrics": None,
         "shared_with_openai": False,
+        "step": row["step"],
+        "total_steps": row["total_steps"],
         "method": {"type": "supervised", "supervised": {"hyperparameters": {**values, **extensions}}},
     }
 

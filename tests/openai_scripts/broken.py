@@ -1,5 +1,10 @@
-"""What the client does where the server goes away: `stream PID` ends it in the middle, `create FILE` is not heard."""
+"""What the client does where the server goes away, or says that it broke.
 
+`stream PID TOKEN` ends the server in the middle, `create FILE` is not heard; `told sync|async` reads a stream in which
+an error is told.
+"""
+
+import asyncio
 import os
 import signal
 import sys
@@ -8,8 +13,26 @@ import openai
 
 client = openai.OpenAI()
 
-if sys.argv[1] == "stream":
-    ask = [{"role": "user", "content": "go on for ever"}]
+ask = [{"role": "user", "content": "go on for ever"}]
+
+
+async def unsync() -> None:
+    async for chunk in await openai.AsyncOpenAI().chat.completions.create(model="tiny", messages=ask, stream=True):
+        print("came", chunk.id)
+
+
+if sys.argv[1] == "told":
+    try:
+        if sys.argv[2] == "async":
+            asyncio.run(unsync())
+        else:
+            for chunk in client.chat.completions.create(model="tiny", messages=ask, stream=True):
+                print("came", chunk.id)
+    except openai.APIError as error:
+        print("raised", error.code, error.message)
+    else:
+        print("looked whole")
+elif sys.argv[1] == "stream":
     stream = client.chat.completions.create(
         model="tiny", messages=ask, stream=True, logit_bias={sys.argv[3]: -100}, max_tokens=1500
     )

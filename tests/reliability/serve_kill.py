@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import argparse
 import random
+import sqlite3
 import tempfile
 import time
+from collections import Counter
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
+from lora_ft.serve.states import FINAL
+from lora_ft.serve.store import DATABASE
 from tests import tiny_server
 from tests.reliability.forks import MEMORY
 from tests.tiny_server import JOBS, Server, chats
 
 STEPS = 36
+WHAT = ("server", "worker", "both")
 OPTIONS = {"seed": 3, "hyperparameters": {"n_epochs": 3, "batch_size": 1, "learning_rate_multiplier": 10}}
 
 
@@ -38,9 +47,43 @@ def _reach(server: Server, job: str, step: int) -> None:
     server.until(job, lambda row: bool(row["finished_at"]) or server.steps(job) >= step, 600)
 
 
-def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Returns what was not as in the job that nothing happened to, of `count` jobs with a kill each."""
-    rng, wrong = random.Random(seed), []
+@dataclass
+class Kills:
+    """What was killed while a job was on its way, and where that changed how it ended."""
+
+    killed: Counter[str] = field(default_factory=Counter)
+    """How often the server, the job's process, and both."""
+    missed: int = 0
+    """Kills of what was not there: nothing worked on the job yet, or it had ended."""
+    wrong: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{count} of {what}" for what, count in sorted(self.killed.items()))
+        same = self.killed.total() - len(self.wrong)
+        return f"{told}; {same} jobs ended as the one that was not killed; {self.missed} kills of nothing not counted"
+
+
+def _kill(server: Server, job: str, what: str) -> bool:
+    """Returns whether a kill of `server`, `worker` or `both` met all it was meant for, and the job had not ended."""
+    met = True
+    if what != "server":
+        found = server.workers(job)
+        met = bool(found)
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    if what != "worker":
+        met = met and server.process.poll() is None
+        server.kill()
+    # Past the server, which may be no more.
+    with closing(sqlite3.connect(server.home / DATABASE, timeout=60)) as connection:
+        (status,) = connection.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()
+    return met and status not in FINAL
+
+
+def kills(folder: Path, count: int, seed: int = 0) -> Kills:
+    """Returns what came of `count` kills, each in a job of its own, beside the job that nothing happened to."""
+    rng, done = random.Random(seed), Kills()
     base = tiny_server.base_folder(folder / "base")
     home = tiny_server.home(folder / "home", base)
     server = Server(home).__enter__()
@@ -52,34 +95,33 @@ def differing(folder: Path, count: int, seed: int = 0) -> list[str]:
         took = time.monotonic() - began
         want = told_of(server, whole)
         assert want[0] == "succeeded", server.job(whole)
-        for number in range(count):
-            job = server.start_job(file, **OPTIONS)
-            if number % 4 < 2:
+        while done.killed.total() < count:
+            number = done.killed.total() + done.missed
+            assert done.missed <= 4 * count, str(done)
+            job, what = server.start_job(file, **OPTIONS), WHAT[done.killed.total() % len(WHAT)]
+            if number % 2:
                 # Most of a short job's time goes to starting, and to proving what was made.
-                time.sleep(rng.uniform(0, 1.1 * took))
+                time.sleep(rng.uniform(0, took))
             else:
                 _reach(server, job, rng.randrange(1, STEPS + 1))
                 time.sleep(rng.uniform(0, 0.2))
-            what = "server" if number % 2 else "worker"
             at = f"{what} at step {server.steps(job)}"
-            if what == "server":
-                server.kill()
+            is_real = _kill(server, job, what)
+            if what != "worker":
                 server = Server(home, token=server.token).__enter__()
-            else:
-                for process in server.workers(job):
-                    process.kill()
-            server.until(job, lambda row: row["status"] in ("succeeded", "failed", "cancelled"), 600)
+            done.killed[what] += is_real
+            done.missed += not is_real
+            server.until(job, lambda row: row["status"] in FINAL, 600)
             found = told_of(server, job)
             names = ("status", "tokens", "steps", "checkpoints", "table", "models", "adapter")
             unlike = [name for name, one, two in zip(names, want, found, strict=True) if one != two]
             if unlike:
-                wrong.append(
-                    f"kill {number} of the {what} ({at}): {', '.join(unlike)} differ: {server.job(job)['error']}"
-                )
-            print(f"{number + 1}: {at}: {', '.join(unlike) or 'the same'}", flush=True)
+                done.wrong.append(f"kill of {at}: {', '.join(unlike)} differ: {server.job(job)['error']}")
+            met = "" if is_real else "met nothing, "
+            print(f"{number + 1}: {at}: {met}{', '.join(unlike) or 'the same'}", flush=True)
     finally:
         server.__exit__()
-    return wrong
+    return done
 
 
 def main() -> None:
@@ -87,10 +129,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     count = parser.parse_args().count
     with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
-        wrong = differing(Path(scratch), count)
-    print(f"{count} kills: {count - len(wrong)} jobs ended as the one that was not killed")
-    if wrong:
-        raise SystemExit("\n".join(wrong))
+        done = kills(Path(scratch), count)
+    print(done)
+    if done.wrong:
+        raise SystemExit("\n".join(done.wrong))
 
 
 if __name__ == "__main__":
