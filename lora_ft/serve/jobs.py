@@ -211,11 +211,6 @@ def fail(connection: sqlite3.Connection, job_id: str, code: str, message: str, p
     events.add(connection, job_id, f"The job failed: {message}", level="error", data=error, mark="ended")
 
 
-def next_to_validate(store: Store) -> sqlite3.Row | None:
-    """Returns the oldest job whose files are still to be looked at."""
-    return store.one("SELECT * FROM jobs WHERE status = ? ORDER BY n LIMIT 1", VALIDATING)
-
-
 def next_to_run(store: Store, but: tuple[str, ...] = ()) -> sqlite3.Row | None:
     """Returns the oldest job that waits for a device."""
     rows = store.all("SELECT * FROM jobs WHERE status = ? ORDER BY n", QUEUED)

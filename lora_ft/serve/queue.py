@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -111,7 +112,7 @@ class Queue:
 
     def _heed(self, process: Process) -> None:
         """Does to a process what was asked of its job."""
-        row = self.store.one("SELECT status, wanted, attempt FROM jobs WHERE id = ?", process.job_id)
+        row = self.store.one("SELECT status, wanted FROM jobs WHERE id = ?", process.job_id)
         if row is None or row["status"] in FINAL:
             # A job that succeeded is written as the last thing; what its process still does is nothing but ending.
             if row is None or row["status"] == "cancelled":
@@ -137,13 +138,13 @@ class Queue:
         waiting = [job_id for job_id, until in self._not_before.items() if until > time.monotonic()]
         return (*(process.job_id for process in self._processes), *waiting)
 
-    def _unseen(self) -> jobs.sqlite3.Row | None:
+    def _unseen(self) -> sqlite3.Row | None:
         """Returns the oldest job whose files nobody looks at yet."""
         busy = self._passed_over()
         rows = self.store.all("SELECT * FROM jobs WHERE status = ? ORDER BY n", VALIDATING)
         return next((row for row in rows if row["id"] not in busy), None)
 
-    def _start(self, row: jobs.sqlite3.Row, device: int | None) -> None:
+    def _start(self, row: sqlite3.Row, device: int | None) -> None:
         mode = "validate" if device is None else "train"
         command = [sys.executable, "-m", "lora_ft.serve.worker", row["id"], str(row["attempt"]), mode]
         popen = subprocess.Popen(
