@@ -122,15 +122,11 @@ class Files:
         self._remove(file_id)
 
     def clear_up(self) -> None:
-        """Removes the files whose time is over, and what was half written or half removed."""
+        """Removes the files whose time is over."""
         over = f"expires_at <= ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE {NEEDED})"
         with self.store.change() as connection:
             # Not those that a job still needs, whatever the client said when it brought them.
             gone = connection.execute(f"DELETE FROM files WHERE {over} RETURNING id", (now(),)).fetchall()
-            gone += connection.execute(
-                "UPDATE uploads SET status = 'expired' WHERE status = 'pending' AND expires_at <= ? RETURNING id",
-                (now(),),
-            ).fetchall()
         for row in gone:
             self._remove(row["id"])
 

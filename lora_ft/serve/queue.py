@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lora_ft
-from lora_ft.serve import jobs
+from lora_ft.serve import jobs, uploads
 from lora_ft.serve.files import Files
 from lora_ft.serve.states import FINAL, QUEUED, RUNNING, VALIDATING
 from lora_ft.serve.store import Store
@@ -108,7 +108,9 @@ class Queue:
         self._start_next()
         if time.monotonic() - self._cleared_up > CLEAR_UP_S:
             self._cleared_up = time.monotonic()
-            Files(self.store).clear_up()
+            held = Files(self.store)
+            held.clear_up()
+            uploads.expire(held)
 
     def _heed(self, process: Process) -> None:
         """Does to a process what was asked of its job."""
