@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from lora_ft.serve import events, jobs
-from lora_ft.serve.jobs import Jobs, Order
+from lora_ft.serve.jobs import Jobs, Order, Sent
 from lora_ft.serve.queue import Process, Queue
 from lora_ft.serve.refusals import RequestError
 from lora_ft.serve.states import ACTIONS, DONE_ALREADY, FINAL, QUEUED, RUNNING, SUCCEEDED, TRANSITIONS, VALIDATING
@@ -64,7 +64,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from("abc"))
     def create(self, key: str) -> None:
-        row = self.jobs.create(order(), key, 600)
+        row = self.jobs.create(order(), Sent(key, "body", repeats=True, since=0.0))
         assert self.requests.setdefault(key, row["id"]) == row["id"], "a retried request made another job"
         self.seen.setdefault(row["id"], row["status"])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_ft.serve import events, ids
 from lora_ft.serve.models import OWNER
-from lora_ft.serve.refusals import RequestError, no_job
+from lora_ft.serve.refusals import RequestError, bad, no_job
 from lora_ft.serve.states import (
     ACTIONS,
     CANCELLED,
@@ -27,8 +27,8 @@ from lora_ft.serve.store import Page, Store, dumps, now
 NO_ERROR = {"code": None, "message": None, "param": None}
 """Scripts read `job.error.code` unguarded, so there is an object where nothing is wrong, as the hosted service has."""
 LISTED = 100
-# A client's own retries come within seconds; a script that is started again is another matter.
-SAME_REQUEST_S, SAME_KEY_S = 600.0, 86_400.0
+# How long it is kept what requests have made jobs.
+KEPT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,20 @@ class Order:
     extensions: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] | None = None
     integrations: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What tells that a request for a job is another one, sent again."""
+
+    key: str
+    """The same for both."""
+    body: str
+    """A digest of what was sent under that key."""
+    repeats: bool
+    """Whether it says itself that it may be a repetition."""
+    since: float
+    """When the other came at the earliest, in seconds since 1970."""
 
 
 def public(row: sqlite3.Row) -> dict[str, Any]:
@@ -88,20 +102,29 @@ class Jobs:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def create(self, order: Order, key: str | None = None, same_s: float = SAME_REQUEST_S) -> sqlite3.Row:
-        """Returns a new job, or the one that a request of the same key made in the last `same_s` seconds.
+    def create(self, order: Order, sent: Sent | None = None) -> sqlite3.Row:
+        """Returns a new job, or the one that the same request has made already.
+
+        A first try that a repetition of it has overtaken is known by that one's having come while it was under way.
 
         Args:
-            key: what tells a repeated request; it and the job are written together, so that there is never a second.
+            sent: it and the job are written together, so that there is never a second.
+
+        Raises:
+            RequestError: another body was sent under the same key.
         """
         job_id = ids.new("ftjob-")
         with self.store.change() as connection:
-            if key is not None:
-                connection.execute("DELETE FROM requests WHERE created_at < ?", (time.time() - SAME_KEY_S,))
-                known = connection.execute("SELECT * FROM requests WHERE key = ?", (key,)).fetchone()
-                if known and known["created_at"] >= time.time() - same_s:
+            if sent is not None:
+                connection.execute("DELETE FROM requests WHERE created_at < ?", (time.time() - KEPT_S,))
+                known = connection.execute("SELECT * FROM requests WHERE key = ?", (sent.key,)).fetchone()
+                if known and known["created_at"] >= sent.since and (sent.repeats or known["repeats"]):
+                    if known["body"] != sent.body:
+                        told = f"Another request came with the same Idempotency-Key, and made {known['job_id']}"
+                        raise bad(None, f"{told}: give each request a key of its own.", "idempotency_key_reused")
                     return self._row(connection, known["job_id"])
-                connection.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?)", (key, time.time(), job_id))
+                values = (sent.key, sent.body, sent.repeats, time.time(), job_id)
+                connection.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", values)
             connection.execute(
                 "INSERT INTO jobs(id, created_at, asked, model, parent, training_file, validation_file, suffix, seed, "
                 "hyperparameters, extensions, metadata, integrations, status) VALUES "

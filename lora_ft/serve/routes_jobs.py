@@ -28,6 +28,8 @@ MAX_SEED = 2**31 - 1
 PAUSE_WAIT_S, LOOK_S = 20.0, 0.1
 PING_S = 15
 RETRIES = "x-stainless-retry-count"
+# A client's own retries come within seconds; a script that is started again is another matter.
+SAME_REQUEST_S = 600.0
 
 
 class Method(Body):
@@ -65,10 +67,10 @@ class NewJob(Body):
 @router.post("/jobs", openapi_extra=documented(NewJob))
 async def create_job(request: Request, server: Server) -> dict[str, Any]:
     """Returns the new job, or the one that the same request, sent again, has made already."""
+    came = time.time()
     data = await raw(request)
     order = await run_in_threadpool(lambda: _order(server, parse(NewJob, data)))
-    key, same_s = _key(request, data)
-    row = await run_in_threadpool(server.jobs.create, order, key, same_s)
+    row = await run_in_threadpool(server.jobs.create, order, _sent(request, data, came))
     server.queue.wake()
     return jobs.public(row)
 
@@ -219,19 +221,20 @@ def _check_file(server: State, name: str, file_id: str | None) -> None:
         raise bad(name, told, "invalid_file")
 
 
-def _key(request: Request, data: bytes) -> tuple[str | None, float]:
-    """Returns what tells that a request is an earlier one sent again, and for how long; None where none can be.
+def _sent(request: Request, data: bytes, came: float) -> jobs.Sent:
+    """Returns what tells that a request is an earlier one sent again.
 
     The client sends no key of its own. Its first try is kept as it is, and a retry of the same body finds it.
     """
-    key = request.headers.get("idempotency-key")
+    key = request.headers.get("idempotency-key") or None
     who = request.headers.get("authorization", request.headers.get("api-key", ""))
-    if key:
-        return hashlib.sha256(f"key\n{who}\n{key}".encode()).hexdigest(), jobs.SAME_KEY_S
-    digest = hashlib.sha256(f"body\n{who}\n".encode() + data).hexdigest()
+    body = hashlib.sha256(data).hexdigest()
+    same = hashlib.sha256(f"{'body' if key is None else 'key'}\n{who}\n{body if key is None else key}".encode())
+    if key is not None:
+        return jobs.Sent(same.hexdigest(), body, True, came - jobs.KEPT_S)
     retried = request.headers.get(RETRIES, "0") != "0"
-    # Two first tries are two jobs: a window of nothing lets the second replace the first as what a retry finds.
-    return digest, jobs.SAME_REQUEST_S if retried else 0.0
+    # Two first tries are two jobs.
+    return jobs.Sent(same.hexdigest(), body, retried, came - (SAME_REQUEST_S if retried else 0.0))
 
 
 def _metadata(request: Request) -> dict[str, str] | None:

@@ -22,7 +22,7 @@ from lora_ft.serve.refusals import bad
 from lora_ft.serve.states import FINAL, TRANSITIONS
 
 DATABASE = "server.db"
-FORMAT = 1
+FORMAT = 2
 # A writer that waits longer than this for its turn has met a process that hangs.
 WAIT_S = 60.0
 
@@ -47,7 +47,8 @@ CREATE TABLE jobs(
   crashes INTEGER NOT NULL DEFAULT 0, step INTEGER NOT NULL DEFAULT 0, total_steps INTEGER, estimated_finish INTEGER,
   trained_tokens INTEGER, fine_tuned_model TEXT, result_file TEXT, error TEXT);
 CREATE INDEX jobs_by_status ON jobs(status);
-CREATE TABLE requests(key TEXT PRIMARY KEY, created_at REAL NOT NULL, job_id TEXT NOT NULL);
+CREATE TABLE requests(
+  key TEXT PRIMARY KEY, body TEXT NOT NULL, repeats INTEGER NOT NULL, created_at REAL NOT NULL, job_id TEXT NOT NULL);
 CREATE TABLE events(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job_id TEXT NOT NULL REFERENCES jobs(id),
   created_at INTEGER NOT NULL, level TEXT NOT NULL, message TEXT NOT NULL, type TEXT NOT NULL, data TEXT,
