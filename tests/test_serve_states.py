@@ -127,7 +127,7 @@ class Life(RuleBasedStateMachine):
         before = self.jobs.get(worker.job_id)
         self.queue._ended(process)
         after = self.jobs.get(worker.job_id)
-        if before["status"] == RUNNING and before["attempt"] == worker.attempt and status != 75:
+        if before["status"] == RUNNING and before["attempt"] == worker.attempt:
             assert after["status"] != RUNNING, "a job runs and nobody works on it"
 
     @rule()

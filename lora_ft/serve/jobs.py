@@ -177,6 +177,10 @@ class Jobs:
         with self.store.change() as connection:
             row = self._row(connection, job_id)
             state = row["status"]
+            if action == "resume" and row["wanted"] == "pause":
+                connection.execute("UPDATE jobs SET wanted = 'resume' WHERE id = ?", (job_id,))
+                events.add(connection, job_id, "The job goes on: it was resumed before it was paused")
+                return self._row(connection, job_id)
             if state in DONE_ALREADY[action] and action not in ACTIONS.get(state, ()):
                 return row
             if action not in ACTIONS.get(state, ()):

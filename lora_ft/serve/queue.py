@@ -31,6 +31,8 @@ TICK_S = 0.2
 CLEAR_UP_S = 60.0
 # Processes of one job that died in a row without a single step between them.
 TOO_MANY_CRASHES = 5
+# Seconds until a job looks again whether what it needs is free: each time twice as many, up to the last.
+FIRST_WAIT_S, LAST_WAIT_S = 1.0, 60.0
 # How long processes that were asked to stop may take for their step, at the end of the server.
 STOP_S = 60.0
 
@@ -49,6 +51,16 @@ class Process:
     """Whether it was told to stop: a second time would end it at once."""
 
 
+@dataclass(frozen=True)
+class Wait:
+    """What a job waits for: that another process lets go of its folder or its GPU."""
+
+    times: int
+    """How often in a row it was in use."""
+    until: float
+    """When to look again, on the monotonic clock."""
+
+
 class Queue:
     """Starts and ends the processes of jobs, in a thread of its own from `start` to `stop`."""
 
@@ -57,7 +69,7 @@ class Queue:
         self._processes: list[Process] = []
         self._wake, self._ending = threading.Event(), threading.Event()
         self._cleared_up = 0.0
-        self._not_before: dict[str, float] = {}
+        self._waits: dict[str, Wait] = {}
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
 
     def start(self) -> None:
@@ -108,19 +120,25 @@ class Queue:
         self._start_next()
         if time.monotonic() - self._cleared_up > CLEAR_UP_S:
             self._cleared_up = time.monotonic()
+            # Of a job that was cancelled meanwhile nobody asks again.
+            over = time.monotonic() - CLEAR_UP_S
+            self._waits = {job_id: wait for job_id, wait in self._waits.items() if wait.until > over}
             held = Files(self.store)
             held.clear_up()
             uploads.expire(held)
 
     def _heed(self, process: Process) -> None:
         """Does to a process what was asked of its job."""
-        row = self.store.one("SELECT status, wanted FROM jobs WHERE id = ?", process.job_id)
+        row = self.store.one("SELECT id, status, wanted FROM jobs WHERE id = ?", process.job_id)
         if row is None or row["status"] in FINAL:
             # A job that succeeded is written as the last thing; what its process still does is nothing but ending.
             if row is None or row["status"] == "cancelled":
                 self._kill(process)
         elif row["wanted"] == "pause" and row["status"] == RUNNING:
             self._ask(process)
+        elif row["wanted"] == "resume" and not process.asked:
+            with self.store.change() as connection:
+                connection.execute("UPDATE jobs SET wanted = NULL WHERE id = ? AND wanted = 'resume'", (row["id"],))
 
     def _start_next(self) -> None:
         taken = {process.device for process in self._processes}
@@ -136,8 +154,8 @@ class Queue:
                 self._start(row, None)
 
     def _passed_over(self) -> tuple[str, ...]:
-        """Returns the jobs that have a process already, or wait for one of an earlier server to end."""
-        waiting = [job_id for job_id, until in self._not_before.items() if until > time.monotonic()]
+        """Returns the jobs that have a process already, or wait for another one to let go of what they need."""
+        waiting = [job_id for job_id, wait in self._waits.items() if wait.until > time.monotonic()]
         return (*(process.job_id for process in self._processes), *waiting)
 
     def _unseen(self) -> sqlite3.Row | None:
@@ -159,15 +177,16 @@ class Queue:
         """Sees that no job stays as if a process that has ended still worked on it."""
         if process.popen.stdin:
             process.popen.stdin.close()
-        status = process.popen.returncode
+        status, before = process.popen.returncode, self._waits.pop(process.job_id, None)
         if status == BUSY:
-            self._not_before[process.job_id] = time.monotonic() + 1.0
-            return
+            times = before.times if before else 0
+            seconds = min(LAST_WAIT_S, FIRST_WAIT_S * 2 ** min(times, 10))
+            self._waits[process.job_id] = Wait(times + 1, time.monotonic() + seconds)
         with self.store.change() as connection:
             row = connection.execute("SELECT * FROM jobs WHERE id = ?", (process.job_id,)).fetchone()
             if row["attempt"] != process.attempt or row["status"] not in (VALIDATING, QUEUED, RUNNING):
                 return
-            if status == 0 and row["status"] != RUNNING:
+            if status in (0, BUSY) and row["status"] != RUNNING:
                 return
             # A later process counts from here on, whatever this one did.
             crashes = row["crashes"] + 1 if row["step"] <= process.started_at_step else 1

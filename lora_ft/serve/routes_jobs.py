@@ -99,7 +99,7 @@ async def ask_job(job_id: str, action: Literal["cancel", "pause", "resume"], ser
     row = await run_in_threadpool(server.jobs.ask, job_id, action)
     server.queue.wake()
     end = time.monotonic() + PAUSE_WAIT_S
-    while action == "pause" and row["status"] == RUNNING and row["wanted"] and time.monotonic() < end:
+    while action == "pause" and row["status"] == RUNNING and row["wanted"] == "pause" and time.monotonic() < end:
         await asyncio.sleep(LOOK_S)
         row = await run_in_threadpool(server.jobs.get, job_id)
     return jobs.public(row)
