@@ -97,10 +97,9 @@ class Files:
 
     def page(self, purpose: str | None, after: str | None, limit: int, order: str) -> Page:
         """Returns a stretch of the list of files."""
-        where: list[tuple[str, Any]] = [("(expires_at IS NULL OR expires_at > ?)", now())]
-        if purpose is not None:
-            where.append(("purpose = ?", purpose))
-        return self.store.page("files", where, after=after, limit=limit, newest_first=order == "desc")
+        where = [] if purpose is None else [("purpose = ?", purpose)]
+        still = [("(expires_at IS NULL OR expires_at > ?)", now())]
+        return self.store.page("files", where, after=after, limit=limit, newest_first=order == "desc", still=still)
 
     def path(self, row: sqlite3.Row) -> Path:
         """Returns where the bytes of a file are."""

@@ -32,6 +32,9 @@ CREATE TABLE transitions(before TEXT NOT NULL, after TEXT NOT NULL, PRIMARY KEY(
 CREATE TABLE files(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
   bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER);
+CREATE TABLE gone(id TEXT PRIMARY KEY, list TEXT NOT NULL, n INTEGER NOT NULL);
+CREATE TRIGGER a_file_that_is_gone_keeps_its_place AFTER DELETE ON files
+  BEGIN INSERT INTO gone VALUES (OLD.id, 'files', OLD.n); END;
 CREATE TABLE uploads(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
   bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, status TEXT NOT NULL,
@@ -130,10 +133,15 @@ class Store:
         after: str | None,
         limit: int,
         newest_first: bool = True,
+        still: Sequence[tuple[str, Any]] = (),
     ) -> Page:
         """Returns the rows of a table that meet all of `where`, from the one behind `after` on, at most `limit`.
 
-        The order is that of their making, whatever the clock said, so that rows made meanwhile shift nothing.
+        The order is that of their making, whatever the clock said, so that rows made meanwhile shift nothing, nor do
+        those that are gone meanwhile.
+
+        Args:
+            still: what rows must meet besides, though `after` may have ceased to.
 
         Raises:
             RequestError: `after` is no id of this list.
@@ -142,10 +150,13 @@ class Store:
         if after is not None:
             known = " AND ".join(["id = ?", *tests])
             place = self.one(f"SELECT n FROM {table} WHERE {known}", after, *values)
+            place = place or self.one("SELECT n FROM gone WHERE id = ? AND list = ?", after, table)
             if place is None:
                 raise bad("after", f"after is {after!r}, which is no id of this list; give the last id of a page.")
             tests.append("n < ?" if newest_first else "n > ?")
             values.append(place["n"])
+        tests += [test for test, _ in still]
+        values += [value for _, value in still]
         condition = f"WHERE {' AND '.join(tests)}" if tests else ""
         order = "DESC" if newest_first else "ASC"
         query = f"SELECT * FROM {table} {condition} ORDER BY n {order} LIMIT ?"
