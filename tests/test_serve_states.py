@@ -35,7 +35,7 @@ class Ended:
 
 def order(**more: object) -> Order:
     values = dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier"), "auto")
-    return Order(asked="m", model="m", training_file="file-1", values=values, seed=1, **more)  # type: ignore[arg-type]
+    return Order(asked="m", model="m", source="s", training_file="file-1", values=values, seed=1, **more)  # type: ignore[arg-type]
 
 
 class Life(RuleBasedStateMachine):

@@ -39,6 +39,8 @@ class Order:
     """The model as the script names it."""
     model: str
     """The base that it means."""
+    source: str
+    """What `sources.resolve` takes for that base: the job trains on it, whatever `models.json` says later."""
     training_file: str
     values: dict[str, Any]
     """Hyperparameters, numbers or `auto`."""
@@ -126,12 +128,12 @@ class Jobs:
                 values = (sent.key, sent.body, sent.repeats, time.time(), job_id)
                 connection.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", values)
             connection.execute(
-                "INSERT INTO jobs(id, created_at, asked, model, parent, training_file, validation_file, suffix, seed, "
-                "hyperparameters, extensions, metadata, integrations, status) VALUES "
-                "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO jobs(id, created_at, asked, model, source, parent, training_file, validation_file, suffix, "
+                "seed, hyperparameters, extensions, metadata, integrations, status) VALUES "
+                "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    job_id, now(), order.asked, order.model, order.parent, order.training_file, order.validation_file,
-                    order.suffix, order.seed, dumps(order.values), dumps(order.extensions),
+                    job_id, now(), order.asked, order.model, order.source, order.parent, order.training_file,
+                    order.validation_file, order.suffix, order.seed, dumps(order.values), dumps(order.extensions),
                     None if order.metadata is None else dumps(order.metadata), dumps(order.integrations), VALIDATING,
                 ),
             )  # fmt: skip

@@ -162,6 +162,7 @@ def _order(server: State, body: NewJob) -> jobs.Order:
     return jobs.Order(
         asked=body.model,
         model=model.base,
+        source=model.source,
         parent=parent,
         training_file=body.training_file,
         validation_file=body.validation_file,

@@ -44,9 +44,9 @@ CREATE TABLE parts(
   bytes INTEGER NOT NULL, created_at INTEGER NOT NULL);
 CREATE TABLE jobs(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, created_at INTEGER NOT NULL, finished_at INTEGER,
-  asked TEXT NOT NULL, model TEXT NOT NULL, parent TEXT, training_file TEXT NOT NULL, validation_file TEXT,
-  suffix TEXT, seed INTEGER NOT NULL, hyperparameters TEXT NOT NULL, extensions TEXT NOT NULL, metadata TEXT,
-  integrations TEXT NOT NULL, status TEXT NOT NULL, wanted TEXT, attempt INTEGER NOT NULL DEFAULT 0,
+  asked TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL, parent TEXT, training_file TEXT NOT NULL,
+  validation_file TEXT, suffix TEXT, seed INTEGER NOT NULL, hyperparameters TEXT NOT NULL, extensions TEXT NOT NULL,
+  metadata TEXT, integrations TEXT NOT NULL, status TEXT NOT NULL, wanted TEXT, attempt INTEGER NOT NULL DEFAULT 0,
   crashes INTEGER NOT NULL DEFAULT 0, step INTEGER NOT NULL DEFAULT 0, total_steps INTEGER, estimated_finish INTEGER,
   trained_tokens INTEGER, fine_tuned_model TEXT, result_file TEXT, error TEXT);
 CREATE INDEX jobs_by_status ON jobs(status);

@@ -25,8 +25,7 @@ from typing import Any
 from lora_ft.errors import BusyError, DivergedError, Interrupted, LoraFtError, ProofError, StorageError
 from lora_ft.redaction import redacted
 from lora_ft.serve import events, files, ids, jobs
-from lora_ft.serve.models import Models, fine_tuned_name, register
-from lora_ft.serve.refusals import RequestError
+from lora_ft.serve.models import fine_tuned_name, register
 from lora_ft.serve.states import PAUSED, QUEUED, RUNNING, SUCCEEDED, VALIDATING
 from lora_ft.serve.store import Store, dumps, now
 
@@ -68,13 +67,11 @@ class Worker:
         """Returns whether the files can be trained on; the job is queued then, and has failed if not."""
         from lora_ft.serve import trial
 
-        models = Models(self.store)
         try:
-            parent = models.resolve(self.row["parent"]).adapter if self.row["parent"] else None
-            plan = trial.examine(self.row, models.source_of(self.row["model"]), Path(parent) if parent else None)
-        except (trial.JobError, RequestError) as bad:
+            plan = trial.examine(self.row, self.row["source"], self._parent())
+        except trial.JobError as bad:
             with self.change(VALIDATING) as connection:
-                jobs.fail(connection, self.job_id, bad.code or "invalid_model", str(bad), bad.param)
+                jobs.fail(connection, self.job_id, bad.code, str(bad), bad.param)
             return False
         trial.write_config(trial.config_path(Path(), self.job_id), plan.config)
         with self.change(VALIDATING) as connection:
@@ -120,11 +117,11 @@ class Worker:
         if not (started.is_trained(out) and not (out / CHECKPOINTS).is_dir()):
             begun = started.is_trained(out) or bool(found(out / CHECKPOINTS))
             config = dataclasses.replace(config, resume=begun)
-            parent = Models(self.store).resolve(self.row["parent"]).adapter if self.row["parent"] else None
+            parent = self._parent()
             made = runs.run(
                 config,
                 console=Console(quiet=True),
-                watch=lambda *what: [Reporter(self, config, Path(parent) if parent else None, *what)],
+                watch=lambda *what: [Reporter(self, config, parent, *what)],
             )
             made.prove()
         self._succeed(out, environment.read(out)["fit"])
@@ -171,6 +168,18 @@ class Worker:
         with self.change(QUEUED) as connection:
             mark = f"busy-{hashlib.sha256(str(busy).encode()).hexdigest()[:16]}"
             events.add(connection, self.job_id, f"The job waits: {busy}", level="warn", mark=mark)
+
+    def _parent(self) -> Path | None:
+        """Returns the folder of the adapter that the job goes on from, where it does. Raises JobError if it is gone."""
+        from lora_ft.serve import trial
+
+        name = self.row["parent"]
+        if name is None:
+            return None
+        row = self.store.one("SELECT folder FROM models WHERE id = ?", name)
+        if row is None:
+            raise trial.JobError("invalid_model", f"{name} was deleted: choose another model.", "model")
+        return Path(row["folder"])
 
     def _state(self) -> str:
         row = self.store.one("SELECT status FROM jobs WHERE id = ?", self.job_id)
