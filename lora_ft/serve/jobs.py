@@ -6,9 +6,10 @@ import json
 import sqlite3
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from lora_ft.serve import events, ids
+from lora_ft.serve import events, ids, leftovers
 from lora_ft.serve.models import OWNER
 from lora_ft.serve.refusals import RequestError, bad, no_job
 from lora_ft.serve.states import (
@@ -128,8 +129,8 @@ class Jobs:
                 values = (sent.key, sent.body, sent.repeats, time.time(), job_id)
                 connection.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", values)
             connection.execute(
-                "INSERT INTO jobs(id, created_at, asked, model, source, parent, training_file, validation_file, suffix, "
-                "seed, hyperparameters, extensions, metadata, integrations, status) VALUES "
+                "INSERT INTO jobs(id, created_at, asked, model, source, parent, training_file, validation_file, "
+                "suffix, seed, hyperparameters, extensions, metadata, integrations, status) VALUES "
                 "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     job_id, now(), order.asked, order.model, order.source, order.parent, order.training_file,
@@ -216,7 +217,12 @@ class Jobs:
 
 
 def change_state(connection: sqlite3.Connection, job_id: str, state: str, **fields: Any) -> None:
-    """Takes a job to another state; the database holds it to the table of transitions."""
+    """Takes a job to another state; the database holds it to the table of transitions.
+
+    What a job would go on from is not needed once it has failed or was cancelled.
+    """
+    if state in (FAILED, CANCELLED):
+        leftovers.add(connection, Path(leftovers.RUNS, job_id))
     settings = {"status": state, "wanted": None, "estimated_finish": None, **fields}
     names = ", ".join(f"{name} = ?" for name in settings)
     connection.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*settings.values(), job_id))

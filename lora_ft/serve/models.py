@@ -18,6 +18,7 @@ from typing import Any
 from lora_ft import atomicio
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.foreign.files import object_of
+from lora_ft.serve import leftovers
 from lora_ft.serve.refusals import RequestError, no_model
 from lora_ft.serve.states import FINAL
 from lora_ft.serve.store import Store
@@ -145,10 +146,9 @@ class Models:
             ).fetchone()
             if job:
                 raise RequestError(400, f"{name} belongs to {job['id']}, which has not ended: cancel that job first.")
+            leftovers.add(connection, Path(model.adapter))
             connection.execute("DELETE FROM models WHERE id = ?", (name,))
-        place = self.store.home / model.adapter
-        if place.is_dir():
-            atomicio.remove(place)
+        leftovers.clear(self.store)
 
     def _state(self) -> tuple[int, int, int] | None:
         """Returns what changes with the file, None where it is not there."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lora_ft
-from lora_ft.serve import jobs, uploads
+from lora_ft.serve import jobs, leftovers, uploads
 from lora_ft.serve.files import Files
 from lora_ft.serve.states import FINAL, QUEUED, RUNNING, VALIDATING
 from lora_ft.serve.store import Store
@@ -118,6 +118,7 @@ class Queue:
         for process in self._processes:
             self._heed(process)
         self._start_next()
+        leftovers.clear(self.store)
         if time.monotonic() - self._cleared_up > CLEAR_UP_S:
             self._cleared_up = time.monotonic()
             # Of a job that was cancelled meanwhile nobody asks again.

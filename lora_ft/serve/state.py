@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
+from lora_ft.serve import leftovers
 from lora_ft.serve.files import Files
 from lora_ft.serve.jobs import Jobs
 from lora_ft.serve.models import Models
@@ -41,6 +42,7 @@ class State:
             store.put("made_at", str(now()))
         files, models = Files(store), Models(store)
         files.sweep()
+        leftovers.sweep(store)
         return cls(store, files, Jobs(store), models, Queue(store, devices), Answers(models), results_base64)
 
 
