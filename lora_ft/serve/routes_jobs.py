@@ -6,9 +6,10 @@ import asyncio
 import hashlib
 import json
 import random
+import sqlite3
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -93,16 +94,27 @@ def get_job(job_id: str, server: Server) -> dict[str, Any]:
     return jobs.public(server.jobs.get(job_id))
 
 
-@router.post("/jobs/{job_id}/{action}")
-async def ask_job(job_id: str, action: Literal["cancel", "pause", "resume"], server: Server) -> dict[str, Any]:
-    """Returns the job after it was asked to cancel, pause or resume; whatever body came is not looked at."""
-    row = await run_in_threadpool(server.jobs.ask, job_id, action)
-    server.queue.wake()
+@router.post("/jobs/{job_id}/cancel")
+async def cancel_job(job_id: str, server: Server) -> dict[str, Any]:
+    """Returns the job, cancelled; whatever body came is not looked at."""
+    return jobs.public(await _asked(server, job_id, "cancel"))
+
+
+@router.post("/jobs/{job_id}/pause")
+async def pause_job(job_id: str, server: Server) -> dict[str, Any]:
+    """Returns the job once it is paused, or as it is where that takes long."""
+    row = await _asked(server, job_id, "pause")
     end = time.monotonic() + PAUSE_WAIT_S
-    while action == "pause" and row["status"] == RUNNING and row["wanted"] == "pause" and time.monotonic() < end:
+    while row["status"] == RUNNING and row["wanted"] == "pause" and time.monotonic() < end:
         await asyncio.sleep(LOOK_S)
         row = await run_in_threadpool(server.jobs.get, job_id)
     return jobs.public(row)
+
+
+@router.post("/jobs/{job_id}/resume")
+async def resume_job(job_id: str, server: Server) -> dict[str, Any]:
+    """Returns the job, which goes on."""
+    return jobs.public(await _asked(server, job_id, "resume"))
 
 
 @router.get("/jobs/{job_id}/events")
@@ -135,6 +147,13 @@ def list_checkpoints(
     data = list(map(events.checkpoint, found.rows))
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": data, **ends, "has_more": found.has_more}
+
+
+async def _asked(server: State, job_id: str, action: str) -> sqlite3.Row:
+    """Returns a job that was asked to do something."""
+    row = await run_in_threadpool(server.jobs.ask, job_id, action)
+    server.queue.wake()
+    return row
 
 
 def _order(server: State, body: NewJob) -> jobs.Order:
