@@ -263,7 +263,6 @@ def test_another_name_is_resolved_and_told(client):
         ({"suffix": "a" * 65}, "invalid_value", "suffix"),
         ({"seed": -1}, "invalid_value", "seed"),
         ({"metadata": {"k": "v" * 513}}, "invalid_value", "metadata.k"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "unsupported_integration", "integrations"),
         ({"colour": "red"}, "unknown_parameter", "colour"),
     ],
 )  # fmt: skip

@@ -54,6 +54,18 @@ class Order:
     metadata: dict[str, str] | None = None
     integrations: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def warnings(self) -> dict[str, str]:
+        """What the client should know of it, though it can be met; each under a mark."""
+        told = {}
+        if self.asked not in (self.model, self.parent):
+            told["substituted"] = (
+                f"{self.asked} stands for {self.model} on this server (models.json): that is what is trained."
+            )
+        if self.integrations:
+            told["unreported"] = "Nothing is reported to Weights & Biases: this server sends nothing to anybody."
+        return told
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -139,9 +151,8 @@ class Jobs:
                 ),
             )  # fmt: skip
             events.add(connection, job_id, f"Created fine-tuning job: {job_id}", mark="created")
-            if order.asked not in (order.model, order.parent):
-                told = f"{order.asked} stands for {order.model} on this server (models.json): that is what is trained."
-                events.add(connection, job_id, told, level="warn", mark="substituted")
+            for mark, told in order.warnings.items():
+                events.add(connection, job_id, told, level="warn", mark=mark)
             both = f" and validation file: {order.validation_file}" if order.validation_file else ""
             told = f"Validating training file: {order.training_file}{both}"
             events.add(connection, job_id, told, mark="validating")

@@ -169,7 +169,7 @@ class Queue:
         mode = "validate" if device is None else "train"
         command = [sys.executable, "-m", "lora_ft.serve.worker", row["id"], str(row["attempt"]), mode]
         popen = subprocess.Popen(
-            command, cwd=self.store.home, env=_environment(device, self.devices), stdin=subprocess.PIPE,
+            command, cwd=self.store.home, env=environment(device, self.devices), stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         self._processes.append(Process(row["id"], row["attempt"], device, row["step"], popen))
@@ -219,7 +219,7 @@ class Queue:
             process.popen.wait()
 
 
-def _environment(device: int | None, devices: int) -> dict[str, str]:
+def environment(device: int | None, devices: int) -> dict[str, str]:
     """Returns the environment of a job's process: one device, and the library that this process has."""
     package = Path(lora_ft.__file__).parents[1]
     paths = [str(package), *(p for p in sys.path if p and Path(p).is_absolute()), os.environ.get("PYTHONPATH", "")]

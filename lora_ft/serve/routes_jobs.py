@@ -9,14 +9,14 @@ import random
 import sqlite3
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from lora_ft.serve import events, files, hyperparameters, jobs
+from lora_ft.serve import checks, events, files, hyperparameters, jobs
 from lora_ft.serve.bodies import Body, documented, parse, raw
 from lora_ft.serve.models import SUFFIX
 from lora_ft.serve.refusals import RequestError, bad
@@ -42,11 +42,25 @@ class Method(Body):
     reinforcement: dict[str, Any] | None = None
 
 
+class Wandb(Body):
+    """Where a job would be reported to, at Weights & Biases."""
+
+    project: str = Field(min_length=1, max_length=256)
+    name: str | None = Field(None, max_length=256)
+    entity: str | None = Field(None, max_length=256)
+    tags: list[Annotated[str, Field(max_length=64)]] = Field([], max_length=50)
+
+
 class Integration(Body):
     """Somebody else's service to report to."""
 
-    type: str
-    wandb: dict[str, Any] | None = None
+    type: Literal["wandb"]
+    wandb: Wandb
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The integration as the job tells it: there is no run, for nothing is reported."""
+        return {"type": self.type, "wandb": {**self.wandb.model_dump(), "run_id": None}}
 
 
 class NewJob(Body):
@@ -74,6 +88,22 @@ async def create_job(request: Request, server: Server) -> dict[str, Any]:
     row = await run_in_threadpool(server.jobs.create, order, _sent(request, data, came))
     server.queue.wake()
     return jobs.public(row)
+
+
+@router.post("/validate", openapi_extra=documented(NewJob))
+async def validate_job(request: Request, server: Server) -> dict[str, Any]:
+    """Returns what a job of the same request would find in its files, as far as that is known before it trains.
+
+    An extension: nothing is made. One is looked at after another, in a process of its own as that of a job is.
+    """
+    data = await raw(request)
+    order = await run_in_threadpool(lambda: _order(server, parse(NewJob, data)))
+    while not server.checking.acquire(blocking=False):
+        await asyncio.sleep(LOOK_S)
+    try:
+        return await run_in_threadpool(checks.check, server.models, order)
+    finally:
+        server.checking.release()
 
 
 @router.get("/jobs")
@@ -169,11 +199,6 @@ def _order(server: State, body: NewJob) -> jobs.Order:
     if body.suffix is not None and not SUFFIX.fullmatch(body.suffix):
         rule = "give 1 to 64 of the characters a-z, A-Z, 0-9, - _ and ."
         raise bad("suffix", f"suffix is {body.suffix[:64]!r}; {rule}")
-    if body.integrations:
-        told = (
-            f"integrations[0].type is {body.integrations[0].type[:40]!r}; this server reports to nobody: leave it out."
-        )
-        raise bad("integrations", told, "unsupported_integration")
     for name in ("training_file", "validation_file"):
         _check_file(server, name, getattr(body, name))
     if body.validation_file == body.training_file:
@@ -190,6 +215,7 @@ def _order(server: State, body: NewJob) -> jobs.Order:
         values=asked.values,
         extensions=asked.extensions,
         metadata=body.metadata,
+        integrations=[one.told for one in body.integrations or []],
     )
 
 

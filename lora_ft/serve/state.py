@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,8 @@ class State:
     answers: Answers
     results_base64: bool = False
     """Whether result files are handed out in base64, as the hosted service does."""
+    checking: threading.Lock = field(default_factory=threading.Lock)
+    """Held while files are looked at for nobody's job."""
 
     @classmethod
     def of(cls, home: Path, devices: int = 1, results_base64: bool = False) -> State:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,11 @@ def write_config(path: Path, config: RunConfig) -> None:
     atomicio.write(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
-def examine(row: sqlite3.Row, source: str, parent: Path | None) -> Plan:
+def examine(row: sqlite3.Row | Mapping[str, Any], source: str, parent: Path | None) -> Plan:
     """Returns the plan of a job, in whose server's folder this process is.
 
     Args:
+        row: the job's, or the columns of one that there is none of.
         source: what `sources.resolve` takes for the base.
         parent: the folder of the adapter to go on from.
 
