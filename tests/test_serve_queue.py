@@ -130,6 +130,19 @@ def test_a_worker_that_waits_for_a_job_it_has_lost_just_ends(client, monkeypatch
     assert worker.run(client.state.store, job, 0, whole=True) == BUSY
 
 
+def test_a_job_whose_gpu_cannot_be_asked_fails_and_does_not_begin_for_ever(client, monkeypatch):
+    monkeypatch.chdir(client.state.store.home)
+    job = taken_to(client, QUEUED)
+
+    def broken() -> str:
+        raise RuntimeError("CUDA driver error")
+
+    monkeypatch.setattr(runs, "gpu", broken)
+    assert worker.run(client.state.store, job, 0, whole=True) == 0
+    found = client("GET", f"{JOBS}/{job}")[1]
+    assert (found["status"], found["error"]["code"]) == ("failed", "internal_error")
+
+
 def test_what_is_in_use_is_looked_at_less_and_less_often(client):
     job, queue = taken_to(client, QUEUED), client.state.queue
     seconds = []

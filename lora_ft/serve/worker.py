@@ -158,8 +158,8 @@ class Worker:
                 jobs.back_to_queue(connection, self.row, gone)
 
     def fail(self, code: str, message: str) -> None:
-        """Ends the job with an error, whether it was validated or trained."""
-        state = VALIDATING if self._state() == VALIDATING else RUNNING
+        """Ends the job with an error, whether it was validated, about to be trained, or trained."""
+        state = found if (found := self._state()) in (VALIDATING, QUEUED) else RUNNING
         with self.change(state) as connection:
             jobs.fail(connection, self.job_id, code, message)
 
