@@ -130,11 +130,15 @@ def run(
         return _run(config, examples, held_out, console or Console(stderr=True), watch)
 
 
+def gpu() -> str | None:
+    """Returns the uuid of the GPU that a run in this process is on, which `locks.gpu` holds; None on a processor."""
+    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Holds the folder of a run in the block, and the GPU that it runs on; tells of an interrupt if it can go on."""
-    identity = str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
-    with locks.run_folder(out), locks.gpu(identity, out):
+    with locks.run_folder(out), locks.gpu(gpu(), out):
         try:
             yield
         except KeyboardInterrupt:

@@ -473,14 +473,14 @@ def test_what_changes_nothing_is_taken(client):
 
 
 def test_a_deleted_model_is_gone_at_once(client):
-    name = adapter(client, Path(client.state.models.bases["tiny"]), 99)
+    name = adapter(client, Path(client.state.models.table.bases["tiny"]), 99)
     assert said(chat(client, model=name))
     assert client("DELETE", f"/v1/models/{name}")[1]["deleted"]
     assert client("POST", "/v1/chat/completions", {"model": name, "messages": ASK})[0] == 404
 
 
 def test_an_answer_that_has_begun_is_made_to_its_end_though_its_model_is_deleted(client, monkeypatch):
-    name = adapter(client, Path(client.state.models.bases["tiny"]), 98)
+    name = adapter(client, Path(client.state.models.table.bases["tiny"]), 98)
     ask = {"model": name, "max_tokens": 40, "seed": 5, "temperature": 1.0}
     whole, step, made = said(chat(client, **ask)), engine._Batch.step, []
 

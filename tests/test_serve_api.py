@@ -253,7 +253,7 @@ def test_another_name_is_resolved_and_told(client):
         ({"hyperparameters": {"batch_size": 257}}, "invalid_value", "hyperparameters.batch_size"),
         ({"hyperparameters": {"learning_rate_multiplier": 0}}, "invalid_value", f"hyperparameters.{MULTIPLIER}"),
         ({"hyperparameters": {"lora_r": 0}}, "invalid_value", "hyperparameters.lora_r"),
-        ({"hyperparameters": {"lora_r": "4"}}, "invalid_value", "hyperparameters.lora_r"),
+        ({"hyperparameters": {"lora_r": "four"}}, "invalid_value", "hyperparameters.lora_r"),
         ({"hyperparameters": {"magic": 1}}, "unknown_parameter", "hyperparameters.magic"),
         ({"method": {"type": "reinforcement"}}, "unsupported_method", "method.type"),
         ({"method": {"type": "dpo", "dpo": {}}}, "unsupported_method", "method.type"),
@@ -263,7 +263,6 @@ def test_another_name_is_resolved_and_told(client):
         ({"suffix": "a" * 65}, "invalid_value", "suffix"),
         ({"seed": -1}, "invalid_value", "seed"),
         ({"metadata": {"k": "v" * 513}}, "invalid_value", "metadata.k"),
-        ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "unsupported_integration", "integrations"),
         ({"colour": "red"}, "unknown_parameter", "colour"),
     ],
 )  # fmt: skip
@@ -453,6 +452,8 @@ def test_a_table_of_models_that_is_wrong(tmp_path, table, said):
     [
         ("GET", "/v1/nothing", 404, "unknown_url"),
         ("PUT", "/v1/files", 405, "method_not_allowed"),
+        ("POST", "/v1/fine_tuning/jobs/ftjob-x/events", 405, "method_not_allowed"),
+        ("POST", "/v1/fine_tuning/jobs/ftjob-x/nonsense", 404, "unknown_url"),
         ("POST", "/v1/fine-tunes", 404, "unknown_url"),
         ("POST", "/v1/responses", 404, "unknown_url"),
         ("POST", "/v1/embeddings", 404, "unknown_url"),
@@ -611,7 +612,15 @@ def test_rows_of_a_step_are_exactly_those_asked_for():
 
 
 def test_numbers_as_clients_write_them():
-    assert hyperparameters.read({"n_epochs": "3", "batch_size": 4.0}, "h").values["n_epochs"] == 3
-    for wrong in ({"n_epochs": True}, {"n_epochs": 2.5}, {"batch_size": "-1"}, {"learning_rate_multiplier": True}):
+    texts = {"n_epochs": "3", "batch_size": "4", "learning_rate_multiplier": "0.1", "learning_rate": "2e-5"}
+    found = hyperparameters.read({**texts, "lora_r": "8", "lora_alpha": "16.5"}, "h")
+    assert found.values == {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 0.1}
+    assert found.extensions == {"learning_rate": 2e-5, "lora_r": 8, "lora_alpha": 16.5}
+    assert hyperparameters.read({"batch_size": 4.0}, "h").values["batch_size"] == 4
+    for wrong in (
+        {"n_epochs": True}, {"n_epochs": 2.5}, {"n_epochs": "2.5"}, {"batch_size": "-1"}, {"batch_size": "0x4"},
+        {"learning_rate_multiplier": True}, {"learning_rate_multiplier": "nan"}, {"learning_rate_multiplier": "inf"},
+        {"learning_rate_multiplier": "0"}, {"lora_r": "8.5"}, {"packing": "1"},
+    ):  # fmt: skip
         with pytest.raises(RequestError):
             hyperparameters.read(wrong, "h")

@@ -240,7 +240,9 @@ def _tools(request: asked.ChatRequest) -> tuple[tuple[dict[str, Any], ...], str]
     choice = request.tool_choice
     if choice is None:
         return tools, "auto" if tools else "none"
-    if isinstance(choice, dict):
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        tools, choice = _allowed(tools, choice.get("allowed_tools"))
+    elif isinstance(choice, dict):
         function = choice.get("function")
         choice = function.get("name") if isinstance(function, dict) else None
         if choice not in [tool["function"]["name"] for tool in tools]:
@@ -251,6 +253,20 @@ def _tools(request: asked.ChatRequest) -> tuple[tuple[dict[str, Any], ...], str]
     if choice != "none" and not tools:
         raise bad("tool_choice", "tool_choice is only allowed when tools are given.")
     return tools, choice
+
+
+def _allowed(tools: tuple[dict[str, Any], ...], given: Any) -> tuple[tuple[dict[str, Any], ...], Any]:
+    """Returns the tools that an answer may call, and whether it must. Raises RequestError."""
+    place, among = "tool_choice.allowed_tools", {tool["function"]["name"]: tool for tool in tools}
+    given = given if isinstance(given, dict) else {}
+    named = given.get("tools")
+    if not isinstance(named, list) or not named or given.get("mode") not in ("auto", "required"):
+        raise bad(place, f"{place} takes a mode, auto or required, and tools, at least one.")
+    functions = [one.get("function") if isinstance(one, dict) else None for one in named]
+    names = [one.get("name") if isinstance(one, dict) else None for one in functions]
+    if any(not isinstance(name, str) or name not in among for name in names):
+        raise bad(f"{place}.tools", f"{place}.tools names a function that is not among tools.")
+    return tuple(among[name] for name in dict.fromkeys(names)), given["mode"]
 
 
 def _raise(faults: Faults, param: str) -> None:

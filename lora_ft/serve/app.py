@@ -10,8 +10,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lora_ft import __version__
 from lora_ft.errors import StorageError
@@ -68,6 +69,7 @@ def create(server: State, bound: str) -> Any:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(StorageError, _unwritten)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
     return Guarded(app, Access(server.store, bound), _refuse)
 
@@ -114,6 +116,11 @@ def _unwritten(request: Request, error: Any) -> JSONResponse:
         else "The disk cannot be written to."
     )
     return JSONResponse(refusals.body(507, told, "disk_full" if error.full else "disk_error"), 507)
+
+
+def _gone(request: Request, error: Any) -> Response:
+    """Returns what nobody reads: the client went away before its request was whole."""
+    return Response(status_code=400)
 
 
 def _broken(request: Request, error: Exception) -> JSONResponse:

@@ -97,10 +97,9 @@ class Files:
 
     def page(self, purpose: str | None, after: str | None, limit: int, order: str) -> Page:
         """Returns a stretch of the list of files."""
-        where: list[tuple[str, Any]] = [("(expires_at IS NULL OR expires_at > ?)", now())]
-        if purpose is not None:
-            where.append(("purpose = ?", purpose))
-        return self.store.page("files", where, after=after, limit=limit, newest_first=order == "desc")
+        where = [] if purpose is None else [("purpose = ?", purpose)]
+        still = [("(expires_at IS NULL OR expires_at > ?)", now())]
+        return self.store.page("files", where, after=after, limit=limit, newest_first=order == "desc", still=still)
 
     def path(self, row: sqlite3.Row) -> Path:
         """Returns where the bytes of a file are."""
@@ -122,15 +121,11 @@ class Files:
         self._remove(file_id)
 
     def clear_up(self) -> None:
-        """Removes the files whose time is over, and what was half written or half removed."""
+        """Removes the files whose time is over."""
         over = f"expires_at <= ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE {NEEDED})"
         with self.store.change() as connection:
             # Not those that a job still needs, whatever the client said when it brought them.
             gone = connection.execute(f"DELETE FROM files WHERE {over} RETURNING id", (now(),)).fetchall()
-            gone += connection.execute(
-                "UPDATE uploads SET status = 'expired' WHERE status = 'pending' AND expires_at <= ? RETURNING id",
-                (now(),),
-            ).fetchall()
         for row in gone:
             self._remove(row["id"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from lora_ft.serve.refusals import RequestError, bad
 AUTO = "auto"
 NAMES = ("n_epochs", "batch_size", "learning_rate_multiplier")
 RANGES = {"n_epochs": (1, 50), "batch_size": (1, 256)}
+
+NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,18})?(e[+-]?[0-9]{1,2})?", re.ASCII | re.IGNORECASE)
 
 # The rule that OpenAI's cookbook gives for `auto` epochs.
 TARGET_EPOCHS, MIN_EXAMPLES, MAX_EXAMPLES, MAX_EPOCHS = 3, 100, 25_000, 25
@@ -127,14 +130,13 @@ def configs(values: Mapping[str, Any], extensions: Mapping[str, Any]) -> dict[st
 def _number(name: str, value: Any, place: str) -> Any:
     if value is None or value == AUTO:
         return AUTO
-    # Some clients send whole numbers with a point, and old scripts send them as text.
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
-        value = int(value)
+    value = _read_text(value)
     if name == "learning_rate_multiplier":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise bad(place, f'{name} is {_told(value)}; give "auto" or a number above 0.')
         return float(value)
     low, high = RANGES[name]
+    # Some clients send whole numbers with a point.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -142,8 +144,16 @@ def _number(name: str, value: Any, place: str) -> Any:
     return value
 
 
+def _read_text(value: Any) -> Any:
+    """Returns the number that a text is, as old scripts send them; what is none as it is."""
+    if not isinstance(value, str) or not NUMBER.fullmatch(value):
+        return value
+    return int(value) if value.isdigit() else float(value)
+
+
 def _extension(name: str, value: Any, place: str) -> Any:
     kinds, _ = EXTENSIONS[name]
+    value = _read_text(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         rule = {bool: "true or false", int: "a whole number"}.get(kinds, "a number")  # type: ignore[arg-type]
         raise bad(place, f"{name} is {_told(value)}; give {rule}.")

@@ -6,11 +6,12 @@ import json
 import sqlite3
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from lora_ft.serve import events, ids
+from lora_ft.serve import events, ids, leftovers
 from lora_ft.serve.models import OWNER
-from lora_ft.serve.refusals import RequestError, no_job
+from lora_ft.serve.refusals import RequestError, bad, no_job
 from lora_ft.serve.states import (
     ACTIONS,
     CANCELLED,
@@ -27,8 +28,8 @@ from lora_ft.serve.store import Page, Store, dumps, now
 NO_ERROR = {"code": None, "message": None, "param": None}
 """Scripts read `job.error.code` unguarded, so there is an object where nothing is wrong, as the hosted service has."""
 LISTED = 100
-# A client's own retries come within seconds; a script that is started again is another matter.
-SAME_REQUEST_S, SAME_KEY_S = 600.0, 86_400.0
+# How long it is kept what requests have made jobs.
+KEPT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Order:
     """The model as the script names it."""
     model: str
     """The base that it means."""
+    source: str
+    """What `sources.resolve` takes for that base: the job trains on it, whatever `models.json` says later."""
     training_file: str
     values: dict[str, Any]
     """Hyperparameters, numbers or `auto`."""
@@ -50,6 +53,32 @@ class Order:
     extensions: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] | None = None
     integrations: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """What the client should know of it, though it can be met; each under a mark."""
+        told = {}
+        if self.asked not in (self.model, self.parent):
+            told["substituted"] = (
+                f"{self.asked} stands for {self.model} on this server (models.json): that is what is trained."
+            )
+        if self.integrations:
+            told["unreported"] = "Nothing is reported to Weights & Biases: this server sends nothing to anybody."
+        return told
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What tells that a request for a job is another one, sent again."""
+
+    key: str
+    """The same for both."""
+    body: str
+    """A digest of what was sent under that key."""
+    repeats: bool
+    """Whether it says itself that it may be a repetition."""
+    since: float
+    """When the other came at the earliest, in seconds since 1970."""
 
 
 def public(row: sqlite3.Row) -> dict[str, Any]:
@@ -90,34 +119,42 @@ class Jobs:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def create(self, order: Order, key: str | None = None, same_s: float = SAME_REQUEST_S) -> sqlite3.Row:
-        """Returns a new job, or the one that a request of the same key made in the last `same_s` seconds.
+    def create(self, order: Order, sent: Sent | None = None) -> sqlite3.Row:
+        """Returns a new job, or the one that the same request has made already.
+
+        A first try that a repetition of it has overtaken is known by that one's having come while it was under way.
 
         Args:
-            key: what tells a repeated request; it and the job are written together, so that there is never a second.
+            sent: it and the job are written together, so that there is never a second.
+
+        Raises:
+            RequestError: another body was sent under the same key.
         """
         job_id = ids.new("ftjob-")
         with self.store.change() as connection:
-            if key is not None:
-                connection.execute("DELETE FROM requests WHERE created_at < ?", (time.time() - SAME_KEY_S,))
-                known = connection.execute("SELECT * FROM requests WHERE key = ?", (key,)).fetchone()
-                if known and known["created_at"] >= time.time() - same_s:
+            if sent is not None:
+                connection.execute("DELETE FROM requests WHERE created_at < ?", (time.time() - KEPT_S,))
+                known = connection.execute("SELECT * FROM requests WHERE key = ?", (sent.key,)).fetchone()
+                if known and known["created_at"] >= sent.since and (sent.repeats or known["repeats"]):
+                    if known["body"] != sent.body:
+                        told = f"Another request came with the same Idempotency-Key, and made {known['job_id']}"
+                        raise bad(None, f"{told}: give each request a key of its own.", "idempotency_key_reused")
                     return self._row(connection, known["job_id"])
-                connection.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?)", (key, time.time(), job_id))
+                values = (sent.key, sent.body, sent.repeats, time.time(), job_id)
+                connection.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", values)
             connection.execute(
-                "INSERT INTO jobs(id, created_at, asked, model, parent, training_file, validation_file, suffix, seed, "
-                "hyperparameters, extensions, metadata, integrations, status) VALUES "
-                "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO jobs(id, created_at, asked, model, source, parent, training_file, validation_file, "
+                "suffix, seed, hyperparameters, extensions, metadata, integrations, status) VALUES "
+                "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    job_id, now(), order.asked, order.model, order.parent, order.training_file, order.validation_file,
-                    order.suffix, order.seed, dumps(order.values), dumps(order.extensions),
+                    job_id, now(), order.asked, order.model, order.source, order.parent, order.training_file,
+                    order.validation_file, order.suffix, order.seed, dumps(order.values), dumps(order.extensions),
                     None if order.metadata is None else dumps(order.metadata), dumps(order.integrations), VALIDATING,
                 ),
             )  # fmt: skip
             events.add(connection, job_id, f"Created fine-tuning job: {job_id}", mark="created")
-            if order.asked not in (order.model, order.parent):
-                told = f"{order.asked} stands for {order.model} on this server (models.json): that is what is trained."
-                events.add(connection, job_id, told, level="warn", mark="substituted")
+            for mark, told in order.warnings.items():
+                events.add(connection, job_id, told, level="warn", mark=mark)
             both = f" and validation file: {order.validation_file}" if order.validation_file else ""
             told = f"Validating training file: {order.training_file}{both}"
             events.add(connection, job_id, told, mark="validating")
@@ -156,6 +193,10 @@ class Jobs:
         with self.store.change() as connection:
             row = self._row(connection, job_id)
             state = row["status"]
+            if action == "resume" and row["wanted"] == "pause":
+                connection.execute("UPDATE jobs SET wanted = 'resume' WHERE id = ?", (job_id,))
+                events.add(connection, job_id, "The job goes on: it was resumed before it was paused")
+                return self._row(connection, job_id)
             if state in DONE_ALREADY[action] and action not in ACTIONS.get(state, ()):
                 return row
             if action not in ACTIONS.get(state, ()):
@@ -189,7 +230,12 @@ class Jobs:
 
 
 def change_state(connection: sqlite3.Connection, job_id: str, state: str, **fields: Any) -> None:
-    """Takes a job to another state; the database holds it to the table of transitions."""
+    """Takes a job to another state; the database holds it to the table of transitions.
+
+    What a job would go on from is not needed once it has failed or was cancelled.
+    """
+    if state in (FAILED, CANCELLED):
+        leftovers.add(connection, Path(leftovers.RUNS, job_id))
     settings = {"status": state, "wanted": None, "estimated_finish": None, **fields}
     names = ", ".join(f"{name} = ?" for name in settings)
     connection.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*settings.values(), job_id))
@@ -211,11 +257,6 @@ def fail(connection: sqlite3.Connection, job_id: str, code: str, message: str, p
     error = {"code": code, "message": message, "param": param}
     change_state(connection, job_id, FAILED, finished_at=now(), error=dumps(error))
     events.add(connection, job_id, f"The job failed: {message}", level="error", data=error, mark="ended")
-
-
-def next_to_validate(store: Store) -> sqlite3.Row | None:
-    """Returns the oldest job whose files are still to be looked at."""
-    return store.one("SELECT * FROM jobs WHERE status = ? ORDER BY n LIMIT 1", VALIDATING)
 
 
 def next_to_run(store: Store, but: tuple[str, ...] = ()) -> sqlite3.Row | None:

@@ -6,19 +6,24 @@ at the first start, for people to change.
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
+import threading
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lora_ft import atomicio
-from lora_ft.errors import ConfigError
+from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.foreign.files import object_of
+from lora_ft.serve import leftovers
 from lora_ft.serve.refusals import RequestError, no_model
 from lora_ft.serve.states import FINAL
 from lora_ft.serve.store import Store
+
+log = logging.getLogger(__name__)
 
 TABLE = "models.json"
 OWNER, ORGANIZATION = "org-local", "local"
@@ -47,30 +52,17 @@ class Model:
     """The adapter's folder, relative to the server's."""
 
 
-class Models:
-    """All models of a server."""
+@dataclass(frozen=True)
+class Table:
+    """What `models.json` says."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.path = store.home / TABLE
-        if not self.path.exists():
-            table = {"bases": {BASE: BASE}, "aliases": dict.fromkeys(HOSTED, BASE)}
-            atomicio.write_json(self.path, table)
-        self.bases, self.aliases = self._read()
-
-    def resolve(self, name: str) -> Model:
-        """Returns the model of a name. Raises RequestError where there is none."""
-        base = self.base_of(name)
-        if base is not None:
-            return Model(name, base, self.bases[base])
-        row = self.store.one("SELECT * FROM models WHERE id = ?", name)
-        if row is None:
-            listed = ", ".join(self.bases)
-            raise no_model(printable(name), f" This server has the bases {listed}; {TABLE} in its folder names them.")
-        return Model(name, row["base"], self.source_of(row["base"]), row["folder"])
+    bases: dict[str, str]
+    """Names of bases, and what `sources.resolve` takes for each."""
+    aliases: dict[str, str]
+    """Other names, or patterns of them, and the base that each stands for."""
 
     def base_of(self, name: str) -> str | None:
-        """Returns the base that a name means, itself or through the table; None for all other names."""
+        """Returns the base that a name means, itself or through another name; None for all that are unknown."""
         if name in self.bases:
             return name
         if name in self.aliases:
@@ -79,17 +71,52 @@ class Models:
             (base for pattern, base in self.aliases.items() if "*" in pattern and fnmatchcase(name, pattern)), None
         )
 
-    def source_of(self, base: str) -> str:
-        """Returns what `sources.resolve` takes for a base. Raises RequestError where the table no longer has it."""
-        if base not in self.bases:
-            raise RequestError(400, f"The base {base} is no longer in {TABLE}: put it back.", param="model")
-        return self.bases[base]
+
+class Models:
+    """All models of a server. Its table is read again when it was changed."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.path = store.home / TABLE
+        if not self.path.exists():
+            table = {"bases": {BASE: BASE}, "aliases": dict.fromkeys(HOSTED, BASE)}
+            atomicio.write_json(self.path, table)
+        self._seen = self._state()
+        self._table = self._read()
+        self._turn = threading.Lock()
+
+    @property
+    def table(self) -> Table:
+        """The table as it stands in the folder; the last one that was right, where what stands there is wrong."""
+        with self._turn:
+            if (state := self._state()) != self._seen:
+                self._seen = state
+                try:
+                    self._table = self._read()
+                    log.info("%s was changed, and is read again", self.path)
+                except LoraFtError as error:
+                    log.warning("the change is not taken over until it is mended: %s", error)
+            return self._table
+
+    def resolve(self, name: str) -> Model:
+        """Returns the model of a name. Raises RequestError where there is none."""
+        table = self.table
+        base = table.base_of(name)
+        if base is not None:
+            return Model(name, base, table.bases[base])
+        row = self.store.one("SELECT * FROM models WHERE id = ?", name)
+        if row is None:
+            listed = ", ".join(table.bases)
+            raise no_model(printable(name), f" This server has the bases {listed}; {TABLE} in its folder names them.")
+        if row["base"] not in table.bases:
+            raise RequestError(400, f"The base {row['base']} is no longer in {TABLE}: put it back.", param="model")
+        return Model(name, row["base"], table.bases[row["base"]], row["folder"])
 
     def list(self) -> list[dict[str, Any]]:
         """Returns the model objects of the API: bases, other names for them, then what jobs made, the newest first."""
-        made = int(self.store.get("made_at") or 0)
-        plain = [public(name, made) for name in self.bases]
-        other = [public(name, made, root=base) for name, base in self.aliases.items() if "*" not in name]
+        made, table = int(self.store.get("made_at") or 0), self.table
+        plain = [public(name, made) for name in table.bases]
+        other = [public(name, made, root=base) for name, base in table.aliases.items() if "*" not in name]
         rows = self.store.all("SELECT * FROM models ORDER BY n DESC")
         return [*plain, *other, *map(of_row, rows)]
 
@@ -119,12 +146,19 @@ class Models:
             ).fetchone()
             if job:
                 raise RequestError(400, f"{name} belongs to {job['id']}, which has not ended: cancel that job first.")
+            leftovers.add(connection, Path(model.adapter))
             connection.execute("DELETE FROM models WHERE id = ?", (name,))
-        place = self.store.home / model.adapter
-        if place.is_dir():
-            atomicio.remove(place)
+        leftovers.clear(self.store)
 
-    def _read(self) -> tuple[dict[str, str], dict[str, str]]:
+    def _state(self) -> tuple[int, int, int] | None:
+        """Returns what changes with the file, None where it is not there."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _read(self) -> Table:
         table = object_of(self.path, ConfigError)
         problems = [
             f"it needs an object {key!r}" for key in ("bases", "aliases") if not isinstance(table.get(key), dict)
@@ -144,7 +178,7 @@ class Models:
             ]
         if problems:
             raise ConfigError(f"{self.path}: {'; '.join(problems)}.")
-        return dict(table["bases"]), dict(table["aliases"])
+        return Table(dict(table["bases"]), dict(table["aliases"]))
 
 
 def fine_tuned_name(base: str, suffix: str | None, tail: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lora_ft
-from lora_ft.serve import jobs
+from lora_ft.serve import jobs, leftovers, uploads
 from lora_ft.serve.files import Files
 from lora_ft.serve.states import FINAL, QUEUED, RUNNING, VALIDATING
 from lora_ft.serve.store import Store
@@ -30,6 +31,8 @@ TICK_S = 0.2
 CLEAR_UP_S = 60.0
 # Processes of one job that died in a row without a single step between them.
 TOO_MANY_CRASHES = 5
+# Seconds until a job looks again whether what it needs is free: each time twice as many, up to the last.
+FIRST_WAIT_S, LAST_WAIT_S = 1.0, 60.0
 # How long processes that were asked to stop may take for their step, at the end of the server.
 STOP_S = 60.0
 
@@ -48,6 +51,16 @@ class Process:
     """Whether it was told to stop: a second time would end it at once."""
 
 
+@dataclass(frozen=True)
+class Wait:
+    """What a job waits for: that another process lets go of its folder or its GPU."""
+
+    times: int
+    """How often in a row it was in use."""
+    until: float
+    """When to look again, on the monotonic clock."""
+
+
 class Queue:
     """Starts and ends the processes of jobs, in a thread of its own from `start` to `stop`."""
 
@@ -56,7 +69,7 @@ class Queue:
         self._processes: list[Process] = []
         self._wake, self._ending = threading.Event(), threading.Event()
         self._cleared_up = 0.0
-        self._not_before: dict[str, float] = {}
+        self._waits: dict[str, Wait] = {}
         self._thread = threading.Thread(target=self._run, name="queue", daemon=True)
 
     def start(self) -> None:
@@ -105,19 +118,28 @@ class Queue:
         for process in self._processes:
             self._heed(process)
         self._start_next()
+        leftovers.clear(self.store)
         if time.monotonic() - self._cleared_up > CLEAR_UP_S:
             self._cleared_up = time.monotonic()
-            Files(self.store).clear_up()
+            # Of a job that was cancelled meanwhile nobody asks again.
+            over = time.monotonic() - CLEAR_UP_S
+            self._waits = {job_id: wait for job_id, wait in self._waits.items() if wait.until > over}
+            held = Files(self.store)
+            held.clear_up()
+            uploads.expire(held)
 
     def _heed(self, process: Process) -> None:
         """Does to a process what was asked of its job."""
-        row = self.store.one("SELECT status, wanted, attempt FROM jobs WHERE id = ?", process.job_id)
+        row = self.store.one("SELECT id, status, wanted FROM jobs WHERE id = ?", process.job_id)
         if row is None or row["status"] in FINAL:
             # A job that succeeded is written as the last thing; what its process still does is nothing but ending.
             if row is None or row["status"] == "cancelled":
                 self._kill(process)
         elif row["wanted"] == "pause" and row["status"] == RUNNING:
             self._ask(process)
+        elif row["wanted"] == "resume" and not process.asked:
+            with self.store.change() as connection:
+                connection.execute("UPDATE jobs SET wanted = NULL WHERE id = ? AND wanted = 'resume'", (row["id"],))
 
     def _start_next(self) -> None:
         taken = {process.device for process in self._processes}
@@ -133,21 +155,21 @@ class Queue:
                 self._start(row, None)
 
     def _passed_over(self) -> tuple[str, ...]:
-        """Returns the jobs that have a process already, or wait for one of an earlier server to end."""
-        waiting = [job_id for job_id, until in self._not_before.items() if until > time.monotonic()]
+        """Returns the jobs that have a process already, or wait for another one to let go of what they need."""
+        waiting = [job_id for job_id, wait in self._waits.items() if wait.until > time.monotonic()]
         return (*(process.job_id for process in self._processes), *waiting)
 
-    def _unseen(self) -> jobs.sqlite3.Row | None:
+    def _unseen(self) -> sqlite3.Row | None:
         """Returns the oldest job whose files nobody looks at yet."""
         busy = self._passed_over()
         rows = self.store.all("SELECT * FROM jobs WHERE status = ? ORDER BY n", VALIDATING)
         return next((row for row in rows if row["id"] not in busy), None)
 
-    def _start(self, row: jobs.sqlite3.Row, device: int | None) -> None:
+    def _start(self, row: sqlite3.Row, device: int | None) -> None:
         mode = "validate" if device is None else "train"
         command = [sys.executable, "-m", "lora_ft.serve.worker", row["id"], str(row["attempt"]), mode]
         popen = subprocess.Popen(
-            command, cwd=self.store.home, env=_environment(device, self.devices), stdin=subprocess.PIPE,
+            command, cwd=self.store.home, env=environment(device, self.devices), stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         self._processes.append(Process(row["id"], row["attempt"], device, row["step"], popen))
@@ -156,15 +178,16 @@ class Queue:
         """Sees that no job stays as if a process that has ended still worked on it."""
         if process.popen.stdin:
             process.popen.stdin.close()
-        status = process.popen.returncode
+        status, before = process.popen.returncode, self._waits.pop(process.job_id, None)
         if status == BUSY:
-            self._not_before[process.job_id] = time.monotonic() + 1.0
-            return
+            times = before.times if before else 0
+            seconds = min(LAST_WAIT_S, FIRST_WAIT_S * 2 ** min(times, 10))
+            self._waits[process.job_id] = Wait(times + 1, time.monotonic() + seconds)
         with self.store.change() as connection:
             row = connection.execute("SELECT * FROM jobs WHERE id = ?", (process.job_id,)).fetchone()
             if row["attempt"] != process.attempt or row["status"] not in (VALIDATING, QUEUED, RUNNING):
                 return
-            if status == 0 and row["status"] != RUNNING:
+            if status in (0, BUSY) and row["status"] != RUNNING:
                 return
             # A later process counts from here on, whatever this one did.
             crashes = row["crashes"] + 1 if row["step"] <= process.started_at_step else 1
@@ -196,7 +219,7 @@ class Queue:
             process.popen.wait()
 
 
-def _environment(device: int | None, devices: int) -> dict[str, str]:
+def environment(device: int | None, devices: int) -> dict[str, str]:
     """Returns the environment of a job's process: one device, and the library that this process has."""
     package = Path(lora_ft.__file__).parents[1]
     paths = [str(package), *(p for p in sys.path if p and Path(p).is_absolute()), os.environ.get("PYTHONPATH", "")]

@@ -16,6 +16,7 @@ from lora_ft.config import RunConfig, to_yaml
 from lora_ft.exact import EpochOrder
 from lora_ft.runs import Rows
 from lora_ft.serve import events, ids
+from lora_ft.serve.leftovers import CHECKPOINTS
 from lora_ft.serve.models import checkpoint_name, register
 from lora_ft.serve.states import RUNNING
 from lora_ft.serve.store import dumps, now
@@ -112,7 +113,7 @@ class Reporter(TrainerCallback):
     def _publish(self, model: Any, step: int, numbers: dict[str, Any]) -> None:
         """Makes the adapter of this step a model that can be asked, once."""
         worker = self.worker
-        place = Path("checkpoints") / worker.job_id / f"step-{step}"
+        place = Path(CHECKPOINTS) / worker.job_id / f"step-{step}"
         if not place.is_dir():
             with atomicio.folder(place) as draft:
                 saved.write(model, draft)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import random
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from pydantic import Field
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from lora_ft.serve import events, files, hyperparameters, jobs
+from lora_ft.serve import checks, events, files, hyperparameters, jobs
 from lora_ft.serve.bodies import Body, documented, parse, raw
 from lora_ft.serve.models import SUFFIX
 from lora_ft.serve.refusals import RequestError, bad
@@ -28,6 +29,8 @@ MAX_SEED = 2**31 - 1
 PAUSE_WAIT_S, LOOK_S = 20.0, 0.1
 PING_S = 15
 RETRIES = "x-stainless-retry-count"
+# A client's own retries come within seconds; a script that is started again is another matter.
+SAME_REQUEST_S = 600.0
 
 
 class Method(Body):
@@ -39,11 +42,25 @@ class Method(Body):
     reinforcement: dict[str, Any] | None = None
 
 
+class Wandb(Body):
+    """Where a job would be reported to, at Weights & Biases."""
+
+    project: str = Field(min_length=1, max_length=256)
+    name: str | None = Field(None, max_length=256)
+    entity: str | None = Field(None, max_length=256)
+    tags: list[Annotated[str, Field(max_length=64)]] = Field([], max_length=50)
+
+
 class Integration(Body):
     """Somebody else's service to report to."""
 
-    type: str
-    wandb: dict[str, Any] | None = None
+    type: Literal["wandb"]
+    wandb: Wandb
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The integration as the job tells it: there is no run, for nothing is reported."""
+        return {"type": self.type, "wandb": {**self.wandb.model_dump(), "run_id": None}}
 
 
 class NewJob(Body):
@@ -65,12 +82,28 @@ class NewJob(Body):
 @router.post("/jobs", openapi_extra=documented(NewJob))
 async def create_job(request: Request, server: Server) -> dict[str, Any]:
     """Returns the new job, or the one that the same request, sent again, has made already."""
+    came = time.time()
     data = await raw(request)
     order = await run_in_threadpool(lambda: _order(server, parse(NewJob, data)))
-    key, same_s = _key(request, data)
-    row = await run_in_threadpool(server.jobs.create, order, key, same_s)
+    row = await run_in_threadpool(server.jobs.create, order, _sent(request, data, came))
     server.queue.wake()
     return jobs.public(row)
+
+
+@router.post("/validate", openapi_extra=documented(NewJob))
+async def validate_job(request: Request, server: Server) -> dict[str, Any]:
+    """Returns what a job of the same request would find in its files, as far as that is known before it trains.
+
+    An extension: nothing is made. One is looked at after another, in a process of its own as that of a job is.
+    """
+    data = await raw(request)
+    order = await run_in_threadpool(lambda: _order(server, parse(NewJob, data)))
+    while not server.checking.acquire(blocking=False):
+        await asyncio.sleep(LOOK_S)
+    try:
+        return await run_in_threadpool(checks.check, server.models, order)
+    finally:
+        server.checking.release()
 
 
 @router.get("/jobs")
@@ -91,16 +124,27 @@ def get_job(job_id: str, server: Server) -> dict[str, Any]:
     return jobs.public(server.jobs.get(job_id))
 
 
-@router.post("/jobs/{job_id}/{action}")
-async def ask_job(job_id: str, action: Literal["cancel", "pause", "resume"], server: Server) -> dict[str, Any]:
-    """Returns the job after it was asked to cancel, pause or resume; whatever body came is not looked at."""
-    row = await run_in_threadpool(server.jobs.ask, job_id, action)
-    server.queue.wake()
+@router.post("/jobs/{job_id}/cancel")
+async def cancel_job(job_id: str, server: Server) -> dict[str, Any]:
+    """Returns the job, cancelled; whatever body came is not looked at."""
+    return jobs.public(await _asked(server, job_id, "cancel"))
+
+
+@router.post("/jobs/{job_id}/pause")
+async def pause_job(job_id: str, server: Server) -> dict[str, Any]:
+    """Returns the job once it is paused, or as it is where that takes long."""
+    row = await _asked(server, job_id, "pause")
     end = time.monotonic() + PAUSE_WAIT_S
-    while action == "pause" and row["status"] == RUNNING and row["wanted"] and time.monotonic() < end:
+    while row["status"] == RUNNING and row["wanted"] == "pause" and time.monotonic() < end:
         await asyncio.sleep(LOOK_S)
         row = await run_in_threadpool(server.jobs.get, job_id)
     return jobs.public(row)
+
+
+@router.post("/jobs/{job_id}/resume")
+async def resume_job(job_id: str, server: Server) -> dict[str, Any]:
+    """Returns the job, which goes on."""
+    return jobs.public(await _asked(server, job_id, "resume"))
 
 
 @router.get("/jobs/{job_id}/events")
@@ -135,6 +179,13 @@ def list_checkpoints(
     return {"object": "list", "data": data, **ends, "has_more": found.has_more}
 
 
+async def _asked(server: State, job_id: str, action: str) -> sqlite3.Row:
+    """Returns a job that was asked to do something."""
+    row = await run_in_threadpool(server.jobs.ask, job_id, action)
+    server.queue.wake()
+    return row
+
+
 def _order(server: State, body: NewJob) -> jobs.Order:
     """Returns a request for a job, checked against what this server has. Raises RequestError."""
     model = server.models.resolve(body.model)
@@ -148,11 +199,6 @@ def _order(server: State, body: NewJob) -> jobs.Order:
     if body.suffix is not None and not SUFFIX.fullmatch(body.suffix):
         rule = "give 1 to 64 of the characters a-z, A-Z, 0-9, - _ and ."
         raise bad("suffix", f"suffix is {body.suffix[:64]!r}; {rule}")
-    if body.integrations:
-        told = (
-            f"integrations[0].type is {body.integrations[0].type[:40]!r}; this server reports to nobody: leave it out."
-        )
-        raise bad("integrations", told, "unsupported_integration")
     for name in ("training_file", "validation_file"):
         _check_file(server, name, getattr(body, name))
     if body.validation_file == body.training_file:
@@ -160,6 +206,7 @@ def _order(server: State, body: NewJob) -> jobs.Order:
     return jobs.Order(
         asked=body.model,
         model=model.base,
+        source=model.source,
         parent=parent,
         training_file=body.training_file,
         validation_file=body.validation_file,
@@ -168,6 +215,7 @@ def _order(server: State, body: NewJob) -> jobs.Order:
         values=asked.values,
         extensions=asked.extensions,
         metadata=body.metadata,
+        integrations=[one.told for one in body.integrations or []],
     )
 
 
@@ -219,19 +267,20 @@ def _check_file(server: State, name: str, file_id: str | None) -> None:
         raise bad(name, told, "invalid_file")
 
 
-def _key(request: Request, data: bytes) -> tuple[str | None, float]:
-    """Returns what tells that a request is an earlier one sent again, and for how long; None where none can be.
+def _sent(request: Request, data: bytes, came: float) -> jobs.Sent:
+    """Returns what tells that a request is an earlier one sent again.
 
     The client sends no key of its own. Its first try is kept as it is, and a retry of the same body finds it.
     """
-    key = request.headers.get("idempotency-key")
+    key = request.headers.get("idempotency-key") or None
     who = request.headers.get("authorization", request.headers.get("api-key", ""))
-    if key:
-        return hashlib.sha256(f"key\n{who}\n{key}".encode()).hexdigest(), jobs.SAME_KEY_S
-    digest = hashlib.sha256(f"body\n{who}\n".encode() + data).hexdigest()
+    body = hashlib.sha256(data).hexdigest()
+    same = hashlib.sha256(f"{'body' if key is None else 'key'}\n{who}\n{body if key is None else key}".encode())
+    if key is not None:
+        return jobs.Sent(same.hexdigest(), body, True, came - jobs.KEPT_S)
     retried = request.headers.get(RETRIES, "0") != "0"
-    # Two first tries are two jobs: a window of nothing lets the second replace the first as what a retry finds.
-    return digest, jobs.SAME_REQUEST_S if retried else 0.0
+    # Two first tries are two jobs.
+    return jobs.Sent(same.hexdigest(), body, retried, came - (SAME_REQUEST_S if retried else 0.0))
 
 
 def _metadata(request: Request) -> dict[str, str] | None:

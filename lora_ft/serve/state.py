@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
+from lora_ft.serve import leftovers
 from lora_ft.serve.files import Files
 from lora_ft.serve.jobs import Jobs
 from lora_ft.serve.models import Models
@@ -30,6 +32,8 @@ class State:
     answers: Answers
     results_base64: bool = False
     """Whether result files are handed out in base64, as the hosted service does."""
+    checking: threading.Lock = field(default_factory=threading.Lock)
+    """Held while files are looked at for nobody's job."""
 
     @classmethod
     def of(cls, home: Path, devices: int = 1, results_base64: bool = False) -> State:
@@ -41,6 +45,7 @@ class State:
             store.put("made_at", str(now()))
         files, models = Files(store), Models(store)
         files.sweep()
+        leftovers.sweep(store)
         return cls(store, files, Jobs(store), models, Queue(store, devices), Answers(models), results_base64)
 
 

@@ -22,7 +22,7 @@ from lora_ft.serve.refusals import bad
 from lora_ft.serve.states import FINAL, TRANSITIONS
 
 DATABASE = "server.db"
-FORMAT = 1
+FORMAT = 2
 # A writer that waits longer than this for its turn has met a process that hangs.
 WAIT_S = 60.0
 
@@ -32,6 +32,9 @@ CREATE TABLE transitions(before TEXT NOT NULL, after TEXT NOT NULL, PRIMARY KEY(
 CREATE TABLE files(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
   bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER);
+CREATE TABLE gone(id TEXT PRIMARY KEY, list TEXT NOT NULL, n INTEGER NOT NULL);
+CREATE TRIGGER a_file_that_is_gone_keeps_its_place AFTER DELETE ON files
+  BEGIN INSERT INTO gone VALUES (OLD.id, 'files', OLD.n); END;
 CREATE TABLE uploads(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
   bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, status TEXT NOT NULL,
@@ -41,13 +44,15 @@ CREATE TABLE parts(
   bytes INTEGER NOT NULL, created_at INTEGER NOT NULL);
 CREATE TABLE jobs(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, created_at INTEGER NOT NULL, finished_at INTEGER,
-  asked TEXT NOT NULL, model TEXT NOT NULL, parent TEXT, training_file TEXT NOT NULL, validation_file TEXT,
-  suffix TEXT, seed INTEGER NOT NULL, hyperparameters TEXT NOT NULL, extensions TEXT NOT NULL, metadata TEXT,
-  integrations TEXT NOT NULL, status TEXT NOT NULL, wanted TEXT, attempt INTEGER NOT NULL DEFAULT 0,
+  asked TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL, parent TEXT, training_file TEXT NOT NULL,
+  validation_file TEXT, suffix TEXT, seed INTEGER NOT NULL, hyperparameters TEXT NOT NULL, extensions TEXT NOT NULL,
+  metadata TEXT, integrations TEXT NOT NULL, status TEXT NOT NULL, wanted TEXT, attempt INTEGER NOT NULL DEFAULT 0,
   crashes INTEGER NOT NULL DEFAULT 0, step INTEGER NOT NULL DEFAULT 0, total_steps INTEGER, estimated_finish INTEGER,
   trained_tokens INTEGER, fine_tuned_model TEXT, result_file TEXT, error TEXT);
 CREATE INDEX jobs_by_status ON jobs(status);
-CREATE TABLE requests(key TEXT PRIMARY KEY, created_at REAL NOT NULL, job_id TEXT NOT NULL);
+CREATE TABLE requests(
+  key TEXT PRIMARY KEY, body TEXT NOT NULL, repeats INTEGER NOT NULL, created_at REAL NOT NULL, job_id TEXT NOT NULL);
+CREATE TABLE leftovers(folder TEXT PRIMARY KEY);
 CREATE TABLE events(
   n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job_id TEXT NOT NULL REFERENCES jobs(id),
   created_at INTEGER NOT NULL, level TEXT NOT NULL, message TEXT NOT NULL, type TEXT NOT NULL, data TEXT,
@@ -129,10 +134,15 @@ class Store:
         after: str | None,
         limit: int,
         newest_first: bool = True,
+        still: Sequence[tuple[str, Any]] = (),
     ) -> Page:
         """Returns the rows of a table that meet all of `where`, from the one behind `after` on, at most `limit`.
 
-        The order is that of their making, whatever the clock said, so that rows made meanwhile shift nothing.
+        The order is that of their making, whatever the clock said, so that rows made meanwhile shift nothing, nor do
+        those that are gone meanwhile.
+
+        Args:
+            still: what rows must meet besides, though `after` may have ceased to.
 
         Raises:
             RequestError: `after` is no id of this list.
@@ -141,10 +151,13 @@ class Store:
         if after is not None:
             known = " AND ".join(["id = ?", *tests])
             place = self.one(f"SELECT n FROM {table} WHERE {known}", after, *values)
+            place = place or self.one("SELECT n FROM gone WHERE id = ? AND list = ?", after, table)
             if place is None:
                 raise bad("after", f"after is {after!r}, which is no id of this list; give the last id of a page.")
             tests.append("n < ?" if newest_first else "n > ?")
             values.append(place["n"])
+        tests += [test for test, _ in still]
+        values += [value for _, value in still]
         condition = f"WHERE {' AND '.join(tests)}" if tests else ""
         order = "DESC" if newest_first else "ASC"
         query = f"SELECT * FROM {table} {condition} ORDER BY n {order} LIMIT ?"

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lora_ft.data.formats import Chat, Example, Pair, Text
 from lora_ft.errors import AdapterError, DataError, LoraFtError, UnsupportedModelError
 from lora_ft.serve import hyperparameters
 from lora_ft.serve.files import ROWS
+from lora_ft.serve.leftovers import CONFIGS, RUNS
 
 FEWEST = 10
 # Steps between the checkpoints that a job goes on from after a crash; at the end of an epoch there is one anyway.
@@ -50,12 +51,12 @@ class Plan:
 
 def folder(home: Path, job_id: str) -> Path:
     """Returns where the adapter of a job is made."""
-    return home / "runs" / job_id
+    return home / RUNS / job_id
 
 
 def config_path(home: Path, job_id: str) -> Path:
     """Returns the file that says how a job is trained."""
-    return home / "jobs" / job_id / "config.yaml"
+    return home / CONFIGS / job_id / "config.yaml"
 
 
 def write_config(path: Path, config: RunConfig) -> None:
@@ -63,10 +64,11 @@ def write_config(path: Path, config: RunConfig) -> None:
     atomicio.write(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
-def examine(row: sqlite3.Row, source: str, parent: Path | None) -> Plan:
+def examine(row: sqlite3.Row | Mapping[str, Any], source: str, parent: Path | None) -> Plan:
     """Returns the plan of a job, in whose server's folder this process is.
 
     Args:
+        row: the job's, or the columns of one that there is none of.
         source: what `sources.resolve` takes for the base.
         parent: the folder of the adapter to go on from.
 

@@ -94,7 +94,8 @@ class Voices:
         """Returns the voice of a model. Raises RequestError where there is none, or its base cannot be had."""
         model = self.models.resolve(name)
         with self._lock:
-            if name not in self._kept:
+            held = self._kept.get(name)
+            if held is None or held.model != model:
                 try:
                     self._kept[name] = self._made(model)
                 except RequestError:

@@ -10,6 +10,7 @@ standard input closes, that is when the server is gone.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 import signal
@@ -17,21 +18,20 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import BusyError, DivergedError, Interrupted, LoraFtError, ProofError, StorageError
 from lora_ft.redaction import redacted
 from lora_ft.serve import events, files, ids, jobs
-from lora_ft.serve.models import Models, fine_tuned_name, register
-from lora_ft.serve.refusals import RequestError
+from lora_ft.serve.models import fine_tuned_name, register
 from lora_ft.serve.states import PAUSED, QUEUED, RUNNING, SUCCEEDED, VALIDATING
 from lora_ft.serve.store import Store, dumps, now
 
 log = logging.getLogger(__name__)
 
-# The exit status of a worker that met another one, which has not ended yet, in the job's folder.
+# The exit status of a worker that met another process in the job's folder, or on its GPU.
 BUSY = 75
 
 
@@ -67,13 +67,11 @@ class Worker:
         """Returns whether the files can be trained on; the job is queued then, and has failed if not."""
         from lora_ft.serve import trial
 
-        models = Models(self.store)
         try:
-            parent = models.resolve(self.row["parent"]).adapter if self.row["parent"] else None
-            plan = trial.examine(self.row, models.source_of(self.row["model"]), Path(parent) if parent else None)
-        except (trial.JobError, RequestError) as bad:
+            plan = trial.examine(self.row, self.row["source"], self._parent())
+        except trial.JobError as bad:
             with self.change(VALIDATING) as connection:
-                jobs.fail(connection, self.job_id, bad.code or "invalid_model", str(bad), bad.param)
+                jobs.fail(connection, self.job_id, bad.code, str(bad), bad.param)
             return False
         trial.write_config(trial.config_path(Path(), self.job_id), plan.config)
         with self.change(VALIDATING) as connection:
@@ -87,13 +85,14 @@ class Worker:
 
     def train(self) -> int:
         """Returns the exit status, having trained the job to its end or to where it was stopped."""
-        from lora_ft import locks
+        from lora_ft import locks, runs
         from lora_ft.config import RunConfig, from_yaml
         from lora_ft.serve import trial
 
         out = trial.folder(Path(), self.job_id)
-        # Held before the job is said to run: the process of an earlier server may still be at its last step.
-        with locks.run_folder(out):
+        # Held before the job is said to run: the process of an earlier server may still be at its last step, and
+        # another program on the GPU. Such a job has never left the queue, and nothing that was asked of it is lost.
+        with locks.run_folder(out), locks.gpu(runs.gpu(), out):
             with self.change(QUEUED) as connection:
                 jobs.change_state(connection, self.job_id, RUNNING)
                 events.add(connection, self.job_id, "Fine-tuning job started", mark="started")
@@ -118,11 +117,11 @@ class Worker:
         if not (started.is_trained(out) and not (out / CHECKPOINTS).is_dir()):
             begun = started.is_trained(out) or bool(found(out / CHECKPOINTS))
             config = dataclasses.replace(config, resume=begun)
-            parent = Models(self.store).resolve(self.row["parent"]).adapter if self.row["parent"] else None
+            parent = self._parent()
             made = runs.run(
                 config,
                 console=Console(quiet=True),
-                watch=lambda *what: [Reporter(self, config, Path(parent) if parent else None, *what)],
+                watch=lambda *what: [Reporter(self, config, parent, *what)],
             )
             made.prove()
         self._succeed(out, environment.read(out)["fit"])
@@ -145,26 +144,42 @@ class Worker:
             )  # fmt: skip
 
     def _stopped(self) -> None:
-        """Says of a job that was stopped whether it is paused, or waits for the next server."""
+        """Says of a job that was stopped whether it is paused, or waits for the next process or server."""
         with self.change(RUNNING) as connection:
             if self.row["wanted"] == "pause":
                 jobs.change_state(connection, self.job_id, PAUSED)
                 told = f"The job has been paused at step {self.row['step']}; its state is saved"
                 events.add(connection, self.job_id, told)
+            elif self.row["wanted"] == "resume":
+                # The pause was called off when this process had been told to stop: another goes on.
+                jobs.change_state(connection, self.job_id, QUEUED)
             else:
                 gone = "the server ended before the job did" if _server_gone.is_set() else "the server was stopped"
                 jobs.back_to_queue(connection, self.row, gone)
 
     def fail(self, code: str, message: str) -> None:
-        """Ends the job with an error, whether it was validated or trained."""
-        state = VALIDATING if self._state() == VALIDATING else RUNNING
+        """Ends the job with an error, whether it was validated, about to be trained, or trained."""
+        state = found if (found := self._state()) in (VALIDATING, QUEUED) else RUNNING
         with self.change(state) as connection:
             jobs.fail(connection, self.job_id, code, message)
 
-    def give_back(self) -> None:
-        """Puts a running job back into the queue without a word: the device it needs is in use for a moment."""
-        with self.change(RUNNING) as connection:
-            jobs.change_state(connection, self.job_id, QUEUED)
+    def wait(self, busy: BusyError) -> None:
+        """Says, once for each process that it waits for, why a job stays in the queue."""
+        with self.change(QUEUED) as connection:
+            mark = f"busy-{hashlib.sha256(str(busy).encode()).hexdigest()[:16]}"
+            events.add(connection, self.job_id, f"The job waits: {busy}", level="warn", mark=mark)
+
+    def _parent(self) -> Path | None:
+        """Returns the folder of the adapter that the job goes on from, where it does. Raises JobError if it is gone."""
+        from lora_ft.serve import trial
+
+        name = self.row["parent"]
+        if name is None:
+            return None
+        row = self.store.one("SELECT folder FROM models WHERE id = ?", name)
+        if row is None:
+            raise trial.JobError("invalid_model", f"{name} was deleted: choose another model.", "model")
+        return Path(row["folder"])
 
     def _state(self) -> str:
         row = self.store.one("SELECT status FROM jobs WHERE id = ?", self.job_id)
@@ -205,9 +220,8 @@ def run(store: Store, job_id: str, attempt: int, whole: bool) -> int:
     except TakenAway:
         return 0
     except BusyError as busy:
-        if worker._state() == RUNNING:
-            worker.give_back()
-        log.info("%s waits: %s", job_id, busy)
+        with suppress(TakenAway):
+            worker.wait(busy)
         return BUSY
     except Exception as error:
         # The one place where any error is met: a job must end with one that its client can read.
