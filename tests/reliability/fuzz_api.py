@@ -25,7 +25,7 @@ from lora_ft.serve import checks, routes_jobs
 from tests import tiny_server
 from tests.in_process import HOST, Client
 from tests.reliability.forks import MEMORY
-from tests.reliability.things import ACTIONS, MESSAGES, Things
+from tests.reliability.things import MESSAGES, Things
 
 # Memory that may come and go with garbage and caches, over the second half of all requests.
 GROWTH_BYTES = 64 << 20
@@ -77,7 +77,7 @@ def fuzz(folder: Path, count: int) -> Tally:
     things = Things(client)
     operations = [found.ok() for found in schema.get_all_operations()]
     asked = Counter[str]()
-    tally = Tally([name for each in operations for name in _names(f"{each.method.upper()} {each.path}")])
+    tally = Tally([f"{each.method.upper()} {each.path}" for each in operations])
     # Nobody pauses here, so that nobody waits for it; and what a process of its own would find takes seconds.
     with mock.patch.object(routes_jobs, "PAUSE_WAIT_S", 0.0), mock.patch.object(checks, "_found", return_value={}):
         for goal in (count // 2, count):
@@ -91,10 +91,6 @@ def fuzz(folder: Path, count: int) -> Tally:
         tally.grown_bytes -= before
     client.state.answers.stop()
     return tally
-
-
-def _names(operation: str) -> list[str]:
-    return [operation.replace("{action}", action) for action in ACTIONS] if "{action}" in operation else [operation]
 
 
 def _ask(operation: Any, most: int, things: Things, asked: Counter[str], headers: dict[str, str], tally: Tally) -> None:
@@ -118,7 +114,7 @@ def _ask(operation: Any, most: int, things: Things, asked: Counter[str], headers
 
 def _use(case: Any, name: str, things: Things, number: int) -> None:
     """Has a request name what is there."""
-    path = things.path(name, list(ACTIONS)[number // 2 % len(ACTIONS)])
+    path = things.path(name)
     case.path_parameters.update(path)
     after, body = things.after(name, path), things.body(name, path)
     is_plain = number % PLAIN == 0
@@ -138,22 +134,21 @@ def _use(case: Any, name: str, things: Things, number: int) -> None:
 
 
 def _call(case: Any, name: str, headers: dict[str, str], tally: Tally) -> None:
-    place = name.replace("{action}", str(case.path_parameters.get("action")))
     try:
         answer = case.call(headers=headers)
     # What answers an error of our own raises it again, for the log of a server that there is none of here.
     except Exception as error:
-        tally.statuses[place, 500] += 1
-        tally.wrong.append(f"{place}: {error!r} for {str(case.body)[:300]}")
+        tally.statuses[name, 500] += 1
+        tally.wrong.append(f"{name}: {error!r} for {str(case.body)[:300]}")
         return
-    tally.statuses[place, answer.status_code] += 1
+    tally.statuses[name, answer.status_code] += 1
     text = answer.text
     if answer.status_code >= 500 or "Traceback" in text:
-        tally.wrong.append(f"{place}: {answer.status_code}: {text[:300]} for {str(case.body)[:300]}")
+        tally.wrong.append(f"{name}: {answer.status_code}: {text[:300]} for {str(case.body)[:300]}")
     elif answer.status_code >= 400:
         error = answer.json().get("error", {})
         if not error.get("message") or set(error) != {"message", "type", "param", "code"}:
-            tally.wrong.append(f"{place}: {answer.status_code} without a message: {text[:300]}")
+            tally.wrong.append(f"{name}: {answer.status_code} without a message: {text[:300]}")
 
 
 def main() -> None:

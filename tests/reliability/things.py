@@ -28,10 +28,8 @@ class Things:
     def __init__(self, client: Client) -> None:
         self.client = client
 
-    def path(self, operation: str, action: str) -> dict[str, str]:
+    def path(self, operation: str) -> dict[str, str]:
         """Returns the ids in the path of a request."""
-        if "{action}" in operation:
-            return {"job_id": self.job(*ACTIONS[action]), "action": action}
         if "{job_id}" in operation and (action := operation.rpartition("/")[2]) in ACTIONS:
             return {"job_id": self.job(*ACTIONS[action])}
         if "{job_id}" in operation:
