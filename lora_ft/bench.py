@@ -221,7 +221,7 @@ def tune(
             x_MK = torch.randn(m, k, device=on, dtype=dtype, requires_grad=True)
             dy_MN = torch.randn(m, n, device=on, dtype=dtype)
             found = times({way: _forced(way, layer, x_MK, dy_MN) for way in WAYS}, on)
-            best[dispatch.shape_key(m, n, k, True)] = min(found, key=lambda way: found[way])
+            best[dispatch.shape_key(m, n, k, True, dtype)] = min(found, key=lambda way: found[way])
     return best
 
 

@@ -69,12 +69,12 @@ def test_a_layer_is_timed_against_its_rivals_on_the_same_numbers():
 
 def test_what_was_measured_is_kept_by_card_and_forgotten_with_another_torch(monkeypatch):
     card = dispatch.Gpu("NVIDIA GeForce RTX 4090", "sm_89", 128)
-    ways = {dispatch.shape_key(512, 4096, 4096, True): "triton_4bit"}
+    ways = {dispatch.shape_key(512, 4096, 4096, True, torch.bfloat16): "triton_4bit"}
     file = tuning.keep(card.name, ways)
     assert file.name == "nvidia-geforce-rtx-4090.json"
     dispatch._measured.clear()
     assert tuning.recall(card.name)
-    assert dispatch.choose(300, 4096, 4096, card, packed=True) == "triton_4bit"
+    assert dispatch.choose(300, 4096, 4096, card, packed=True, dtype=torch.bfloat16) == "triton_4bit"
     assert not tuning.recall("another card")
     record = json.loads(file.read_text())
     for damaged in ({**record, "torch": "2.0.0"}, {**record, "ways": {"1x1x1": "fast"}}, {"ways": 3}, [1]):

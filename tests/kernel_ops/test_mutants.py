@@ -425,11 +425,11 @@ def test_what_a_card_tells_about_itself(monkeypatch):
 def test_every_way_may_have_been_measured_and_outputs_are_not_inputs(way, monkeypatch):
     monkeypatch.setattr(dispatch, "_measured", {})
     card = Gpu("card", "sm_89", 128)
-    dispatch.use_measured("card", {"512x256x1024-4bit": way})
-    assert dispatch.choose(300, 256, 1024, card, packed=True) == way
+    dispatch.use_measured("card", {"512x256x1024-bfloat16-4bit": way})
+    assert dispatch.choose(300, 256, 1024, card, packed=True, dtype=torch.bfloat16) == way
     # What has outputs and inputs the other way round was not measured, and goes by the table.
-    assert dispatch.choose(1, 1024, 256, card, packed=True) == "gemm_4bit"
-    assert dispatch.choose(300, 1024, 256, card, packed=True) == "dequant"
+    assert dispatch.choose(1, 1024, 256, card, packed=True, dtype=torch.bfloat16) == "gemm_4bit"
+    assert dispatch.choose(300, 1024, 256, card, packed=True, dtype=torch.bfloat16) == "dequant"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
