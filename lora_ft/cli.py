@@ -231,7 +231,7 @@ def doctor(config: DoctorConfig) -> None:
 def bench_kernels(config: BenchConfig) -> None:
     from rich.console import Console
 
-    from lora_ft import bench
+    from lora_ft import bench, twins
     from lora_ft.errors import ProofError
 
     with Console(stderr=True).status("") as status:
@@ -241,8 +241,8 @@ def bench_kernels(config: BenchConfig) -> None:
         _say(json.dumps(found))
     else:
         _table(
-            ["operation", "error", "its twin's", ""],
-            [[one.op, one.error, one.plain, "" if one.passed else "WRONG"] for one in checks],
+            ["operation", "error", "its twin's", "allowed", ""],
+            [[one.op, one.error, one.plain, one.allowed, "" if one.passed else "WRONG"] for one in checks],
         )
         rivals = list(timed[0].rivals)
         _table(
@@ -257,7 +257,7 @@ def bench_kernels(config: BenchConfig) -> None:
             _say(f"The fastest way of each shape is in {written}, and used from now on.")
     wrong = [one.op for one in checks if not one.passed]
     if wrong:
-        raise ProofError(f"{', '.join(wrong)}: further from float64 than {bench.WORST} times the plain way.")
+        raise ProofError(f"{', '.join(wrong)}: further from float64 than {twins.WORST} times the plain way.")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lora_ft import bench, cli, tuning
+from lora_ft import bench, cli, tuning, twins
 from lora_kernels import dispatch, reference
 
 CPU = torch.device("cpu")
@@ -18,25 +18,87 @@ def _home(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "_measured", {})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_operation_is_as_good_as_its_twin(dtype):
-    found = list(bench.check(CPU, dtype))
-    assert {one.op.split(",")[0] for one in found} >= {"nf4_dequant", "lora_linear", "rope", "linear_cross_entropy"}
+OPERATIONS = {
+    *("lora_down", "lora_linear, dequant", "lora_group, dequant", "rms_norm_lora", "swiglu_lora", "rope"),
+    *("packed_attention", "linear_cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_operation_and_its_gradients_are_as_good_as_its_twin(dtype):
+    found = list(twins.check(CPU, dtype))
+    names = {"nf4_dequant", "lora_bwd_up", *OPERATIONS, *(f"{name}, gradients" for name in OPERATIONS)}
+    assert {one.op for one in found} == names
     assert all(one.passed for one in found), found
+
+
+def tf32(x):
+    """Returns float32 numbers as matrix instructions read them, with 10 bits of mantissa, and lets gradients pass."""
+    rounded = ((x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return x + (rounded - x.detach())
+
+
+def test_rounded_products_a_wrong_scale_and_a_wrong_gradient_are_caught(monkeypatch):
+    down, dequantize, turned = twins.lora_down, twins.nf4_dequant, twins.rope
+    monkeypatch.setattr(twins, "lora_down", lambda x, a: down(tf32(x), tf32(a)))
+    assert wrong() == {"lora_down", "lora_down, gradients"}
+    monkeypatch.setattr(twins, "lora_down", down)
+
+    weights = []
+
+    def off_by_a_thousandth(weight, dtype):
+        weights.append(dequantize(weight, dtype))
+        return weights[0] * 1.0009
+
+    monkeypatch.setattr(twins, "nf4_dequant", off_by_a_thousandth)
+    assert "nf4_dequant" in wrong()
+    monkeypatch.setattr(twins, "nf4_dequant", dequantize)
+
+    def with_another_gradient(q, k, cos, sin):
+        q_out, k_out = turned(q, k, cos, sin)
+        return q_out, k_out + 0.01 * (k - k.detach())
+
+    monkeypatch.setattr(twins, "rope", with_another_gradient)
+    assert wrong() == {"rope, gradients"}
+
+
+def wrong() -> set[str]:
+    return {one.op for one in twins.check(CPU, torch.float32) if not one.passed}
+
+
+def test_every_shape_up_to_the_largest_is_tuned():
+    """Whatever the rows, the key that they are looked up by was measured."""
+    keys = {dispatch.shape_key(m, 64, 64, True, torch.bfloat16) for m in bench.TUNED_ROWS}
+    assert {dispatch.shape_key(m, 64, 64, True, torch.bfloat16) for m in range(1, 8193)} == keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_tuned_packed_and_dense_by_the_ways_there_are(dtype, monkeypatch):
+    tried = []
+
+    def times(runs, on, **_):
+        tried.append(tuple(runs))
+        return {way: -i for i, way in enumerate(runs)}
+
+    monkeypatch.setattr(bench, "times", times)
+    best = bench.tune((3,), ((48, 64),), dtype, CPU)
+    assert tried == [dispatch.ways(True, dtype), dispatch.ways(False, dtype)]
+    keys = [dispatch.shape_key(3, 48, 64, packed, dtype) for packed in (True, False)]
+    assert best == {key: ways[-1] for key, ways in zip(keys, tried, strict=True)}
 
 
 def test_a_wrong_operation_is_caught_and_nothing_is_tuned(monkeypatch, capsys):
     right = reference.rope
-    monkeypatch.setattr(bench, "rope", lambda q, k, cos, sin: (right(q, k, cos, sin)[0], k))
+    monkeypatch.setattr(twins, "rope", lambda q, k, cos, sin: (right(q, k, cos, sin)[0], k))
     monkeypatch.setattr(
         bench, "linear", lambda m, n, k, *rest: bench.Timed(m, (n, k), "float32", 1.0, 0.5, {"peft": 2.0})
     )
     monkeypatch.setattr(bench, "matmul_rate", lambda dtype, on: 1.0)
     assert cli.main(["bench", "kernels", "--json"]) == 3
     shown = capsys.readouterr()
-    assert "rope: further from float64" in shown.err
+    assert "rope, rope, gradients: further from float64" in shown.err
     found = json.loads(shown.out)
-    assert [one["op"] for one in found["checks"] if one["error"] > 0.1] == ["rope"]
+    assert [one["op"] for one in found["checks"] if one["error"] > 0.1] == ["rope", "rope, gradients"]
     assert found["tuned"] is None
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_ft import bench, seal
+from lora_ft import bench, seal, twins
 from lora_kernels import Frozen, dispatch, lora_linear, nf4_dequant, rms_norm_lora, swiglu_lora
 from tests import tiny
 
@@ -15,11 +15,11 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_operation_is_as_good_as_its_twin(dtype):
-    found = list(bench.check(bench.device(), dtype))
+    found = list(twins.check(bench.device(), dtype))
     assert all(one.passed for one in found), found
 
 
-@pytest.mark.parametrize("way", bench.WAYS)
+@pytest.mark.parametrize("way", dispatch.ways(True, torch.bfloat16))
 @pytest.mark.parametrize("rows", [1, 7, 64, 130, 1000])
 def test_the_same_bits_every_time_and_the_plain_way_within_rounding(way, rows):
     """A race would show as bits that change: no kernel adds in an order of its own."""

@@ -25,7 +25,7 @@ LAYERS = [
     {"attention"},
     {"head"},
     {"environment", "tasks"},
-    {"losses", "metrics", "weights"},
+    {"losses", "metrics", "weights", "twins"},
     {"fused"},
     {"blocks"},
     {"adapters"},
