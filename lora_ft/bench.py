@@ -137,7 +137,7 @@ def tune(
             for m in rows:
                 x_MK = torch.randn(m, k, device=on, dtype=dtype, requires_grad=True)
                 dy_MN = torch.randn(m, n, device=on, dtype=dtype)
-                runs = {way: _forced(way, layer, x_MK, dy_MN) for way in dispatch.ways(packed, dtype)}
+                runs: dict[str, Run] = {way: _forced(way, layer, x_MK, dy_MN) for way in dispatch.ways(packed, dtype)}
                 found = times(runs, on, seconds=0.2)
                 best[dispatch.shape_key(m, n, k, packed, dtype)] = min(found, key=lambda way: found[way])
     return best

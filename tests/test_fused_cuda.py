@@ -94,8 +94,9 @@ def test_a_training_step_in_whole_decoder_layers(
         assert set(blocks.paths(model)) == {"whole"}
     layers = len(blocks.paths(model)["whole"])
     forwards = layers * (2 if checkpointing else 1)
-    # Without dropout norm and activation make all low-rank images but that of the output projection.
-    assert launched.count("lora_down_kernel") == forwards * (4 if dropout else 1)
+    # Without dropout norm and activation make all low-rank images but that of the output projection, and torch makes that
+    # in float32.
+    assert launched.count("lora_down_kernel") == forwards * (4 if dropout else dtype != "float32")
     assert launched.count("swiglu_lora_kernel") == forwards
     assert launched.count("rms_norm_lora_kernel") == forwards * (4 if architecture == "qwen3" else 2)
     assert launched.count("rope_kernel") == forwards + layers
