@@ -6,9 +6,7 @@ Shapes: M rows of activations, N outputs and K inputs of a weight, R the rank of
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import nn
 
 from lora_ft import base as bases
 from lora_ft import four_bits, fused, tuning
+from lora_ft.rates import Rated, Run, bandwidth, matmul_rate, one_by_one, operations, times
 from lora_ft.twins import RANK, Checked, check
 from lora_kernels import dispatch
 
@@ -27,8 +26,6 @@ CPU_ROWS, CPU_WEIGHTS = (1, 16, 128, 1024, 4096), ((2048, 2048), (1536, 576))
 GPU_ROWS, GPU_WEIGHTS = (1, 16, 128, 512, 2048, 8192), ((4096, 4096), (14336, 4096), (4096, 14336))
 TUNED_ROWS = tuple(2**power for power in range(14))
 """Every row count that `dispatch.shape_key` knows up to the largest, so that no shape between is left to the table."""
-
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -86,22 +83,16 @@ def step(layer: nn.Module, x_MK: torch.Tensor, dy_MN: torch.Tensor) -> None:
     y_MN.backward(dy_MN)
 
 
-def one_by_one(layer: Any, x_MK: torch.Tensor, dy_MN: torch.Tensor) -> None:
-    """Does what a layer and its backward pass do in the order that hand-written fast paths use.
+def _one_by_one(layer: Any, x_MK: torch.Tensor, dy_MN: torch.Tensor) -> Run:
+    """Returns what `rates.one_by_one` does with the numbers of a layer."""
+    a_RK, b_NR = (matrices["default"].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
+    weight, scaling = layer.base_layer.weight, layer.scaling["default"]
 
-    The weight is dequantized, multiplied, the adapter added in place; backward it is dequantized again, dy @ B is
-    computed for A and once more for x, and x @ A.T anew.
-    """
-    base, a_RK, b_NR = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    scaling, state = layer.scaling["default"], base.weight.quant_state
-    with torch.no_grad():
-        x_MK, a_RK, b_NR = x_MK.detach(), a_RK.to(x_MK.dtype), b_NR.to(x_MK.dtype)
-        w_NK = bnb.functional.dequantize_4bit(base.weight, state)
-        (x_MK @ w_NK.t()).addmm_(x_MK @ a_RK.t(), b_NR.t(), alpha=scaling)
-        w_NK = bnb.functional.dequantize_4bit(base.weight, state)
-        (dy_MN @ w_NK).addmm_(dy_MN @ b_NR, a_RK, alpha=scaling)
-        torch.mm((dy_MN @ b_NR).t(), x_MK).mul_(scaling)
-        torch.mm(dy_MN.t(), x_MK @ a_RK.t()).mul_(scaling)
+    def run() -> None:
+        a, b = a_RK.to(x_MK.dtype), b_NR.to(x_MK.dtype)
+        one_by_one(x_MK.detach(), weight, weight.quant_state, a, b, dy_MN, scaling)
+
+    return run
 
 
 def linear(m: int, n: int, k: int, dtype: torch.dtype, on: torch.device, rate: float) -> Timed:
@@ -113,7 +104,7 @@ def linear(m: int, n: int, k: int, dtype: torch.dtype, on: torch.device, rate: f
     runs: dict[str, Run] = {
         "fused": lambda: step(made["fused"], x_MK, dy_MN),
         "peft": lambda: step(made["peft"], x_MK, dy_MN),
-        "one by one": lambda: one_by_one(plain, x_MK, dy_MN),
+        "one by one": _one_by_one(plain, x_MK, dy_MN),
     }
     if on.type == "cuda":
         compiled: Any = torch.compile(copy.deepcopy(made["peft"]))
@@ -151,40 +142,10 @@ def _forced(way: dispatch.Path, layer: nn.Module, x_MK: torch.Tensor, dy_MN: tor
     return run
 
 
-def matmul_rate(dtype: torch.dtype, on: torch.device) -> float:
-    """Returns the rate of matrix products alone on this machine, in FLOP/s."""
-    size = 8192 if on.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=on, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / times({"matmul": lambda: left @ right}, on)["matmul"]
-
-
-def times(runs: Mapping[str, Run], on: torch.device, seconds: float = 1.0, least: int = 5) -> dict[str, float]:
-    """Returns the median time of each run in seconds; the runs take turns, so that noise falls on all alike.
-
-    Args:
-        seconds: time to spend on all of them; at least `least` turns are taken.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # the first of each compiles, fills caches, or grows buffers
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(taken.values()))) < least:
-        for name, run in runs.items():
-            _finish(on)
-            began = time.perf_counter()
-            run()
-            _finish(on)
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found) for name, found in taken.items()}
-
-
-def _finish(on: torch.device) -> None:
-    if on.type == "cuda":
-        torch.cuda.synchronize(on)
-
-
-def kernels(note: Callable[[str], None] = lambda text: None) -> tuple[list[Checked], list[Timed], str | None]:
-    """Returns the checks, the times, and on a GPU the file that the fastest ways were written to.
+def kernels(
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Checked], list[Rated], list[Timed], str | None]:
+    """Returns the checks, the rates of operations, the times of layers, and the file with the fastest ways of a GPU.
 
     Nothing is tuned where a check fails.
     """
@@ -198,9 +159,13 @@ def kernels(note: Callable[[str], None] = lambda text: None) -> tuple[list[Check
         note("tuning")
         written = str(tuning.keep(torch.cuda.get_device_name(on), tune(TUNED_ROWS, weights, dtype, on)))
     rate = matmul_rate(dtype, on)
+    rated = []
+    for one in operations(on, dtype, rate, bandwidth(on)):
+        note(f"timed {one.op}")
+        rated.append(one)
     timed = []
     for n, k in weights:
         for m in rows:
             note(f"timing {m} rows on [{n}, {k}]")
             timed.append(linear(m, n, k, dtype, on, rate))
-    return checks, timed, written
+    return checks, rated, timed, written

@@ -235,14 +235,24 @@ def bench_kernels(config: BenchConfig) -> None:
     from lora_ft.errors import ProofError
 
     with Console(stderr=True).status("") as status:
-        checks, timed, written = bench.kernels(status.update)
+        checks, rated, timed, written = bench.kernels(status.update)
     if config.json:
-        found = {"checks": [asdict(one) for one in checks], "times": [asdict(one) for one in timed], "tuned": written}
+        found: dict[str, Any] = {"checks": [asdict(one) for one in checks], "tuned": written}
+        found |= {"operations": [asdict(one) for one in rated], "times": [asdict(one) for one in timed]}
         _say(json.dumps(found))
     else:
         _table(
             ["operation", "error", "its twin's", "allowed", ""],
             [[one.op, one.error, one.plain, one.allowed, "" if one.passed else "WRONG"] for one in checks],
+        )
+        rivals = list(dict.fromkeys(name for op in rated for name in op.rivals))
+        _table(
+            ["operation", "ms", "GB/s", "TFLOP/s", "of roofline", *[f"{name} takes" for name in rivals]],
+            [
+                [op.op, 1e3 * op.seconds, op.gigabytes_per_s, op.teraflops, f"{op.share:.0%}"]
+                + ["" if (ratio := op.ratio(name)) is None else f"{ratio:.2f}x" for name in rivals]
+                for op in rated
+            ],
         )
         rivals = list(timed[0].rivals)
         _table(

@@ -6,7 +6,9 @@ Shapes: M rows of activations, N outputs and K inputs of a weight, R the rank of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import bitsandbytes as bnb
@@ -31,10 +33,7 @@ from lora_kernels import (
 
 WORST = 1.1
 """Largest error allowed, over that of the twin in the same dtype; both against the twin in float64."""
-M, N, K, WORDS = 130, 192, 256, 1000
 RANK = 16
-BOUNDS = (0, 40, 41, 130)
-"""Where examples of packed attention begin, and its tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,65 +50,116 @@ class Checked:
         return self.error <= self.allowed
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of the tensors that operations are run on."""
+
+    m: int
+    n: int
+    k: int
+    words: int
+    heads: tuple[int, int]
+    """Of queries, and of keys and values, 64 wide."""
+    bounds: tuple[int, ...]
+    """Where examples of packed attention begin, and its tokens: `m`."""
+
+
+ODD = Sizes(130, 192, 256, 1000, (4, 2), (0, 40, 41, 130))
+"""Off every tile."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation, its twin, and what to run both on."""
+
+    name: str
+    op: Callable[..., Any]
+    twin: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    learned: tuple[int, ...]
+    """The inputs that have a gradient."""
+    flops: float
+    """Of matrix products, forwards and backwards."""
+    layers: int = 0
+    """Those that have the frozen weight, which is the second of the inputs: dense, for the twin alone."""
+    way: dispatch.Path | None = None
+
+
 def check(on: torch.device, dtype: torch.dtype) -> Iterator[Checked]:
     """Yields each operation beside its twin, then its gradients, on numbers drawn from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    quantized = bnb.functional.quantize_4bit(torch.randn(192, 256, generator=generator).to(on, dtype), quant_type="nf4")
+    weight = Frozen.of(*quantized)
+    yield Checked("nf4_dequant", _error(nf4_dequant(weight, dtype), reference.nf4_dequant(weight, dtype)), 0.0, 0.0)
+    for case in cases(on, dtype, ODD):
+        with nullcontext() if case.way is None else dispatch.forced(case.way):
+            yield from _compared(case)
+
+
+def cases(on: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """Yields every operation with a twin, those with a frozen weight by each way that the device has."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(on, dtype)
 
-    x_MK, dy_MN, xa_MR, a_RK, b_NR = draw(M, K), draw(M, N), draw(M, RANK), draw(RANK, K), draw(N, RANK)
-    weight = Frozen.of(*bnb.functional.quantize_4bit(draw(N, K), quant_type="nf4", compress_statistics=True))
-    w_NK, bias_N = nf4_dequant(weight, dtype), draw(N)
-    yield Checked("nf4_dequant", _error(w_NK, reference.nf4_dequant(weight, dtype)), 0.0, 0.0)
-    yield from _compared("lora_down", lora_down, reference.lora_down, (x_MK, a_RK), (0, 1))
-    yield from _compared("lora_bwd_up", lora_bwd_up, reference.lora_bwd_up, (dy_MN, b_NR, xa_MR, 0.5), ())
+    m, n, k = sizes.m, sizes.n, sizes.k
+    x_MK, dy_MN, xa_MR, a_RK, b_NR = draw(m, k), draw(m, n), draw(m, RANK), draw(RANK, k), draw(n, RANK)
+    weight = Frozen.of(*bnb.functional.quantize_4bit(draw(n, k), quant_type="nf4", compress_statistics=True))
+    w_NK, bias_N, narrow = nf4_dequant(weight, dtype), draw(n), 2.0 * m * k * RANK
+    yield Case("lora_down", lora_down, reference.lora_down, (x_MK, a_RK), (0, 1), 3 * narrow)
+    up = (dy_MN, b_NR, xa_MR, 0.5)
+    yield Case("lora_bwd_up", lora_bwd_up, reference.lora_bwd_up, up, (), 4.0 * m * n * RANK)
+
+    def adapted(x_MK: Any, w_NK: Any, *rest: Any) -> torch.Tensor:
+        return lora_linear(x_MK, weight, *rest[:3], scaling=rest[3])
+
+    def grouped(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(lora_group(x_MK, a_RK, [Projection(weight, bias_N, b_NR, 0.5) for b_NR in b]))
+
+    def its_twin(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any) -> tuple[torch.Tensor, ...]:
+        layers = [(w_NK, bias_N.to(x_MK.dtype), b_NR, 0.5) for b_NR in b]
+        return tuple(reference.lora_group(x_MK, a_RK, layers))
+
+    one, both = (x_MK, w_NK, bias_N, a_RK, b_NR, 0.5), (x_MK, w_NK, a_RK, *b_NR.split(RANK // 2, dim=1))
+    flops, learned, adapter = 4.0 * m * n * k, (0, 2, 3, 4), 6.0 * m * RANK * (n + k)
     for way in dispatch.ways(True, dtype) if on.type == "cuda" else ("dequant",):
-        # Only the twin is given the weight dense: in float64 there is no other.
-        def adapted(x_MK: Any, w_NK: Any, *rest: Any) -> torch.Tensor:
-            return lora_linear(x_MK, weight, *rest[:3], scaling=rest[3])
-
-        def grouped(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any) -> tuple[torch.Tensor, ...]:
-            return tuple(lora_group(x_MK, a_RK, [Projection(weight, bias_N, b_NR, 0.5) for b_NR in b]))
-
-        def its_twin(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any) -> tuple[torch.Tensor, ...]:
-            layers = [(w_NK, bias_N.to(x_MK.dtype), b_NR, 0.5) for b_NR in b]
-            return tuple(reference.lora_group(x_MK, a_RK, layers))
-
-        halves = b_NR.split(RANK // 2, dim=1)
-        with dispatch.forced(way):
-            inputs = (x_MK, w_NK, bias_N, a_RK, b_NR, 0.5)
-            yield from _compared(f"lora_linear, {way}", adapted, reference.lora_linear, inputs, (0, 2, 3, 4))
-            yield from _compared(f"lora_group, {way}", grouped, its_twin, (x_MK, w_NK, a_RK, *halves), (0, 2, 3, 4))
-    normed = (x_MK, draw(M, K), draw(K), a_RK, 1e-5)
-    yield from _compared("rms_norm_lora", rms_norm_lora, reference.rms_norm_lora, normed, (0, 1, 2, 3))
-    yield from _compared("swiglu_lora", swiglu_lora, reference.swiglu_lora, (x_MK, draw(M, K), a_RK), (0, 1, 2))
-    heads = (draw(2, 4, 33, 64), draw(2, 2, 33, 64), draw(1, 33, 64), draw(1, 33, 64))
-    yield from _compared("rope", rope, reference.rope, heads, (0, 1))
+        alone = reference.lora_linear
+        yield Case(f"lora_linear, {way}", adapted, alone, one, learned, flops + adapter, 1, way)
+        yield Case(f"lora_group, {way}", grouped, its_twin, both, learned, 2 * flops + adapter, 2, way)
+    normed = (x_MK, draw(m, k), draw(k), a_RK, 1e-5)
+    yield Case("rms_norm_lora", rms_norm_lora, reference.rms_norm_lora, normed, (0, 1, 2, 3), 3 * narrow)
+    gated = (x_MK, draw(m, k), a_RK)
+    yield Case("swiglu_lora", swiglu_lora, reference.swiglu_lora, gated, (0, 1, 2), 3 * narrow)
+    queries, keys = sizes.heads
+    turned = (draw(1, queries, m, 64), draw(1, keys, m, 64), draw(1, m, 64), draw(1, m, 64))
+    yield Case("rope", rope, reference.rope, turned, (0, 1), 0.0)
 
     def attention(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda q, k, v: op(q, k, v, list(BOUNDS), scale=0.125)
+        return lambda q, k, v: op(q, k, v, list(sizes.bounds), scale=0.125)
 
-    qkv = (draw(4, M, 64), draw(2, M, 64), draw(2, M, 64))
-    both = attention(packed_attention), attention(reference.packed_attention)
-    yield from _compared("packed_attention", *both, qkv, (0, 1, 2))
-    labels = torch.randint(0, WORDS, (M,), generator=generator).to(on)
+    qkv = (draw(queries, m, 64), draw(keys, m, 64), draw(keys, m, 64))
+    # Of each product half, as no token sees those after it; two forwards, and five backwards.
+    seen = 7.0 * queries * 64 * sum((end - begin) ** 2 for begin, end in pairwise(sizes.bounds))
+    both_ways = attention(packed_attention), attention(reference.packed_attention)
+    yield Case("packed_attention", *both_ways, qkv, (0, 1, 2), seen)
+    labels = torch.randint(0, sizes.words, (m,), generator=generator).to(on)
     labels[::3] = -100
-    head = (x_MK, draw(WORDS, K) / 16, labels)
-    yield from _compared("linear_cross_entropy", linear_cross_entropy, reference.linear_cross_entropy, head, (0, 1))
+    head = (x_MK, draw(sizes.words, k) / 16, labels)
+    flops = 6.0 * int((labels >= 0).sum()) * sizes.words * k
+    twin = reference.linear_cross_entropy
+    yield Case("linear_cross_entropy", linear_cross_entropy, twin, head, (0, 1), flops)
 
 
-def _compared(
-    name: str, op: Callable[..., Any], twin: Callable[..., Any], inputs: Sequence[Any], learned: Sequence[int]
-) -> Iterator[Checked]:
-    """Yields the worst of what `op` gives, then of the gradients of the `learned` inputs, if there are any."""
-    exact_inputs = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in inputs]
-    dtype = inputs[0].dtype
-    found = _outputs_and_gradients(op, inputs, learned, dtype)
-    plain = _outputs_and_gradients(twin, inputs, learned, dtype)
-    exact = _outputs_and_gradients(twin, exact_inputs, learned, dtype)
+def _compared(case: Case) -> Iterator[Checked]:
+    """Yields the worst of what an operation gives, then of the gradients, if it has any."""
+    exact_inputs = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.inputs]
+    dtype, learned = case.inputs[0].dtype, case.learned
+    found = _outputs_and_gradients(case.op, case.inputs, learned, dtype)
+    plain = _outputs_and_gradients(case.twin, case.inputs, learned, dtype)
+    exact = _outputs_and_gradients(case.twin, exact_inputs, learned, dtype)
     for suffix, *parts in zip(("", ", gradients"), found, plain, exact, strict=True):
-        each = [_judged(name + suffix, *three) for three in zip(*parts, strict=True)]
+        each = [_judged(case.name + suffix, *three) for three in zip(*parts, strict=True)]
         if each:
             yield max(each, key=lambda one: one.error / one.allowed)
 

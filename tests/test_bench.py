@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lora_ft import bench, cli, tuning, twins
+from lora_ft import bench, cli, rates, tuning, twins
 from lora_kernels import dispatch, reference
 
 CPU = torch.device("cpu")
@@ -94,6 +94,8 @@ def test_a_wrong_operation_is_caught_and_nothing_is_tuned(monkeypatch, capsys):
         bench, "linear", lambda m, n, k, *rest: bench.Timed(m, (n, k), "float32", 1.0, 0.5, {"peft": 2.0})
     )
     monkeypatch.setattr(bench, "matmul_rate", lambda dtype, on: 1.0)
+    monkeypatch.setattr(bench, "bandwidth", lambda on: 1.0)
+    monkeypatch.setattr(bench, "operations", lambda *_: [rates.Rated("rope", 1.0, 1.0, 1.0, 1.0, {"peft": 2.0})])
     assert cli.main(["bench", "kernels", "--json"]) == 3
     shown = capsys.readouterr()
     assert "rope, rope, gradients: further from float64" in shown.err
@@ -112,9 +114,46 @@ def test_runs_take_turns_and_the_median_counts():
 
         return it
 
-    found = bench.times({"slow": run("slow", 0.02), "quick": run("quick", 0.002)}, CPU, seconds=0.1)
+    found = rates.times({"slow": run("slow", 0.02), "quick": run("quick", 0.002)}, CPU, seconds=0.1)
     assert order[:6] == ["slow", "quick"] * 3
     assert found["slow"] > 3 * found["quick"]
+
+
+SMALL = twins.Sizes(32, 64, 64, 100, (2, 1), (0, 10, 32))
+
+
+def test_every_operation_is_timed_against_its_rivals_and_the_roofline(monkeypatch):
+    monkeypatch.setattr(rates, "ON_CPU", SMALL)
+    ran = []
+
+    def times(runs, on, **_):
+        for run in runs.values():
+            run()
+        ran.append(tuple(runs))
+        return {name: 2.0 if name == "ours" else 3.0 for name in runs}
+
+    monkeypatch.setattr(rates, "times", times)
+    found = {one.op: one for one in rates.operations(CPU, torch.float32, flops_per_s=4e3, bytes_per_s=1e3)}
+    assert found.keys() == {"nf4_dequant", "lora_bwd_up", *OPERATIONS}
+    assert all(one.seconds == 2 and one.ratio("peft") == 1.5 for one in found.values())
+    assert found["lora_bwd_up"].ratio("one by one") == 1.5
+    assert found["lora_group, dequant"].ratio("one by one") == 1.5
+    assert found["rope"].ratio("one by one") is None
+    # x [32, 64] and a [16, 64] are read, x @ a.T [32, 16] is written; backwards as much, and dx and da.
+    down, moved = found["lora_down"], 4 * (2 * (32 * 64 + 16 * 64 + 32 * 16) + 32 * 64 + 16 * 64)
+    assert down.gigabytes_per_s == pytest.approx(moved / 2 / 1e9)
+    assert down.teraflops == pytest.approx(3 * 2 * 32 * 64 * 16 / 2 / 1e12)
+    assert down.share == pytest.approx(max(moved / 1e3, 6 * 32 * 64 * 16 / 4e3) / 2)
+    # The weight counts with its 4 bits, not as the twin is given it.
+    layer = found["lora_linear, dequant"]
+    sent = 32 * 64 + 64 + 16 * 64 + 64 * 16
+    moved = 2 * (4 * (sent + 32 * 64) + 64 * 64 // 2 + 64) + 4 * sent
+    assert layer.gigabytes_per_s == pytest.approx(moved / 2 / 1e9)
+
+
+def test_copying_is_timed(monkeypatch):
+    monkeypatch.setattr(rates, "COPIED_BYTES", 2**22)
+    assert 1e8 < rates.bandwidth(CPU) < 1e13
 
 
 def test_a_layer_is_timed_against_its_rivals_on_the_same_numbers():

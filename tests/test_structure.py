@@ -26,6 +26,7 @@ LAYERS = [
     {"head"},
     {"environment", "tasks"},
     {"losses", "metrics", "weights", "twins"},
+    {"rates"},
     {"fused"},
     {"blocks"},
     {"adapters"},
