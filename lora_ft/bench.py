@@ -6,9 +6,7 @@ Shapes: M rows of activations, N outputs and K inputs of a weight, R the rank of
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,45 +17,15 @@ from torch import nn
 
 from lora_ft import base as bases
 from lora_ft import four_bits, fused, tuning
-from lora_kernels import (
-    Frozen,
-    Projection,
-    dispatch,
-    linear_cross_entropy,
-    lora_bwd_up,
-    lora_down,
-    lora_group,
-    lora_linear,
-    nf4_dequant,
-    reference,
-    rms_norm_lora,
-    rope,
-    swiglu_lora,
-)
+from lora_ft.rates import Rated, Run, bandwidth, matmul_rate, one_by_one, operations, times
+from lora_ft.twins import RANK, Checked, check
+from lora_kernels import dispatch
 
-WORST = 1.1
-"""Largest error allowed, over that of the twin in the same dtype; both against the twin in float64."""
-RANK = 16
 # Rows and weights [N, K] to time: on a GPU those of Llama-3-8B, else of SmolLM2-135M and a square.
 CPU_ROWS, CPU_WEIGHTS = (1, 16, 128, 1024, 4096), ((2048, 2048), (1536, 576))
-GPU_ROWS, GPU_WEIGHTS = (1, 16, 64, 128, 256, 512, 2048, 8192), ((4096, 4096), (14336, 4096), (4096, 14336))
-WAYS: tuple[dispatch.Path, ...] = ("gemm_4bit", "dequant", "triton", "triton_4bit")
-
-Run = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Checked:
-    """An operation and its error over that of its twin."""
-
-    op: str
-    error: float
-    plain: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is as good as the twin; half a unit in the last place of bfloat16 is always allowed."""
-        return self.error <= max(WORST * self.plain, 2**-10)
+GPU_ROWS, GPU_WEIGHTS = (1, 16, 128, 512, 2048, 8192), ((4096, 4096), (14336, 4096), (4096, 14336))
+TUNED_ROWS = tuple(2**power for power in range(14))
+"""Every row count that `dispatch.shape_key` knows up to the largest, so that no shape between is left to the table."""
 
 
 @dataclass(frozen=True)
@@ -82,62 +50,6 @@ class Timed:
 def device() -> torch.device:
     """Returns the device to measure: the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check(on: torch.device, dtype: torch.dtype) -> Iterator[Checked]:
-    """Yields each operation beside its twin, on numbers drawn from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(on, dtype)
-
-    m, n, k, words = 130, 192, 256, 1000
-    x_MK, dy_MN, xa_MR, a_RK, b_NR = draw(m, k), draw(m, n), draw(m, RANK), draw(RANK, k), draw(n, RANK)
-    weight = Frozen.of(*bnb.functional.quantize_4bit(draw(n, k), quant_type="nf4", compress_statistics=True))
-    w_NK, bias_N = nf4_dequant(weight, dtype), draw(n)
-    yield Checked("nf4_dequant", _error(w_NK, reference.nf4_dequant(weight, dtype)), 0.0)
-    yield _compared("lora_down", lora_down, reference.lora_down, x_MK, a_RK)
-    yield _compared("lora_bwd_up", lora_bwd_up, reference.lora_bwd_up, dy_MN, b_NR, xa_MR, 0.5)
-    for way in WAYS if on.type == "cuda" else ("dequant",):
-        # Only the twin is given the weight dense: in float64 there is no other.
-        def adapted(x_MK: Any, w_NK: Any, *rest: Any, way: Any = way) -> torch.Tensor:
-            with dispatch.forced(way):
-                return lora_linear(x_MK, weight, *rest[:3], scaling=rest[3])
-
-        yield _compared(f"lora_linear, {way}", adapted, reference.lora_linear, x_MK, w_NK, bias_N, a_RK, b_NR, 0.5)
-
-        def grouped(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any, way: Any = way) -> tuple[torch.Tensor, ...]:
-            with dispatch.forced(way):
-                return tuple(lora_group(x_MK, a_RK, [Projection(weight, bias_N, b_NR, 0.5) for b_NR in b]))
-
-        def its_twin(x_MK: Any, w_NK: Any, a_RK: Any, *b: Any) -> tuple[torch.Tensor, ...]:
-            layers = [(w_NK, bias_N.to(x_MK.dtype), b_NR, 0.5) for b_NR in b]
-            return tuple(reference.lora_group(x_MK, a_RK, layers))
-
-        halves = b_NR.split(RANK // 2, dim=1)
-        yield _compared(f"lora_group, {way}", grouped, its_twin, x_MK, w_NK, a_RK, *halves)
-    yield _compared("rms_norm_lora", rms_norm_lora, reference.rms_norm_lora, x_MK, None, draw(k), a_RK, 1e-5)
-    yield _compared("swiglu_lora", swiglu_lora, reference.swiglu_lora, x_MK, draw(m, k), a_RK)
-    heads = (draw(2, 4, 33, 64), draw(2, 2, 33, 64), draw(1, 33, 64), draw(1, 33, 64))
-    yield _compared("rope", rope, reference.rope, *heads)
-    labels = torch.randint(0, words, (m,), generator=generator).to(on)
-    labels[::3] = -100
-    head_VK = draw(words, k) / 16
-    yield _compared("linear_cross_entropy", linear_cross_entropy, reference.linear_cross_entropy, x_MK, head_VK, labels)
-
-
-def _compared(name: str, op: Callable[..., Any], twin: Callable[..., Any], *arguments: Any) -> Checked:
-    """Returns the error of `op`, and of its twin in the same dtype, against the twin in float64."""
-    is_float = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
-    wide = [a.double() if cast else a for a, cast in zip(arguments, is_float, strict=True)]
-    results = [op(*arguments), twin(*arguments), twin(*wide)]
-    parts = [result if isinstance(result, tuple) else (result,) for result in results]
-    errors = [(_error(found, exact), _error(plain, exact)) for found, plain, exact in zip(*parts, strict=True)]
-    return Checked(name, *max(errors, key=lambda pair: pair[0] - WORST * pair[1]))
-
-
-def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 def layers(n: int, k: int, dtype: torch.dtype, on: torch.device, quant: str = "nf4") -> dict[str, nn.Module]:
@@ -171,22 +83,16 @@ def step(layer: nn.Module, x_MK: torch.Tensor, dy_MN: torch.Tensor) -> None:
     y_MN.backward(dy_MN)
 
 
-def one_by_one(layer: Any, x_MK: torch.Tensor, dy_MN: torch.Tensor) -> None:
-    """Does what a layer and its backward pass do in the order that hand-written fast paths use.
+def _one_by_one(layer: Any, x_MK: torch.Tensor, dy_MN: torch.Tensor) -> Run:
+    """Returns what `rates.one_by_one` does with the numbers of a layer."""
+    a_RK, b_NR = (matrices["default"].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
+    weight, scaling = layer.base_layer.weight, layer.scaling["default"]
 
-    The weight is dequantized, multiplied, the adapter added in place; backward it is dequantized again, dy @ B is
-    computed for A and once more for x, and x @ A.T anew.
-    """
-    base, a_RK, b_NR = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    scaling, state = layer.scaling["default"], base.weight.quant_state
-    with torch.no_grad():
-        x_MK, a_RK, b_NR = x_MK.detach(), a_RK.to(x_MK.dtype), b_NR.to(x_MK.dtype)
-        w_NK = bnb.functional.dequantize_4bit(base.weight, state)
-        (x_MK @ w_NK.t()).addmm_(x_MK @ a_RK.t(), b_NR.t(), alpha=scaling)
-        w_NK = bnb.functional.dequantize_4bit(base.weight, state)
-        (dy_MN @ w_NK).addmm_(dy_MN @ b_NR, a_RK, alpha=scaling)
-        torch.mm((dy_MN @ b_NR).t(), x_MK).mul_(scaling)
-        torch.mm(dy_MN.t(), x_MK @ a_RK.t()).mul_(scaling)
+    def run() -> None:
+        a, b = a_RK.to(x_MK.dtype), b_NR.to(x_MK.dtype)
+        one_by_one(x_MK.detach(), weight, weight.quant_state, a, b, dy_MN, scaling)
+
+    return run
 
 
 def linear(m: int, n: int, k: int, dtype: torch.dtype, on: torch.device, rate: float) -> Timed:
@@ -198,7 +104,7 @@ def linear(m: int, n: int, k: int, dtype: torch.dtype, on: torch.device, rate: f
     runs: dict[str, Run] = {
         "fused": lambda: step(made["fused"], x_MK, dy_MN),
         "peft": lambda: step(made["peft"], x_MK, dy_MN),
-        "one by one": lambda: one_by_one(plain, x_MK, dy_MN),
+        "one by one": _one_by_one(plain, x_MK, dy_MN),
     }
     if on.type == "cuda":
         compiled: Any = torch.compile(copy.deepcopy(made["peft"]))
@@ -213,15 +119,18 @@ def linear(m: int, n: int, k: int, dtype: torch.dtype, on: torch.device, rate: f
 def tune(
     rows: Sequence[int], weights: Sequence[tuple[int, int]], dtype: torch.dtype, on: torch.device
 ) -> dict[str, str]:
-    """Returns the fastest way of each shape on this GPU, by `dispatch.shape_key`."""
+    """Returns the fastest way of each shape on this GPU, in 4 bits and dense, by `dispatch.shape_key`."""
     best: dict[str, str] = {}
-    for n, k in weights:
-        layer = layers(n, k, dtype, on)["fused"]
-        for m in rows:
-            x_MK = torch.randn(m, k, device=on, dtype=dtype, requires_grad=True)
-            dy_MN = torch.randn(m, n, device=on, dtype=dtype)
-            found = times({way: _forced(way, layer, x_MK, dy_MN) for way in WAYS}, on)
-            best[dispatch.shape_key(m, n, k, True)] = min(found, key=lambda way: found[way])
+    for quant in ("nf4", "none"):
+        packed = quant == "nf4"
+        for n, k in weights:
+            layer = layers(n, k, dtype, on, quant)["fused"]
+            for m in rows:
+                x_MK = torch.randn(m, k, device=on, dtype=dtype, requires_grad=True)
+                dy_MN = torch.randn(m, n, device=on, dtype=dtype)
+                runs: dict[str, Run] = {way: _forced(way, layer, x_MK, dy_MN) for way in dispatch.ways(packed, dtype)}
+                found = times(runs, on, seconds=0.2)
+                best[dispatch.shape_key(m, n, k, packed, dtype)] = min(found, key=lambda way: found[way])
     return best
 
 
@@ -233,40 +142,10 @@ def _forced(way: dispatch.Path, layer: nn.Module, x_MK: torch.Tensor, dy_MN: tor
     return run
 
 
-def matmul_rate(dtype: torch.dtype, on: torch.device) -> float:
-    """Returns the rate of matrix products alone on this machine, in FLOP/s."""
-    size = 8192 if on.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=on, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / times({"matmul": lambda: left @ right}, on)["matmul"]
-
-
-def times(runs: Mapping[str, Run], on: torch.device, seconds: float = 1.0, least: int = 5) -> dict[str, float]:
-    """Returns the median time of each run in seconds; the runs take turns, so that noise falls on all alike.
-
-    Args:
-        seconds: time to spend on all of them; at least `least` turns are taken.
-    """
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # the first of each compiles, fills caches, or grows buffers
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(taken.values()))) < least:
-        for name, run in runs.items():
-            _finish(on)
-            began = time.perf_counter()
-            run()
-            _finish(on)
-            taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(found) for name, found in taken.items()}
-
-
-def _finish(on: torch.device) -> None:
-    if on.type == "cuda":
-        torch.cuda.synchronize(on)
-
-
-def kernels(note: Callable[[str], None] = lambda text: None) -> tuple[list[Checked], list[Timed], str | None]:
-    """Returns the checks, the times, and on a GPU the file that the fastest ways were written to.
+def kernels(
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Checked], list[Rated], list[Timed], str | None]:
+    """Returns the checks, the rates of operations, the times of layers, and the file with the fastest ways of a GPU.
 
     Nothing is tuned where a check fails.
     """
@@ -278,11 +157,15 @@ def kernels(note: Callable[[str], None] = lambda text: None) -> tuple[list[Check
     written = None
     if on.type == "cuda" and all(found.passed for found in checks):
         note("tuning")
-        written = str(tuning.keep(torch.cuda.get_device_name(on), tune(rows, weights, dtype, on)))
+        written = str(tuning.keep(torch.cuda.get_device_name(on), tune(TUNED_ROWS, weights, dtype, on)))
     rate = matmul_rate(dtype, on)
+    rated = []
+    for one in operations(on, dtype, rate, bandwidth(on)):
+        note(f"timed {one.op}")
+        rated.append(one)
     timed = []
     for n, k in weights:
         for m in rows:
             note(f"timing {m} rows on [{n}, {k}]")
             timed.append(linear(m, n, k, dtype, on, rate))
-    return checks, timed, written
+    return checks, rated, timed, written

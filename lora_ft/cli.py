@@ -231,18 +231,28 @@ def doctor(config: DoctorConfig) -> None:
 def bench_kernels(config: BenchConfig) -> None:
     from rich.console import Console
 
-    from lora_ft import bench
+    from lora_ft import bench, twins
     from lora_ft.errors import ProofError
 
     with Console(stderr=True).status("") as status:
-        checks, timed, written = bench.kernels(status.update)
+        checks, rated, timed, written = bench.kernels(status.update)
     if config.json:
-        found = {"checks": [asdict(one) for one in checks], "times": [asdict(one) for one in timed], "tuned": written}
+        found: dict[str, Any] = {"checks": [asdict(one) for one in checks], "tuned": written}
+        found |= {"operations": [asdict(one) for one in rated], "times": [asdict(one) for one in timed]}
         _say(json.dumps(found))
     else:
         _table(
-            ["operation", "error", "its twin's", ""],
-            [[one.op, one.error, one.plain, "" if one.passed else "WRONG"] for one in checks],
+            ["operation", "error", "its twin's", "allowed", ""],
+            [[one.op, one.error, one.plain, one.allowed, "" if one.passed else "WRONG"] for one in checks],
+        )
+        rivals = list(dict.fromkeys(name for op in rated for name in op.rivals))
+        _table(
+            ["operation", "ms", "GB/s", "TFLOP/s", "of roofline", *[f"{name} takes" for name in rivals]],
+            [
+                [op.op, 1e3 * op.seconds, op.gigabytes_per_s, op.teraflops, f"{op.share:.0%}"]
+                + ["" if (ratio := op.ratio(name)) is None else f"{ratio:.2f}x" for name in rivals]
+                for op in rated
+            ],
         )
         rivals = list(timed[0].rivals)
         _table(
@@ -257,7 +267,7 @@ def bench_kernels(config: BenchConfig) -> None:
             _say(f"The fastest way of each shape is in {written}, and used from now on.")
     wrong = [one.op for one in checks if not one.passed]
     if wrong:
-        raise ProofError(f"{', '.join(wrong)}: further from float64 than {bench.WORST} times the plain way.")
+        raise ProofError(f"{', '.join(wrong)}: further from float64 than {twins.WORST} times the plain way.")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {

@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 
 import lora_kernels
 from lora_ft import adapters, blocks, config, doctor, fused, modes, saved
+from lora_kernels import backend, dispatch, group, linear
 from tests import tiny
 from tests.kernel_ops.accuracy import error
 from tests.test_fused import on_base, plainly
@@ -373,6 +374,25 @@ def test_a_layer_that_is_not_what_it_seems_is_refused_by_name(folders, lie, dtyp
     (path,) = blocks.paths(model)
     assert path == "a part at a time, the probe found that it computes something else"
     assert said_by_blocks(caplog) == [f"2 decoder layers are computed {path}"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_way_that_training_takes_is_probed_too(folders, wrong, monkeypatch):
+    """A few rows of a packed weight go to the kernel of bitsandbytes, many to a product with the adapter inside."""
+    model = adapted(folders["llama"], "nf4", "float32")
+    monkeypatch.setattr(dispatch, "gpu", lambda device: dispatch.Gpu("a card", "sm_89", 128))
+    if wrong:
+        product = group._product_inside
+        monkeypatch.setattr(group, "_product_inside", lambda *args: product(*args).mul_(1.1))
+    with backend.triton_anywhere():
+        assert linear.choose_path(torch.empty(blocks.PROBE_ROWS, 64), packed_weight(model)) == "gemm_4bit"
+        found = [blocks._difference(layer) for layer in layers(model)]
+    assert found == [("the probe found that it computes something else" if wrong else None)] * 2
+
+
+def packed_weight(model: nn.Module) -> lora_kernels.Frozen:
+    return layers(model)[0].self_attn.q_proj.operands().projection.weight
 
 
 def test_another_activation_is_refused(folders):

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from lora_ft import adapters, blocks, config, fused, modes, tasks
+from lora_ft import adapters, blocks, config, fused, head, modes, tasks
 from lora_kernels import dispatch, group, lora
 from tests import fake_gpu, tiny
 from tests.test_fused import on_base
@@ -94,8 +94,9 @@ def test_a_training_step_in_whole_decoder_layers(
         assert set(blocks.paths(model)) == {"whole"}
     layers = len(blocks.paths(model)["whole"])
     forwards = layers * (2 if checkpointing else 1)
-    # Without dropout norm and activation make all low-rank images but that of the output projection.
-    assert launched.count("lora_down_kernel") == forwards * (4 if dropout else 1)
+    # Without dropout norm and activation make all low-rank images but that of the output projection, which torch makes
+    # in float32.
+    assert launched.count("lora_down_kernel") == forwards * (4 if dropout else dtype != "float32")
     assert launched.count("swiglu_lora_kernel") == forwards
     assert launched.count("rms_norm_lora_kernel") == forwards * (4 if architecture == "qwen3" else 2)
     assert launched.count("rope_kernel") == forwards + layers
@@ -116,6 +117,27 @@ def step(task: tasks.Task, model: peft.PeftModel) -> None:
     for name, parameter in learned.items():
         assert (parameter.grad.dtype, parameter.grad.device.type) == (torch.float32, "cuda"), name
     optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_step_through_the_loss_of_the_head(folders, monkeypatch):
+    _, model = adapted(folders["llama"], "nf4", "bfloat16")
+    inner = modes.unwrapped(model)
+    found = head.Head.of(inner)
+    assert found.is_matrix
+    # How many tokens are labelled cannot be read from labels without numbers.
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda found: found.new_empty((5, 1), dtype=torch.long))
+    with fake_gpu.fake_gpu() as launched:
+        fake_gpu.move(model)
+        ids = torch.ones(2, 9, dtype=torch.long, device="cuda")
+        with modes.mixed_precision(model.train()):
+            states = head.states(inner, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+            loss = found.loss(states.flatten(0, 1), ids.flatten())
+        assert (loss.dtype, loss.shape, loss.device.type) == (torch.float32, (), "cuda")
+        fake_gpu.backward(loss)
+        assert launched.count("differentiate_logits_kernel") == 1
+    for name, parameter in adapters.trained(model).items():
+        assert (parameter.grad.dtype, parameter.grad.device.type) == (torch.float32, "cuda"), name
 
 
 def test_a_tensor_left_on_the_processor_is_seen(folders, monkeypatch):

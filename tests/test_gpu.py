@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lora_ft import bench, seal
+from lora_ft import bench, blocks, modes, seal, tuning, twins
 from lora_kernels import Frozen, dispatch, lora_linear, nf4_dequant, rms_norm_lora, swiglu_lora
 from tests import tiny
+from tests.kernel_ops.accuracy import error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,11 +16,11 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_operation_is_as_good_as_its_twin(dtype):
-    found = list(bench.check(bench.device(), dtype))
+    found = list(twins.check(bench.device(), dtype))
     assert all(one.passed for one in found), found
 
 
-@pytest.mark.parametrize("way", bench.WAYS)
+@pytest.mark.parametrize("way", dispatch.ways(True, torch.bfloat16))
 @pytest.mark.parametrize("rows", [1, 7, 64, 130, 1000])
 def test_the_same_bits_every_time_and_the_plain_way_within_rounding(way, rows):
     """A race would show as bits that change: no kernel adds in an order of its own."""
@@ -50,11 +51,65 @@ def test_dropout_is_the_same_mask_forward_and_backward():
 
 
 def test_more_than_two_to_the_31_elements():
-    gate = torch.ones(2**16, 2**15 + 64, device="cuda", dtype=torch.bfloat16)
+    """Rows repeat after seven, so that a place that is read or written too early or too late shows."""
+    rows, columns = 2**16, 2**15 + 64
+    seven = (torch.arange(7, device="cuda")[:, None] + torch.arange(columns, device="cuda")) % 11 - 5
+    seven = seven.bfloat16()
+    gate = seven[torch.arange(rows, device="cuda") % 7]
+    assert gate.numel() > 2**31
     h = swiglu_lora(gate, gate, None)
-    assert torch.equal(h[0], h[-1])
-    normed, _ = rms_norm_lora(gate, None, gate[0], None, 1e-5)
-    assert torch.equal(normed[0], normed[-1])
+    wanted = swiglu_lora(seven, seven, None)
+    assert all(torch.equal(h[i::7], wanted[i].expand(len(h[i::7]), -1)) for i in range(7))
+    del h  # or a card of 12 GB is too small
+    weight = torch.linspace(0.5, 2, columns, device="cuda", dtype=torch.bfloat16)
+    normed, _ = rms_norm_lora(gate, None, weight, None, 1e-5)
+    wanted, _ = rms_norm_lora(gate[: 7 * 1024], None, weight, None, 1e-5)  # as many rows in a program
+    assert all(torch.equal(normed[i::7], wanted[i].expand(len(normed[i::7]), -1)) for i in range(7))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoder_layers_computed_whole_train_as_their_parts_do(dtype, checkpointing, tmp_path):
+    made = tiny.run(tmp_path / "adapter", tiny.model_folder(tmp_path / "base", "llama"), dtype=dtype, sealed=False)
+    model = made.model
+    assert set(blocks.paths(model)) == {"whole"}
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    whole = logits_and_gradients(model)
+    for layer in model.modules():
+        if isinstance(layer, blocks._Whole):
+            layer.unproven = "a test wants it so"
+    parts = logits_and_gradients(model)
+    within = 1e-4 if dtype == "float32" else 0.15
+    assert whole.keys() == parts.keys()
+    assert {name: off for name in whole if (off := error(whole[name], parts[name])) > within} == {}
+
+
+def logits_and_gradients(model) -> dict[str, torch.Tensor]:
+    model.train().zero_grad()
+    torch.manual_seed(3)
+    ids = torch.arange(6, 6 + 3 * 9, device="cuda").view(3, 9)
+    with modes.mixed_precision(model):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    logits.float().log_softmax(-1)[..., 7].sum().backward()
+    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_what_is_tuned_is_kept_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_FT_HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_measured", {})
+    found = bench.tune((1, 64), ((192, 256),), torch.bfloat16, bench.device())
+    assert found.keys() == {
+        dispatch.shape_key(m, 192, 256, packed, torch.bfloat16) for m in (1, 64) for packed in (True, False)
+    }
+    name = torch.cuda.get_device_name()
+    tuning.keep(name, found)
+    dispatch._measured.clear()
+    assert tuning.recall(name)
+    card = dispatch.gpu(torch.device("cuda"))
+    key = dispatch.shape_key(64, 192, 256, True, torch.bfloat16)
+    assert dispatch.choose(64, 192, 256, card, True, torch.bfloat16) == found[key]
 
 
 def test_a_run_on_the_gpu_is_proven(tmp_path):

@@ -46,26 +46,34 @@ def gpu(device: torch.device) -> Gpu | None:
     return Gpu(found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count)
 
 
-def choose(m: int, n: int, k: int, card: Gpu | None, packed: bool) -> Path:
-    """Returns the way for `m` rows and a weight [n, k], which is in 4 bits where `packed`."""
+def choose(m: int, n: int, k: int, card: Gpu | None, packed: bool, dtype: torch.dtype) -> Path:
+    """Returns the way for `m` rows of `dtype` and a weight [n, k], which is in 4 bits where `packed`."""
     if _forced is not None:
         return _forced
     if card is None:
         return "dequant"
-    measured = _measured.get(card.name, {}).get(shape_key(m, n, k, packed))
-    if measured is not None:
+    measured = _measured.get(card.name, {}).get(shape_key(m, n, k, packed, dtype))
+    if measured is not None and measured in ways(packed, dtype):
         return measured
-    return "gemm_4bit" if packed and m <= most_rows(n, card) else "dequant"
+    return "gemm_4bit" if packed and m <= most_rows(n, card, dtype) else "dequant"
 
 
-def most_rows(n: int, card: Gpu) -> int:
-    """Returns the most rows for which bitsandbytes' kernel beats a dense copy and cuBLAS on a weight of `n` outputs.
+def ways(packed: bool, dtype: torch.dtype) -> tuple[Path, ...]:
+    """Returns the ways that a weight, in 4 bits where `packed`, may be multiplied by rows of `dtype`.
 
-    0 on an architecture without a measurement: a dense copy is never far from the best.
+    Our own products need matrix instructions: those of float32 round its numbers, and without any, tiles spill.
     """
-    waves = -(-n // COLUMNS_OF_A_BLOCK) / card.multiprocessors
-    crossovers = table()["most_rows"].get(card.arch, [])
-    return next((entry["rows"] for entry in crossovers if waves >= entry["waves"]), 0)
+    offered: tuple[Path, ...] = get_args(Path) if packed else ("dequant", "triton")
+    return tuple(way for way in offered if dtype != torch.float32 or not way.startswith("triton"))
+
+
+def most_rows(n: int, card: Gpu, dtype: torch.dtype) -> int:
+    """Returns the most rows for which bitsandbytes' kernel beats a dense copy and cuBLAS on a weight of `n` outputs."""
+    known, waves = table(), -(-n // COLUMNS_OF_A_BLOCK) / card.multiprocessors
+    if dtype == torch.float32:
+        return known["most_rows_float32"]
+    crossovers = known["most_rows"].get(card.arch, [])
+    return max(known["few_rows"], next((entry["rows"] for entry in crossovers if waves >= entry["waves"]), 0))
 
 
 @functools.cache
@@ -74,9 +82,9 @@ def table() -> dict[str, Any]:
     return json.loads(File(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def shape_key(m: int, n: int, k: int, packed: bool) -> str:
+def shape_key(m: int, n: int, k: int, packed: bool, dtype: torch.dtype) -> str:
     """Returns the name of a shape in a measured table; rows count by the next power of two, so few are measured."""
-    return f"{1 << (m - 1).bit_length()}x{n}x{k}{'-4bit' if packed else ''}"
+    return f"{1 << (m - 1).bit_length()}x{n}x{k}-{str(dtype).removeprefix('torch.')}{'-4bit' if packed else ''}"
 
 
 def use_measured(card_name: str, ways: Mapping[str, str]) -> None:

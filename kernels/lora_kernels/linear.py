@@ -156,7 +156,8 @@ def choose_path(x_MK: torch.Tensor, weight: Frozen) -> Path:
     """Returns the way chosen for these rows, or `dequant` where the weight is not one that it takes."""
     if not backend.is_triton(x_MK):
         return "dequant"
-    path = dispatch.choose(len(x_MK), *weight.shape, dispatch.gpu(x_MK.device), weight.blocks is not None)
+    card, packed = dispatch.gpu(x_MK.device), weight.blocks is not None
+    path = dispatch.choose(len(x_MK), *weight.shape, card, packed, x_MK.dtype)
     if path == "triton_4bit":
         from lora_kernels.gpu import nf4_linear
 

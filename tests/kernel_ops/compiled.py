@@ -343,6 +343,7 @@ def faults(row: Row, launch: Launch) -> list[str]:
         f"{row.shared_bytes} bytes of shared memory are more than a block may have": row.blocks == 0,
         f"{row.warps} warps fit a multiprocessor, not {FEWEST_WARPS}": row.warps < FEWEST_WARPS,
         f"multiplied by {kinds}, not {wanted}": launch.matrix_rows > 0 and wanted not in kinds,
+        f"multiplied by {kinds}, which round": launch.matrix_rows == 0 and len(kinds) > 0,
         f"{row.loads_128:.0%} loaded by 128 bits": row.loads_128 < launch.loads_128,
         f"{row.stores_128:.0%} stored by 128 bits": row.stores_128 < launch.stores_128,
     }

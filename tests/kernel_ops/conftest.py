@@ -1,6 +1,7 @@
 """Kernels run on the GPU where there is one, else on CPU tensors in Triton's interpreter (`tests/conftest.py`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,29 @@ import torch
 from lora_kernels import backend, dispatch
 from tests.kernel_ops import interpreter
 
+HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
+INTERPRETED = ("test_bounds.py", "test_interpreter.py", "test_launched.py", "test_mutants.py")
+"""Files that look into Triton's interpreter, or hand kernels the memory of the processor."""
 if not ON_GPU:
     interpreter.make_bfloat16_exact()
+
+
+def mark_for_gpu(items: Iterable[pytest.Item]) -> None:
+    """Marks the tests of this folder as they are where there is a GPU: `-m gpu` takes them, but for `INTERPRETED`."""
+    for item in items:
+        if item.path.parent == HERE and item.path.name in INTERPRETED:
+            item.add_marker(
+                pytest.mark.skip(reason="looks into Triton's interpreter, and on a GPU kernels are compiled")
+            )
+        elif item.path.parent == HERE:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        mark_for_gpu(items)
 
 
 @pytest.fixture(autouse=True)

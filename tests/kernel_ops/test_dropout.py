@@ -57,6 +57,16 @@ def test_the_ends_of_the_range_keep_all_or_nearly_nothing(dropout):
     assert share == 1 if dropout < 0.5 else share < 0.01
 
 
+@pytest.mark.parametrize("dropout", [1 - 2**-16, 1 - 1e-9])
+def test_at_the_end_of_the_range_the_largest_draws_are_kept(dropout):
+    draws = torch.empty(90_000, dtype=torch.int64, device="cpu")
+    draws.random_(-(2**63), None, generator=torch.Generator(device="cpu").manual_seed(5))
+    quarters = draws.view(torch.int16).view(600, 600)
+    assert (quarters == 32767).any()
+    mask = lora_kernels.keep_mask(torch.empty(600, 600, device="cpu"), dropout, 5)
+    assert torch.equal(mask, quarters == 32767)
+
+
 WAYS = ["cpu", "dequant", "triton", "triton_4bit"]
 
 

@@ -62,6 +62,7 @@ UP = [
     (20, 70, 40, torch.float32),
     (7, 40, 256, torch.bfloat16),
     (3, 1100, 16, torch.bfloat16),
+    (9, 1104, 24, torch.bfloat16),
 ]
 
 

@@ -1,11 +1,14 @@
 """An operator called straight gives what the dispatcher gives, and whoever watches the dispatcher sees it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
 from lora_kernels import Frozen, Projection
+from tests.kernel_ops import conftest
 
 
 class Seen(TorchDispatchMode):
@@ -74,3 +77,17 @@ def test_no_data_no_computing():
     y = layer(*(torch.empty(shape, device="meta") for shape in ((5, 24), (12, 24), (4, 24), (12, 4))))
     assert y.is_meta
     assert y.shape == (5, 12)
+
+
+def test_on_a_gpu_all_tests_of_kernels_run_there_but_those_of_the_interpreter(request):
+    def named(name, folder=Path(__file__).parent):
+        item = pytest.Function.from_parent(request.node.parent, name=request.node.name, callobj=lambda: None)
+        item.path = folder / name
+        return item
+
+    items = [named("test_norm.py"), named("test_mutants.py"), named("test_cli.py", Path(__file__).parents[1])]
+    conftest.mark_for_gpu(items)
+    kinds = [{mark.name for mark in item.own_markers} for item in items]
+    assert kinds == [{"gpu"}, {"skip"}, set()]
+    for name in conftest.INTERPRETED:
+        assert (Path(__file__).parent / name).is_file()

@@ -27,11 +27,14 @@ class Tile:
     stages: int
 
 
-def tile_for(m: int) -> Tile:
-    """Returns the tile for `m` rows where nothing is tuned: the widest that keeps two programs on a multiprocessor."""
+def tile_for(m: int, rank: int) -> Tile:
+    """Returns the tile for `m` rows where nothing is tuned: the widest that keeps two programs on a multiprocessor.
+
+    With dropout and ranks in more than one tile of them, the registers of 128 rows spill.
+    """
     if m <= 16:
         return Tile(16, 128, 64, 4, 3)
-    if m <= 64:
+    if m <= 64 or rank > rank_tile(rank, torch.bfloat16):
         return Tile(64, 128, 32, 4, 3)
     return Tile(128, 64, 32, 4, 3)
 
@@ -66,7 +69,7 @@ def narrow_product(
 ):
     """narrow[M, R] @ up[R, N] for rows `o_row` and columns `o_column`, both 64-bit: where a sum of float32 begins."""
     b_sum = tl.zeros((o_row.shape[0], o_column.shape[0]), dtype=tl.float32)
-    for first in tl.static_range(0, RANK, BR):
+    for first in range(0, RANK, BR):
         o_rank = first + tl.arange(0, BR)
         m_rank = o_rank < RANK
         o_narrow = o_row[:, None] * stride_narrow + o_rank[None, :]
@@ -167,7 +170,7 @@ def adapted_product(
     left_MK, narrow_MR = rows_apart(left_MK), rows_apart(narrow_MR)
     (m, k), n, rank = left_MK.shape, right_KN.shape[1], up_RN.shape[0]
     out_MN = left_MK.new_empty((m, n))
-    tile = tile or tile_for(m)
+    tile = tile or tile_for(m, rank)
     if m:
         adapted_product_kernel[(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
             left_MK,
@@ -193,7 +196,7 @@ def adapted_product(
             BM=tile.rows,
             BN=tile.columns,
             BK=tile.inner,
-            BR=rank_tile(rank),
+            BR=rank_tile(rank, left_MK.dtype),
             GROUP=GROUP,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -1,6 +1,7 @@
 """The narrow products of an adapter: bound by memory, each reads the wide tensor once.
 
-Ranks above 64 are taken 64 at a time, each by programs of their own or in turn.
+Ranks above 64 are taken 64 at a time, each by programs of their own or in turn. Float32 has no matrix instructions that
+keep its digits, so without dropout, which only a kernel can do on the way, its products are torch's.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import triton.language as tl
 
 from lora_kernels.gpu import philox
 from lora_kernels.gpu.tile import rank_tile, rows_apart
+from lora_kernels.matmul import matmul_float32
 
 DOWN_ROWS, DOWN_COLUMNS = 32, 64
 """With 128 columns and 64 ranks, 57 KiB of shared memory leave a consumer card one block of 4 warps."""
-UP_ROWS, UP_COLUMNS, UP_TILE, UP_SPLIT = 128, 64, 2048, 1024
-"""A program goes through `UP_SPLIT` columns of dY: at M = 2048, N = 4096 there are 64 programs. A tile of B has at most
-`UP_TILE` numbers: with twice as many, the registers of sm_80 spill."""
+UP_ROWS, UP_COLUMNS, UP_SPLIT, UP_RANK = 128, 64, 1024, 32
+"""A program goes through `UP_SPLIT` columns of dY: at M = 2048, N = 4096 there are 64 programs. Above `UP_RANK` the
+parts of dB, written and read, are more bytes than a second read of dY. Where rows are not aligned, 64 columns spill."""
 WEIGHT_ROWS, WEIGHT_COLUMNS, WEIGHT_SPLIT = 32, 64, 1024
 """A program goes through `WEIGHT_SPLIT` rows of x: at M = 2048, K = 4096 there are 128 programs."""
 INPUT_ROWS, INPUT_COLUMNS = 64, 128
+"""Rows of 16 bits; in float32 half of them."""
 WARPS = 4
 
 
@@ -65,11 +68,13 @@ def lora_down_kernel(
 
 def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     """Returns dropout(x) @ a.T, [M, R] in the dtype of both."""
+    if x_MK.dtype == torch.float32 and not dropout:
+        return torch.mm(x_MK, a_RK.t())
     x_MK, a_RK = rows_apart(x_MK), rows_apart(a_RK)
-    (m, k), rank = x_MK.shape, a_RK.shape[0]
+    (m, k), rank, ranks = x_MK.shape, a_RK.shape[0], rank_tile(a_RK.shape[0], x_MK.dtype)
     out_MR = x_MK.new_empty(m, rank)
     if m:
-        lora_down_kernel[(triton.cdiv(m, DOWN_ROWS), triton.cdiv(rank, rank_tile(rank)))](
+        lora_down_kernel[(triton.cdiv(m, DOWN_ROWS), triton.cdiv(rank, ranks))](
             x_MK,
             a_RK,
             out_MR,
@@ -84,7 +89,7 @@ def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> t
             RANK=rank,
             DROPOUT=dropout > 0,
             BM=DOWN_ROWS,
-            BR=rank_tile(rank),
+            BR=ranks,
             BK=DOWN_COLUMNS,
             num_warps=WARPS,
         )
@@ -117,7 +122,7 @@ def lora_up_backward_kernel(
     """
     block, split = tl.program_id(0), tl.program_id(1)
     o_row = block * BM + tl.arange(0, BM)
-    o_rank = tl.program_id(2) * BR + tl.arange(0, BR)
+    o_rank = tl.arange(0, BR)
     m_row, m_rank = o_row < m, o_rank < RANK
     o_row = o_row.to(tl.int64)
     b_xa = tl.load(
@@ -143,13 +148,18 @@ def up_backward(
     dy_MN: torch.Tensor, b_NR: torch.Tensor, xa_MR: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns scaling * dy @ b, [M, R] in the dtype of all three, and scaling * dy.T @ xa, [N, R] float32."""
+    (m, n), rank, dtype = dy_MN.shape, b_NR.shape[1], dy_MN.dtype
+    if rank > UP_RANK or dtype == torch.float32:
+        # Scaled before it is rounded to 16 bits.
+        ds_MR = matmul_float32(dy_MN, b_NR).mul_(scaling).to(dtype)
+        return ds_MR, matmul_float32(dy_MN.t(), xa_MR).mul_(scaling)
     dy_MN, b_NR, xa_MR = rows_apart(dy_MN), rows_apart(b_NR), rows_apart(xa_MR)
-    (m, n), rank = dy_MN.shape, b_NR.shape[1]
+    ranks = rank_tile(rank, dtype)
     blocks, splits = triton.cdiv(m, UP_ROWS), triton.cdiv(n, UP_SPLIT)
     ds_SMR = dy_MN.new_empty(splits, m, rank, dtype=torch.float32)
     db_SNR = dy_MN.new_empty(blocks, n, rank, dtype=torch.float32)
     if m:
-        lora_up_backward_kernel[(blocks, splits, triton.cdiv(rank, rank_tile(rank)))](
+        lora_up_backward_kernel[(blocks, splits)](
             dy_MN,
             b_NR,
             xa_MR,
@@ -164,11 +174,11 @@ def up_backward(
             RANK=rank,
             SPLIT=UP_SPLIT,
             BM=UP_ROWS,
-            BR=rank_tile(rank),
-            BN=min(UP_COLUMNS, UP_TILE // rank_tile(rank)),
+            BR=ranks,
+            BN=UP_COLUMNS if n % 16 == 0 else UP_COLUMNS // 2,
             num_warps=WARPS,
         )
-    return ds_SMR.sum(0).to(dy_MN.dtype), db_SNR.sum(0)
+    return ds_SMR.sum(0).to(dtype), db_SNR.sum(0)
 
 
 @triton.jit(do_not_specialize=["m", "seed"])
@@ -213,12 +223,14 @@ def lora_down_weight_kernel(
 
 def down_weight_gradient(ds_MR: torch.Tensor, x_MK: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     """Returns ds.T @ dropout(x), [R, K] float32."""
+    if x_MK.dtype == torch.float32 and not dropout:
+        return torch.mm(ds_MR.t(), x_MK)
     ds_MR, x_MK = rows_apart(ds_MR), rows_apart(x_MK)
-    (m, k), rank = x_MK.shape, ds_MR.shape[1]
+    (m, k), rank, ranks = x_MK.shape, ds_MR.shape[1], rank_tile(ds_MR.shape[1], x_MK.dtype)
     splits = triton.cdiv(m, WEIGHT_SPLIT)
     da_SRK = x_MK.new_empty(splits, rank, k, dtype=torch.float32)
     if m:
-        lora_down_weight_kernel[(triton.cdiv(k, WEIGHT_COLUMNS), splits, triton.cdiv(rank, rank_tile(rank)))](
+        lora_down_weight_kernel[(triton.cdiv(k, WEIGHT_COLUMNS), splits, triton.cdiv(rank, ranks))](
             ds_MR,
             x_MK,
             da_SRK,
@@ -233,7 +245,7 @@ def down_weight_gradient(ds_MR: torch.Tensor, x_MK: torch.Tensor, dropout: float
             DROPOUT=dropout > 0,
             SPLIT=WEIGHT_SPLIT,
             BM=WEIGHT_ROWS,
-            BR=rank_tile(rank),
+            BR=ranks,
             BK=WEIGHT_COLUMNS,
             num_warps=WARPS,
         )
@@ -282,10 +294,11 @@ def down_input_gradient(ds_MR: torch.Tensor, a_RK: torch.Tensor, dropout: float,
     if not dropout:
         return torch.mm(ds_MR, a_RK)
     ds_MR, a_RK = rows_apart(ds_MR), rows_apart(a_RK)
-    (m, rank), k = ds_MR.shape, a_RK.shape[1]
+    (m, rank), k, dtype = ds_MR.shape, a_RK.shape[1], ds_MR.dtype
     dx_MK = ds_MR.new_empty(m, k)
+    rows = INPUT_ROWS // 2 if dtype == torch.float32 else INPUT_ROWS
     if m:
-        lora_down_input_kernel[(triton.cdiv(m, INPUT_ROWS), triton.cdiv(k, INPUT_COLUMNS))](
+        lora_down_input_kernel[(triton.cdiv(m, rows), triton.cdiv(k, INPUT_COLUMNS))](
             ds_MR,
             a_RK,
             dx_MK,
@@ -297,8 +310,8 @@ def down_input_gradient(ds_MR: torch.Tensor, a_RK: torch.Tensor, dropout: float,
             philox.threshold(dropout),
             1 / (1 - dropout),
             RANK=rank,
-            BM=INPUT_ROWS,
-            BR=rank_tile(rank),
+            BM=rows,
+            BR=rank_tile(rank, dtype),
             BK=INPUT_COLUMNS,
             num_warps=WARPS,
         )

@@ -224,7 +224,7 @@ def adapted_product(
             BM=tile.rows,
             BN=tile.columns,
             BK=tile.inner,
-            BR=rank_tile(rank),
+            BR=rank_tile(rank, left_MK.dtype),
             GROUP=GROUP,
             num_warps=tile.warps,
             num_stages=tile.stages,

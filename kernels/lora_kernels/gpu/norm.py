@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.gpu.down import add_down
-from lora_kernels.gpu.tile import rank_tile, rows_apart
+from lora_kernels.gpu.tile import leaves_idle, rank_tile, rows_apart
 
 ROWS = 16
 """Rows of a program, the fewest that tensor cores multiply: they share one read of `a`."""
@@ -172,13 +172,23 @@ def forward_into(
     a_RK: torch.Tensor | None,
     eps: float,
 ) -> None:
-    """Writes [norm | norm @ a.T], h where there is a residual, and 1 / rms; rows may stand further apart."""
+    """Writes [norm | norm @ a.T], h where there is a residual, and 1 / rms; rows may stand further apart.
+
+    Where programs of 16 rows are too few for the GPU, each has one row and norm @ a.T is a product of its own; that it
+    is in float32 too, whose sums in the kernel would spill.
+    """
     rows, columns = x_MK.shape
+    few = leaves_idle(triton.cdiv(rows, ROWS), x_MK.device)
+    if a_RK is not None and (few or x_MK.dtype == torch.float32):
+        forward_into(y_MS, h_MK, rstd_M, x_MK, residual_MK, weight_K, None, eps)
+        torch.mm(y_MS[:, :columns], a_RK.t(), out=y_MS[:, columns:])
+        return
     rank = 0 if a_RK is None else a_RK.shape[0]
     x_MK = rows_apart(x_MK)
     residual_MK = x_MK if residual_MK is None else rows_apart(residual_MK)
     a_RK = x_MK if a_RK is None else rows_apart(a_RK)
-    rms_norm_lora_kernel[(triton.cdiv(rows, ROWS),)](
+    tile_rows = 1 if few else ROWS
+    rms_norm_lora_kernel[(triton.cdiv(rows, tile_rows),)](
         x_MK,
         residual_MK,
         weight_K.contiguous(),
@@ -196,9 +206,9 @@ def forward_into(
         h_MK.stride(0),
         RESIDUAL=len(h_MK) > 0,
         RANK=rank,
-        ROWS=ROWS,
-        COLUMNS=COLUMN_BYTES // x_MK.element_size(),
-        RANKS=rank_tile(rank),
+        ROWS=tile_rows,
+        COLUMNS=ROWS // tile_rows * COLUMN_BYTES // x_MK.element_size(),
+        RANKS=rank_tile(rank, x_MK.dtype),
         SLICES=WARPS,
         num_warps=WARPS,
     )
@@ -247,7 +257,7 @@ def backward(
         WEIGHT=want_weight,
         ROWS=ROWS,
         COLUMNS=COLUMN_BYTES // h_MK.element_size(),
-        RANKS=rank_tile(rank),
+        RANKS=rank_tile(rank, h_MK.dtype),
         num_warps=WARPS,
     )
     return dx_MK, dweight_PK.sum(0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.gpu.down import add_down
-from lora_kernels.gpu.tile import rank_tile, rows_apart
+from lora_kernels.gpu.tile import leaves_idle, rank_tile, rows_apart
 
 ROWS = 16
 """Rows of a tile, the fewest that tensor cores multiply: they share one read of `a`."""
@@ -113,8 +113,16 @@ def swiglu_lora_backward_kernel(
 
 
 def forward_into(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> None:
-    """Writes [h | h @ a.T], whose rows may stand further apart than N + R."""
+    """Writes [h | h @ a.T], whose rows may stand further apart than N + R.
+
+    Where programs of 16 whole rows are too few for the GPU, each has a tile and h @ a.T is a product of its own; that
+    it is in float32 too, whose sums in the kernel would spill.
+    """
     rows, columns = gate_MN.shape
+    if a_RN is not None and (gate_MN.dtype == torch.float32 or leaves_idle(triton.cdiv(rows, ROWS), gate_MN.device)):
+        forward_into(h_MS, gate_MN, up_MN, None)
+        torch.mm(h_MS[:, :columns], a_RN.t(), out=h_MS[:, columns:])
+        return
     rank = 0 if a_RN is None else a_RN.shape[0]
     tile_columns = COLUMN_BYTES // gate_MN.element_size()
     gate_MN, up_MN = rows_apart(gate_MN), rows_apart(up_MN)
@@ -133,7 +141,7 @@ def forward_into(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor,
         RANK=rank,
         ROWS=ROWS,
         COLUMNS=tile_columns,
-        RANKS=rank_tile(rank),
+        RANKS=rank_tile(rank, gate_MN.dtype),
         SLICES=WARPS,
         num_warps=WARPS,
     )
@@ -175,6 +183,6 @@ def backward_into(
         RANK=rank,
         ROWS=ROWS,
         COLUMNS=tile_columns,
-        RANKS=rank_tile(rank),
+        RANKS=rank_tile(rank, gate_MN.dtype),
         num_warps=WARPS,
     )
