@@ -409,7 +409,7 @@ def test_json_and_yaml_are_read_in_one_place() -> None:
     # What a run writes for itself alone, and compares with a digest where it matters.
     own |= {"atomicio.py", "manifest.py", "optimizer.py", "watch.py", "started.py", "locks.py"}
     # What a tokenizer says of itself, once it is loaded; and what the server keeps in its own database.
-    own |= {"environment.py", "events.py", "jobs.py", "trial.py"}
+    own |= {"checks.py", "environment.py", "events.py", "jobs.py", "trial.py"}
     reading = {
         file.name
         for file in LIBRARY.rglob("*.py")
