@@ -25,7 +25,7 @@ from lora_ft.merge import REPORT, merge
 FOLDER = Path("runs/quickstart")
 MERGED = "merged"
 BASE = "smollm2-135m"
-TRAIN_ROWS = 440
+TRAIN_ROWS = 600
 HELD_OUT_ROWS = 100
 SHOTS = 3
 METRIC: Metric = "json_match"
