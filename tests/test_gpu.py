@@ -81,9 +81,16 @@ def test_decoder_layers_computed_whole_train_as_their_parts_do(dtype, checkpoint
         if isinstance(layer, blocks._Whole):
             layer.unproven = "a test wants it so"
     parts = logits_and_gradients(model)
-    within = 1e-4 if dtype == "float32" else 0.15
     assert whole.keys() == parts.keys()
-    assert {name: off for name in whole if (off := error(whole[name], parts[name])) > within} == {}
+    if dtype == "float32":
+        assert {name: off for name in whole if (off := error(whole[name], parts[name])) > 1e-4} == {}
+        return
+    for layer in model.float().modules():
+        if hasattr(layer, "compute_dtype"):
+            layer.compute_dtype = torch.float32
+    exact = logits_and_gradients(model)
+    off, allowed = (sum(error(one[name], exact[name]) for name in exact) for one in (whole, parts))
+    assert off <= 1.1 * allowed
 
 
 def logits_and_gradients(model) -> dict[str, torch.Tensor]:

@@ -98,7 +98,7 @@ def measured(config, *options):
     environment = os.environ | {"TRITON_CACHE_DIR": str(config.cache.mkdir("triton"))}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.kernel_ops.compiled", *options]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return compiled.read(io.StringIO(done.stdout))
 

@@ -25,7 +25,7 @@ CASES = [
 OFF_THE_BLOCK = [
     # Blocks cross rows, so that kernels which read packed weights leave them to others.
     (7, 66, 65, 4, torch.bfloat16, 0.0, True),
-    (63, 17, 130, 8, torch.float32, 0.3, False),
+    (63, 113, 130, 8, torch.float32, 0.3, False),  # errors of a gradient of few numbers go by chance
 ]
 
 

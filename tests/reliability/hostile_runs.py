@@ -120,7 +120,7 @@ def run_folders(good: Good, rng: random.Random, turn: int) -> Made:
     yield "a start that is a list", "it holds a list", written(start, f"[{rng.random()}]")
     yield (
         "a start nested deep",
-        "nested deeper|its own digest differs",
+        "its own digest differs",
         written(start, '{"a": ' + "[" * depth + "]" * depth + "}"),
     )
 
