@@ -57,7 +57,7 @@ def main() -> None:
                 print(*[f"{key} {value}" for key, value in (line | ratios).items()], sep="  ", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
+        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
         writer.writeheader()
         writer.writerows(lines)
 

@@ -96,7 +96,11 @@ def _one_by_one(layer: Any, x_MK: torch.Tensor, dy_MN: torch.Tensor) -> Run:
 
 
 def linear(m: int, n: int, k: int, dtype: torch.dtype, on: torch.device, rate: float) -> Timed:
-    """Returns the times of one shape in 4 bits. `rate`: matrix products alone, in FLOP/s."""
+    """Returns the times of one shape in 4 bits. `rate`: matrix products alone, in FLOP/s.
+
+    Rivals: `peft`, PEFT's and bitsandbytes' layers in the same dtype; `peft in float32`, the same in the dtype that
+    transformers' `BitsAndBytesConfig` computes in where nothing is said; `one by one`; on a GPU `torch.compile`.
+    """
     made = layers(n, k, dtype, on)
     x_MK = torch.randn(m, k, device=on, dtype=dtype, requires_grad=True)
     dy_MN = torch.randn(m, n, device=on, dtype=dtype)
@@ -106,6 +110,10 @@ def linear(m: int, n: int, k: int, dtype: torch.dtype, on: torch.device, rate: f
         "peft": lambda: step(made["peft"], x_MK, dy_MN),
         "one by one": _one_by_one(plain, x_MK, dy_MN),
     }
+    if dtype != torch.float32:
+        wide, wide_dy_MN = layers(n, k, torch.float32, on)["peft"], dy_MN.float()
+        wide_x_MK = x_MK.detach().float().requires_grad_()
+        runs["peft in float32"] = lambda: step(wide, wide_x_MK, wide_dy_MN)
     if on.type == "cuda":
         compiled: Any = torch.compile(copy.deepcopy(made["peft"]))
         runs["torch.compile"] = lambda: step(compiled, x_MK, dy_MN)

@@ -38,9 +38,10 @@ class Blocks:
     @property
     def kind(self) -> str:
         """`nf4` or `fp4`: the code of the one begins with -1, of the other with 0. Reads a code once, then knows it."""
-        if self.code not in _kinds:
-            _kinds[self.code] = "nf4" if float(self.code[0]) == -1.0 else "fp4"
-        return _kinds[self.code]
+        known = _kinds.get(self.code)
+        if known is None:
+            known = _kinds[self.code] = "nf4" if float(self.code[0]) == -1.0 else "fp4"
+        return known
 
 
 _kinds: MutableMapping[torch.Tensor, str] = WeakTensorKeyDictionary()

@@ -99,7 +99,7 @@ def _places(b: Sequence[torch.Tensor]) -> list[slice]:
 def _forward(
     x_MS: torch.Tensor, a_RK: torch.Tensor | None, projections: Sequence[Projection], dropout: float, seed: int
 ) -> list[torch.Tensor]:
-    """Returns every y_MN, and x @ a.T in the dtype of products."""
+    """Returns every y_MN, and x @ a.T in a dtype of products."""
     x_MS = x_MS.to(backend.product_dtype(x_MS))
     columns = projections[0].weight.shape[1]
     x_MK = x_MS[:, :columns]
@@ -154,7 +154,8 @@ def _backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
     """Returns dx, which is dx_MS where `x` brought x @ a.T, da_RK or None there, and every db_NR in float32."""
     # Columns side by side: one copy here, or one in each of the products below.
-    dys = [dy_MN.to(xa_MR.dtype) if dy_MN.stride(1) == 1 else dy_MN.to(xa_MR.dtype).contiguous() for dy_MN in dys]
+    dtype = backend.product_dtype(dys[0])
+    dys = [dy_MN.to(dtype) if dy_MN.stride(1) == 1 else dy_MN.to(dtype).contiguous() for dy_MN in dys]
     ds_MR, dbs = torch.zeros_like(xa_MR), []
     for dy_MN, one, place in zip(dys, projections, _places([p.b for p in projections]), strict=True):
         ds_MR[:, place], db_NR = lora.up_backward(dy_MN, one.b, xa_MR[:, place], one.scaling)
@@ -178,6 +179,7 @@ def _backward(
         return dx_MK, da_RK, dbs
     maybe_dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx)
     if maybe_dx_MK is not None:
+        maybe_dx_MK = maybe_dx_MK.to(dtype)
         _add_products(maybe_dx_MK, dys, weights, beta=1)
     return maybe_dx_MK, da_RK, dbs
 
@@ -213,11 +215,10 @@ def _joint_product(
 
 
 def _add_products(dx_MK: torch.Tensor, dys: Sequence[torch.Tensor], weights: Sequence[Frozen], beta: int) -> None:
-    """Makes `dx_MK` beta * dx + the sum of dy @ W, by products of each weight, or of a slab of it, in turn."""
+    """Makes `dx_MK` beta * dx + the sum of dy @ W, by products of each weight in turn."""
     for dy_MN, weight in zip(dys, weights, strict=True):
-        for rows, w in linear.parts(weight, dx_MK.dtype, dx_MK):
-            dx_MK.addmm_(backend.readable(dy_MN[:, rows]), w, beta=beta)
-            beta = 1
+        linear.add_input_gradient(dx_MK, dy_MN, weight, beta)
+        beta = 1
 
 
 @Operator
@@ -257,7 +258,8 @@ def _together(
 def _(x_MS: torch.Tensor, a_RK: torch.Tensor | None, *rest: Any) -> list[torch.Tensor]:
     rows, columns = rest[-4], rest[-3]
     rank = x_MS.shape[1] - columns[0] if a_RK is None else a_RK.shape[0]
-    xa_MR = x_MS.new_empty((x_MS.shape[0], rank), dtype=backend.product_dtype(x_MS))
+    dtype = backend.product_dtype(x_MS) if a_RK is None else lora.product_dtype(x_MS)
+    xa_MR = x_MS.new_empty((x_MS.shape[0], rank), dtype=dtype)
     return [*(x_MS.new_empty((x_MS.shape[0], n)) for n in rows), xa_MR]
 
 

@@ -72,8 +72,8 @@ def product(
     b_NR: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Returns x @ W.T + bias + scaling * xa @ b.T, [M, N] in the dtype of `x` and `xa`, which can be multiplied."""
-    dtype, b_RN = x_MK.dtype, b_NR.to(x_MK.dtype).t()
+    """Returns x @ W.T + bias + scaling * xa @ b.T, [M, N] in the dtype of `x`; both it and xa's can be multiplied."""
+    dtype, b_RN = x_MK.dtype, b_NR.to(xa_MR.dtype).t()
     path = choose_path(x_MK, weight)
     if path == "triton_4bit":
         from lora_kernels.gpu import nf4_linear
@@ -83,18 +83,27 @@ def product(
         from lora_kernels.gpu import linear
 
         return linear.adapted_product(x_MK, dense(weight, dtype).t(), xa_MR, b_RN, bias_N, scaling)
-    bias_N, xa_MR = None if bias_N is None else bias_N.to(dtype), backend.readable(xa_MR)
-    if path == "gemm_4bit":
-        return _gemm_4bit(x_MK, weight, bias_N).addmm_(xa_MR, b_RN, alpha=scaling)
-    # The narrow product first: then the wide one reads and rounds it, instead of being read and rounded again itself.
-    y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
-    if bias_N is None:
-        y_MN.addmm_(xa_MR, b_RN, beta=0, alpha=scaling)
-    else:
-        torch.addmm(bias_N, xa_MR, b_RN, alpha=scaling, out=y_MN)
+    bias_N = None if bias_N is None else bias_N.to(dtype)
+    y_MN = _gemm_4bit(x_MK, weight, bias_N) if path == "gemm_4bit" else _dense_product(x_MK, weight, bias_N)
+    return _add_narrow(y_MN, xa_MR, b_RN, scaling)
+
+
+def _add_narrow(wide_MN: torch.Tensor, left_MR: torch.Tensor, right_RN: torch.Tensor, scale: float) -> torch.Tensor:
+    """Adds scale * left @ right to a product of the weight, which may be of a narrower dtype."""
+    if left_MR.dtype == wide_MN.dtype:
+        return wide_MN.addmm_(backend.readable(left_MR), right_RN, alpha=scale)
+    return wide_MN.add_(left_MR @ right_RN, alpha=scale)
+
+
+def _dense_product(x_MK: torch.Tensor, weight: Frozen, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """Returns x @ W.T + bias, a slab of the weight at a time on a CPU."""
     x_MK = backend.readable(x_MK)
-    for rows, w in parts(weight, dtype, x_MK):
-        y_MN[:, rows].addmm_(x_MK, w.t())
+    y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
+    for rows, w in parts(weight, x_MK.dtype, x_MK):
+        if bias_N is None:
+            torch.mm(x_MK, w.t(), out=y_MN[:, rows])
+        else:
+            torch.addmm(bias_N[rows], x_MK, w.t(), out=y_MN[:, rows])
     return y_MN
 
 
@@ -117,14 +126,27 @@ def _backward(
         dy_MN = dy_MN.contiguous()
     ds_MR, db_NR = lora.up_backward(dy_MN, b_NR, xa_MR, scaling)
     path = choose_path(x_MK, weight)
-    fused = need_dx and path in ("triton", "triton_4bit")
-    dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx and not fused)
-    if fused:
+    fused = path in ("triton", "triton_4bit")
+    # Dropout has to come between the narrow product and the sum, which otherwise begins with the wide one.
+    narrow_first = not fused and (dropout > 0 or backend.is_triton(x_MK))
+    dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx and narrow_first)
+    if need_dx and fused:
         dx_MK = _fused_dx(path, dy_MN, weight, ds_MR, a_RK.to(dtype), dropout, seed)
     elif dx_MK is not None:
-        for rows, w in parts(weight, dtype, x_MK):
-            dx_MK.addmm_(backend.readable(dy_MN[:, rows]), w)
+        dx_MK = dx_MK.to(dtype)
+        add_input_gradient(dx_MK, dy_MN, weight, beta=1)
+    elif need_dx:
+        dx_MK = dy_MN.new_empty(x_MK.shape)
+        add_input_gradient(dx_MK, dy_MN, weight, beta=0)
+        _add_narrow(dx_MK, ds_MR, a_RK.to(ds_MR.dtype), 1.0)
     return dx_MK, da_RK, db_NR
+
+
+def add_input_gradient(dx_MK: torch.Tensor, dy_MN: torch.Tensor, weight: Frozen, beta: int) -> None:
+    """Makes `dx_MK` beta * dx + dy @ W, a slab of the weight at a time on a CPU."""
+    for rows, w in parts(weight, dx_MK.dtype, dx_MK):
+        dx_MK.addmm_(backend.readable(dy_MN[:, rows]), w, beta=beta)
+        beta = 1
 
 
 def _fused_dx(
@@ -214,7 +236,7 @@ def _lora_linear(
 @_lora_linear.register_fake
 def _(x_MK: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows, a_RK = rest[8], rest[11]
-    xa_MR = x_MK.new_empty((x_MK.shape[0], a_RK.shape[0]), dtype=backend.product_dtype(x_MK))
+    xa_MR = x_MK.new_empty((x_MK.shape[0], a_RK.shape[0]), dtype=lora.product_dtype(x_MK))
     return x_MK.new_empty((x_MK.shape[0], rows)), xa_MR
 
 

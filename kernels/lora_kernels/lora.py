@@ -17,6 +17,11 @@ MANY = 32
 """Rows from which on MKL takes half as long over the transpose of dy.T @ xa, and a copy of it, as over the product."""
 
 
+FEW = 64
+"""Rows of 16 bits that a CPU widens for the products with A and B, rather than narrow those: oneDNN takes as long to
+begin a product in 16 bits as MKL to finish one of so few rows."""
+
+
 def lora_down(x: torch.Tensor, a: torch.Tensor, *, dropout: float = 0.0, seed: int = 0) -> torch.Tensor:
     """Returns dropout(x) @ a.T, [..., R] in the dtype of `x`, for x [..., K] and a [R, K].
 
@@ -36,13 +41,19 @@ def lora_bwd_up(
     return _lora_bwd_up(dy_MN, b_NR, xa_MR, scaling)
 
 
+def product_dtype(x_MK: torch.Tensor) -> torch.dtype:
+    """Returns the dtype to multiply rows by A and B in: `backend`'s, or float32 for few rows on a CPU."""
+    few = len(x_MK) <= FEW and x_MK.dtype.itemsize == 2 and not backend.is_triton(x_MK)
+    return torch.float32 if few else backend.product_dtype(x_MK)
+
+
 def down(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     """Returns dropout(x) @ a.T, [M, R] in the dtype of products with `x`."""
     if backend.is_triton(x_MK):
         from lora_kernels.gpu import lora
 
         return lora.down(x_MK, a_RK.to(x_MK.dtype), dropout, seed)
-    dtype = backend.product_dtype(x_MK)
+    dtype = product_dtype(x_MK)
     x_MK, a_RK = x_MK.to(dtype), a_RK.to(dtype)
     if not dropout:
         return torch.mm(backend.readable(x_MK), a_RK.t())
@@ -57,7 +68,7 @@ def up_backward(
         from lora_kernels.gpu import lora
 
         return lora.up_backward(dy_MN, b_NR.to(dy_MN.dtype), xa_MR, scaling)
-    dtype = backend.product_dtype(dy_MN)
+    dtype = product_dtype(dy_MN)
     dy_MN, xa_MR = dy_MN.to(dtype), xa_MR.to(dtype)
     ds_MR = _scaled_product(dy_MN, b_NR.to(dtype), scaling)
     if len(dy_MN) < MANY:
@@ -105,7 +116,7 @@ def _(x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> torc
 def _lora_down_backward(
     dxa_MR: torch.Tensor, x_MK: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int, need_dx: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    ds_MR = dxa_MR.to(backend.product_dtype(x_MK))
+    ds_MR = dxa_MR.to(product_dtype(x_MK))
     dx_MK, da_RK = down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx)
     return x_MK.new_empty(0) if dx_MK is None else dx_MK.to(x_MK.dtype), da_RK.to(a_RK.dtype)
 

@@ -9,9 +9,9 @@ import torch
 
 from lora_kernels.frozen import Blocks, Frozen
 
-SLAB = 2**21
-"""Weights in a slab: 8 MiB of float32, in the cache yet when they are multiplied, and in the heap. Above 32 MiB malloc
-maps memory anew each time: a 4096 x 4096 weight takes five times as long to unpack, as its pages are cleared."""
+SLAB = 2**23
+"""Bytes of weights in a slab: in the cache yet when they are multiplied, and in the heap. Above 32 MiB malloc maps
+memory anew each time: a 4096 x 4096 weight takes five times as long to unpack, as its pages are cleared."""
 
 BLOCK = 2**17
 """Activations in a block of rows: half a MiB of float32, so that the few steps between what is read and what is written
@@ -37,7 +37,7 @@ def dense_slabs(weight: Frozen, dtype: torch.dtype) -> Iterator[tuple[slice, tor
         return
     # A slab of blocks begins where a block does.
     unit = 1 if blocks is None else blocks.size // math.gcd(columns, blocks.size)
-    step = max(SLAB // columns // unit, 1) * unit
+    step = max(SLAB // (columns * dtype.itemsize) // unit, 1) * unit
     scales = None if blocks is None else _scales(blocks)
     for first in range(0, n_rows, step):
         rows = slice(first, min(first + step, n_rows))

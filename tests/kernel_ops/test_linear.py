@@ -177,7 +177,7 @@ def test_neither_weight_nor_mask_is_kept(way):
 
 
 def test_a_weight_in_several_slabs(monkeypatch):
-    monkeypatch.setattr("lora_kernels.slabs.SLAB", 1000)
+    monkeypatch.setattr("lora_kernels.slabs.SLAB", 4000)
     for outputs, inputs, nested in [(70, 64, True), (70, 66, False), (130, 34, True)]:
         weight, w = quantized(outputs, inputs, nested)
         parts = list(linear.dense_slabs(weight, torch.float32))
