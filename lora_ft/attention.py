@@ -144,20 +144,29 @@ def unpacked(model: Any) -> Iterator[None]:
 _own: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
+def structural_refusal(model: Any) -> str | None:
+    """Returns what of a model's structure keeps examples from sharing a row, None where `refusal` has to look."""
+    config = unwrapped(model).config
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if layers or getattr(config, "attention_chunk_size", None):
+        return f"it has layers of {', '.join(sorted(layers)) or 'chunked attention'}"
+    if not unwrapped(model)._can_set_attn_implementation():
+        return "its attention is its own, not one of AttentionInterface"
+    return None
+
+
 def refusal(model: Any) -> str | None:
     """Returns why examples cannot share a row in this model, None where it has been seen that they can.
 
     It is run on random tokens: an example after others must be answered as alone, within rounding; and with other
     tokens before it as before, to the bit unless the model has experts.
     """
+    against = structural_refusal(model)
+    if against is not None:
+        return against
     config = unwrapped(model).config
-    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if layers or getattr(config, "attention_chunk_size", None):
-        return f"it has layers of {', '.join(sorted(layers)) or 'chunked attention'}"
     draw = torch.Generator().manual_seed(0)
     size = config.get_text_config().vocab_size
-    if not unwrapped(model)._can_set_attn_implementation():
-        return "its attention is its own, not one of AttentionInterface"
     *others, last = [torch.randint(size, (n,), generator=draw) for n in PROBE_LENGTHS]
     changed = [(tokens + 1) % size for tokens in others]
     with evaluating(model):

@@ -119,11 +119,11 @@ def load(
     tokenizer = load_tokenizer(source.folder)
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
-    stored = _stored_quant(config, source, quant)
-    skeleton = _skeleton(source.name, config, model_class)
-    _compare_size(source, skeleton)
-    output, task_heads = heads(skeleton)
-    misread = four_bits.misread(skeleton, but=output + task_heads) if quant == "nf4" and device == "cpu" else ()
+    stored = stored_quant(config, source, quant)
+    outline = skeleton(source.name, config, model_class)
+    _compare_size(source, outline)
+    output, task_heads = heads(outline)
+    misread = four_bits.misread(outline, but=output + task_heads) if quant == "nf4" and device == "cpu" else ()
     if misread and not stored:
         log.info("%s; %d layers stay whole", four_bits.MISREAD, len(misread))
     set_seed(seed)
@@ -137,7 +137,7 @@ def load(
             dtype=compute_dtype,
             device_map={"": device},
             use_safetensors=True,
-            quantization_config=None if stored else _quantization(quant, compute_dtype, output + task_heads + misread),
+            quantization_config=None if stored else quantization(quant, compute_dtype, output + task_heads + misread),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -257,7 +257,7 @@ def positions(config: PreTrainedConfig, name: str) -> int | None:
     if type(config) not in AutoModelForMaskedLM._model_mapping:
         return count
     # Models after RoBERTa count from the row after that of the padding.
-    for place, table in _skeleton(name, config, AutoModel).named_modules():
+    for place, table in skeleton(name, config, AutoModel).named_modules():
         if place.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
             return table.num_embeddings - table.padding_idx - 1
     return count
@@ -293,7 +293,7 @@ def text_config(source: Source, model_class: Any) -> PreTrainedConfig:
     return config
 
 
-def _skeleton(name: str, config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
+def skeleton(name: str, config: PreTrainedConfig, model_class: Any) -> PreTrainedModel:
     """Returns the model on the meta device."""
     try:
         with torch.device("meta"):
@@ -319,7 +319,7 @@ def _compare_size(source: Source, skeleton: PreTrainedModel) -> None:
         )
 
 
-def _stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> bool:
+def stored_quant(config: PreTrainedConfig, source: Source, quant: Quant) -> bool:
     """Returns whether the weights are already quantized, having checked that `quant` says the same."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -375,7 +375,7 @@ def _recast(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
 
 
-def _quantization(quant: Quant, dtype: torch.dtype, skipped: tuple[str, ...]) -> BitsAndBytesConfig | None:
+def quantization(quant: Quant, dtype: torch.dtype, skipped: tuple[str, ...]) -> BitsAndBytesConfig | None:
     if quant == "none":
         return None
     if quant == "int8":

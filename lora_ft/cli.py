@@ -27,6 +27,7 @@ from lora_ft.options import (
     DoctorConfig,
     EvaluateConfig,
     MergeConfig,
+    PlanConfig,
     QuickstartConfig,
     ServeConfig,
     VerifyConfig,
@@ -54,6 +55,35 @@ def train(config: RunConfig) -> None:
         finished.prove()
     _say(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
     _say(finished.summary())
+
+
+def plan(config: PlanConfig) -> None:
+    from lora_ft import memory
+
+    found = memory.plan(config, config.device)
+    if config.json:
+        steps = {"asked": found.asked, "fitting": found.fitting}
+        told: dict[str, Any] = {
+            name: step and asdict(step) | {"peak_bytes": step.peak_bytes} for name, step in steps.items()
+        }
+        told |= {"device": asdict(found.device), "fits": found.fits, "options": found.options()}
+        told |= {"tokens_per_epoch": found.tokens_per_epoch, "seconds_per_epoch": found.seconds_per_epoch}
+        _say(json.dumps(told))
+        return
+    shown = {"as asked": found.asked}
+    if found.fitting is not None and found.fitting is not found.asked:
+        shown["what fits"] = found.fitting
+    rows = [[kind, *[f"{step.bytes[kind] / 2**30:.2f}" for step in shown.values()]] for kind in memory.KINDS]
+    rows.append(["at the peak, GiB", *[f"{step.peak_bytes / 2**30:.2f}" for step in shown.values()]])
+    rows.append(["rows in a pass", *[str(step.rows) for step in shown.values()]])
+    rows.append(["tokens in a pass", *[str(step.tokens) for step in shown.values()]])
+    _table(["", *shown], rows)
+    _say(f"{found.device.name} has {found.device.usable_bytes / 2**30:.2f} GiB for tensors.")
+    if found.seconds_per_epoch is not None:
+        _say(f"An epoch of {found.tokens_per_epoch:,} tokens takes about {found.seconds_per_epoch / 60:.1f} minutes.")
+    if found.fitting is None:
+        raise LoraFtError("Not even one row fits: take shorter rows (--data.max-length), or a smaller base.")
+    _say("It fits." if found.fits else f"It does not fit. With the same global batch this does: {found.options()}")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -273,6 +303,7 @@ def bench_kernels(config: BenchConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "quickstart": (QuickstartConfig, quickstart),
     "train": (RunConfig, train),
+    "plan": (PlanConfig, plan),
     "evaluate": (EvaluateConfig, evaluate),
     "chat": (ChatConfig, chat),
     "verify": (VerifyConfig, verify),

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from lora_ft.attention import unpacked
@@ -39,7 +40,7 @@ class Head:
     def of(cls, model: Any) -> Head | None:
         """Returns the head of a transformers model, None where its logits are not made by the rule above.
 
-        That is seen, once a model, on a few tokens.
+        That is seen, once a model, on a few tokens; fake tensors are taken for what the configuration says.
         """
         if model not in _heads:
             _heads[model] = _found(cls, model)
@@ -93,6 +94,8 @@ def _found(make: Callable[..., Head], model: Any) -> Head | None:
     # Cohere multiplies logits, Granite divides them, Gemma 2 caps them.
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     head = make(module, scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+    if isinstance(module.weight, FakeTensor):
+        return head  # there are no numbers to see it on
     was_training, device = model.training, next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=draw).to(device)

@@ -33,6 +33,9 @@ def mixed_precision(model: nn.Module) -> torch.autocast:
     if frozen is None:
         frozen = next(_floating(model))
     half = frozen.dtype if frozen.dtype in (torch.bfloat16, torch.float16) else None
+    if frozen.is_meta:
+        # A model without numbers is put together only; autocast knows no such device.
+        return torch.autocast("cpu", enabled=False)
     if getattr(model, "computes_in_float32", False):
         half = None
     return torch.autocast(frozen.device.type, dtype=half, enabled=half is not None)

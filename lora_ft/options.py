@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from lora_ft.config import Metric, TaskName, at_least
+from lora_ft.config import Metric, RunConfig, TaskName, at_least
 
 Adapter = tyro.conf.Positional[Path]
 
@@ -66,6 +66,18 @@ class ChatConfig:
     def __post_init__(self) -> None:
         at_least("max-new-tokens", self.max_new_tokens, 1)
         at_least("temperature", self.temperature, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+    """Say how much memory a training takes at its largest, and what of it fits; no weight is loaded."""
+
+    out: Path = Path("runs")
+    """Nothing is written: the options of a training may stand here as they are."""
+    device: str | None = None
+    """A card such as "RTX 3060", a GPU of a size such as 12GiB, or cpu, also as cpu:8GiB; unset, this machine."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)

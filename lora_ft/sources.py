@@ -123,11 +123,28 @@ def resolve(name: str, revision: str | None = None) -> Source:
     try:
         return _from_hub(name, name, revision)
     except _UnavailableError as why:
-        raise SourceError(
-            f"{name} could not be fetched. Tried the hub: {why}. Check the name and the connection, log in with "
-            f"`hf auth login` if the model is gated, or pass a local folder, a .gguf file or an alias "
-            f"({', '.join(ALIASES)})."
-        ) from None
+        raise SourceError(_not_fetched(name, why)) from None
+
+
+def describe(name: str, revision: str | None = None) -> Source:
+    """Returns the folder of a base's configuration and tokenizer; of the hub's, no weights are fetched for it.
+
+    Args:
+        name, revision: as `resolve` takes them.
+
+    Raises:
+        SourceError: no source had it.
+    """
+    path = Path(name).expanduser()
+    if name not in ALIASES and path.is_dir() and (path / "config.json").is_file():
+        refuse_links_out(path, SourceError)
+        return Source(name=path.resolve().name, kind="folder", folder=path, origin="a local folder")
+    if name in ALIASES or path.suffix == ".gguf" or path.suffix in PICKLES or _looks_local(name) or path.is_dir():
+        return resolve(name, revision)
+    try:
+        return _from_hub(name, name, revision, weights=False)
+    except _UnavailableError as why:
+        raise SourceError(_not_fetched(name, why)) from None
 
 
 def recall(record: dict[str, Any]) -> Source:
@@ -290,6 +307,14 @@ class _UnavailableError(Exception):
     """One source does not have it; the text says why, for the list of what was tried."""
 
 
+def _not_fetched(name: str, why: _UnavailableError) -> str:
+    return (
+        f"{name} could not be fetched. Tried the hub: {why}. Check the name and the connection, log in with "
+        f"`hf auth login` if the model is gated, or pass a local folder, a .gguf file or an alias "
+        f"({', '.join(ALIASES)})."
+    )
+
+
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
@@ -312,7 +337,7 @@ def _from_alias(name: str, alias: Alias, revision: str | None) -> Source:
         ) from None
 
 
-def _from_hub(name: str, repo: str, revision: str | None) -> Source:
+def _from_hub(name: str, repo: str, revision: str | None, weights: bool = True) -> Source:
     import httpx2
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -324,7 +349,8 @@ def _from_hub(name: str, repo: str, revision: str | None) -> Source:
         RevisionNotFoundError,
     )
 
-    patterns = {"allow_patterns": HUB_PATTERNS, "ignore_patterns": HUB_IGNORED}
+    wanted = [pattern for pattern in HUB_PATTERNS if weights or not pattern.endswith("safetensors")]
+    patterns = {"allow_patterns": wanted, "ignore_patterns": HUB_IGNORED}
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
         stored = [file.rfilename for file in info.siblings or ()]
@@ -351,7 +377,8 @@ def _from_hub(name: str, repo: str, revision: str | None) -> Source:
             raise _UnavailableError(f"no answer ({reason}), and nothing in the local cache") from None
         log.info("%s: the hub did not answer (%s); taking the copy in the local cache", name, reason)
     commit = Path(folder).name
-    check_files(Path(folder))
+    if weights:
+        check_files(Path(folder))
     return Source(name=name, kind="hub", folder=Path(folder), repo=repo, revision=commit, origin=f"{repo} at {commit}")
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"foreign"},
     {"config", "options", "manifest", "atomicio"},
     {"sources", "four_bits", "base", "data"},
-    {"tuning", "modes", "locks"},
+    {"tuning", "modes", "locks", "ledger", "devices"},
     {"attention"},
     {"head"},
     {"environment", "tasks"},
@@ -42,6 +42,7 @@ LAYERS = [
     {"curves"},
     {"report"},
     {"started", "rows"},
+    {"memory"},
     {"runs", "doctor", "bench"},
     {"quickstart", "prepare", "cli", "serve"},
 ]

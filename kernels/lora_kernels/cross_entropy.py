@@ -140,12 +140,11 @@ def _differentiate_logits(
 def _differentiate_rows(
     logits_CV: torch.Tensor, labels_C: torch.Tensor, scale: float, softcap: float, need_gradient: bool
 ) -> torch.Tensor:
-    slope_CV, scaled = None, scale != 1.0 or softcap != 0.0
-    z_CV = logits_CV.float() if scaled else logits_CV
+    slope_CV, z_CV = None, logits_CV
     if scale != 1.0:
-        z_CV = z_CV * scale
+        z_CV = z_CV.float() * scale
     if softcap:
-        z_CV = z_CV.div(softcap).tanh_()
+        z_CV = z_CV.float().div(softcap).tanh_()
         slope_CV = 1 - z_CV.square() if need_gradient else None
         z_CV *= softcap
     logp_CV = torch.log_softmax(z_CV, 1, dtype=torch.float32)

@@ -15,6 +15,9 @@ import torch
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 
 
+bodies: dict[str, Callable[..., Any]] = {}
+"""What each operator runs, by its name: for a mode that is to see the operations inside."""
+
 # What an operator is given whose computing nothing but torch itself can look at.
 _PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, type(None), torch.dtype}
 
@@ -35,6 +38,7 @@ class Operator:
         _library.define(self._name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self._name, self._compute, "CompositeExplicitAutograd")
         _library.impl(self._name, self._record, "Autograd")
+        bodies[self._name] = self._compute
         self._call = getattr(torch.ops.lora_kernels, self._name).default
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:

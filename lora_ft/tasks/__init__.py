@@ -83,6 +83,11 @@ class Task:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""
         raise NotImplementedError
 
+    def longest(self) -> Features:
+        """Returns a row of as many tokens as one may have, all of them scored, where a row has more than one score."""
+        tokens = [0] * self.max_length
+        return {"input_ids": tokens, "attention_mask": [1] * self.max_length, "labels": tokens}
+
     def answer(self, row: Features) -> str | None:
         """Returns what `features` made the row learn, in words; None where it is some of the row's own tokens."""
         return None

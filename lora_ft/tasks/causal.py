@@ -58,8 +58,8 @@ class Causal(Task):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         # The state of a token says the next one.
         targets_BT = batch["labels"][:, 1:]
-        labelled_BT = targets_BT != IGNORE
-        return head.loss(states(inner, inputs)[:, :-1][labelled_BT], targets_BT[labelled_BT])
+        row_N, column_N = (targets_BT != IGNORE).nonzero(as_tuple=True)
+        return head.loss(states(inner, inputs)[row_N, column_N], targets_BT[row_N, column_N])
 
 
 def _keeps_logits(model: Any) -> bool:

@@ -20,7 +20,9 @@ LEFT_ALONE = {
     "raise": "the text of an error; the condition that leads to it is mutated",
     "annotation, docstring, import, decorator": "says something to readers, tools or a compiler",
     "num_warps, num_stages, eviction_policy": "only a compiler reads them: how fast a kernel is, not what it computes",
-    "tile_for, FEWEST_ROWS, SLAB, COLUMNS, MANY, constants of gpu/*.py": "tiles: any give the same result",
+    "tile_for, *_tile, FEWEST_ROWS, ROWS_IN_CACHE, SLAB, BLOCK, COLUMNS, MANY, FEW, constants of gpu/*.py": (
+        "tiles: any give the same result, but for the order of sums"
+    ),
     "constants in tl.arange": "no kernel compiles with others, as they have to be powers of two",
     "arguments of add, mul, addcmul_, vecdot, gcd, min, max exchanged": "they commute",
     "strict of zip": "raises where lengths differ, and they do not",
@@ -28,7 +30,8 @@ LEFT_ALONE = {
 """What is not mutated: it could not change a result, or not but break the kernel at once."""
 
 _COMPILED = {"num_warps", "num_stages", "eviction_policy"}
-_TILES = {"tile_for", "FEWEST_ROWS", "SLAB", "COLUMNS", "MANY"}
+_TILES = {"tile_for", "up_columns_tile", "input_rows_tile", "FEWEST_ROWS", "ROWS_IN_CACHE", "SLAB", "BLOCK", "COLUMNS"}
+_TILES |= {"MANY", "FEW"}
 
 _COMPARISONS: dict[type, list[type]] = {
     ast.Lt: [ast.LtE, ast.GtE],

@@ -43,6 +43,45 @@ def test_a_cpu_multiplies_in_float32_what_it_has_no_instructions_for(dtype, has,
         assert backend.product_dtype(narrow) == dtype
 
 
+def test_without_instructions_for_it_bfloat16_is_computed_as_float32_and_rounded_once(monkeypatch):
+    monkeypatch.setattr(backend, "_cpu_multiplies", lambda _: False)
+    q, k, v = (torch.randn(heads, 9, 16).bfloat16() for heads in (4, 2, 2))
+    h, w, bias = torch.randn(5, 24).bfloat16(), torch.randn(40, 24).bfloat16(), torch.randn(40).bfloat16()
+    labels = torch.tensor([3, 0, 39, -100, 7])
+
+    def both(dtype):
+        tensors = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v, h)]
+        out = lora_kernels.packed_attention(*tensors[:3], [0, 4, 9], scale=0.3)
+        loss, _ = lora_kernels.linear_cross_entropy(tensors[3], w.to(dtype), labels, bias=bias.to(dtype))
+        (out.float().sum() + loss).backward()
+        return [loss, out, *(x.grad for x in tensors)]
+
+    for narrow, wide in zip(both(torch.bfloat16), both(torch.float32), strict=True):
+        assert torch.equal(narrow, wide.to(narrow.dtype))
+
+
+def test_rows_are_copied_where_oneDNN_would_read_between_them_and_nowhere_else():
+    apart = torch.randn(3, 40).bfloat16()[:, :13]
+    assert backend.readable(apart).stride(0) == 13
+    for left in (
+        apart.float(),
+        torch.randn(3, 40).bfloat16()[:, :16],
+        torch.randn(3, 40).bfloat16()[:, :8],
+        torch.randn(3, 13).bfloat16(),
+    ):
+        assert backend.readable(left) is left
+
+
+def test_a_product_of_16_bits_is_rounded_by_the_processor_alone():
+    for dtype in (torch.bfloat16, torch.float32):
+        left, right = torch.randn(3, 64).to(dtype), torch.randn(64, 5).to(dtype)
+        exact, plain = left.float() @ right.float(), torch.mm(left, right).float()
+        assert torch.equal(cross_entropy_on_cpu._product(left, right), plain)
+        with backend.triton_anywhere():
+            assert torch.equal(cross_entropy_on_cpu._product(left, right), exact)
+        assert torch.equal(plain, exact) == (dtype == torch.float32)
+
+
 LAUNCHED = {
     ("dequant", 64): ({"nf4_dequant"}, {"nf4_dequant", "lora_down_input"}),
     ("gemm_4bit", 64): (set(), {"nf4_dequant", "lora_down_input"}),

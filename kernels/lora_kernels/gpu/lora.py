@@ -144,6 +144,11 @@ def lora_up_backward_kernel(
     tl.store(p_ds, b_ds * scaling, mask=m_row[:, None] & m_rank[None, :])
 
 
+def up_columns_tile(n: int) -> int:
+    """Returns how many columns of dy a program reads at a time: half as many where loads are narrow, or they spill."""
+    return UP_COLUMNS if n % 16 == 0 else UP_COLUMNS // 2
+
+
 def up_backward(
     dy_MN: torch.Tensor, b_NR: torch.Tensor, xa_MR: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,7 +180,7 @@ def up_backward(
             SPLIT=UP_SPLIT,
             BM=UP_ROWS,
             BR=ranks,
-            BN=UP_COLUMNS if n % 16 == 0 else UP_COLUMNS // 2,
+            BN=up_columns_tile(n),
             num_warps=WARPS,
         )
     return ds_SMR.sum(0).to(dtype), db_SNR.sum(0)
@@ -289,6 +294,11 @@ def lora_down_input_kernel(
     tl.store(p_dx + o_row[:, None] * k + o_col[None, :], b_dx, mask=m_row[:, None] & m_col[None, :])
 
 
+def input_rows_tile(dtype: torch.dtype) -> int:
+    """Returns how many rows of dx a program writes."""
+    return INPUT_ROWS // 2 if dtype == torch.float32 else INPUT_ROWS
+
+
 def down_input_gradient(ds_MR: torch.Tensor, a_RK: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     """Returns dropout(ds @ a), [M, K] in the dtype of both."""
     if not dropout:
@@ -296,7 +306,7 @@ def down_input_gradient(ds_MR: torch.Tensor, a_RK: torch.Tensor, dropout: float,
     ds_MR, a_RK = rows_apart(ds_MR), rows_apart(a_RK)
     (m, rank), k, dtype = ds_MR.shape, a_RK.shape[1], ds_MR.dtype
     dx_MK = ds_MR.new_empty(m, k)
-    rows = INPUT_ROWS // 2 if dtype == torch.float32 else INPUT_ROWS
+    rows = input_rows_tile(dtype)
     if m:
         lora_down_input_kernel[(triton.cdiv(m, rows), triton.cdiv(k, INPUT_COLUMNS))](
             ds_MR,

@@ -1,0 +1,260 @@
+"""The plan: what it says a step holds is what the allocator sees, and what it proposes fits."""
+
+import dataclasses
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_ft import adapters, base, cli, devices, memory, tasks, train
+from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lora_ft.data import formats
+from lora_ft.errors import ConfigError
+from tests import tiny
+from tests.allocations import PeakOfStep, held
+
+CLOSE = 0.1
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def settings(
+    task: str, base_name: str, *, rank: int = 8, length: int = 256, quant: str = "nf4", **of_train
+) -> RunConfig:
+    return RunConfig(
+        task=task,
+        base=base_name,
+        out=Path("unused"),
+        quant=quant,
+        lora=LoraConfig(rank=rank),
+        data=DataConfig(max_length=length),
+        train=TrainConfig(**{"dtype": "float32", "batch_size": 4, "steps": 2, **of_train}),
+    )
+
+
+def measured(config: RunConfig, folder: Path) -> int:
+    """Returns what the second step of a real training holds, its rows as long as they may be."""
+    before = held()
+    task = tasks.get(config.task, {"labels": list(tiny.LABELS)} if config.task == "classify" else None)
+    loaded = base.load(
+        config.base,
+        quant=config.quant,
+        model_class=task.model_class,
+        dtype=config.train.dtype,
+        device="cpu",
+        config_changes=task.config_changes(),
+    )
+    task.tokenizer, task.max_length = loaded.tokenizer, config.data.max_length
+    model = adapters.attach(loaded, config.lora, peft_task=task.peft_task)
+    rows = [filled(task.longest(), seed) for seed in range(2 * config.train.batch_size * config.train.accumulate)]
+    peak = PeakOfStep(before)
+    train.fit(task, loaded, model, rows, [], dataclasses.replace(config, out=folder), [peak])
+    return peak.peak
+
+
+def filled(row: tasks.Features, seed: int) -> tasks.Features:
+    """Returns a row with words in it, of which there are gradients."""
+    draw = random.Random(seed)
+    words = [draw.randrange(10, tiny.VOCAB) for _ in row["input_ids"]]
+    return {**row, "input_ids": words, "labels": words if isinstance(row["labels"], list) else seed % 2}
+
+
+def planned(config: RunConfig) -> int:
+    plan = memory.plan(config, "cpu")
+    assert plan.asked.peak_bytes == sum(plan.asked.bytes.values())
+    return plan.asked.peak_bytes
+
+
+SMALL = {
+    "nf4": ("chat", "llama", {}),
+    "dense": ("chat", "llama", {"quant": "none", "rank": 32}),
+    "checkpointing": ("chat", "llama", {"checkpoint_activations": True, "length": 512}),
+    "accumulation": ("complete", "gpt2", {"quant": "none", "accumulate": 3, "batch_size": 2}),
+    "padded": ("complete", "gpt-neox", {"length": 128}),
+    "int8": ("chat", "qwen3", {"quant": "int8"}),
+    "encoder": ("classify", "bert", {"batch_size": 8}),
+    "two texts": ("seq2seq", "t5", {"length": 128}),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_a_step_holds_what_the_plan_says(case, tmp_path, caplog):
+    task, architecture, options = SMALL[case]
+    folder = str(tiny.model_folder(tmp_path / "base", architecture))
+    config = settings(task, folder, **options)
+    found, said = measured(config, tmp_path / "run"), planned(config)
+    print(case, found, said, said / found)
+    assert said == pytest.approx(found, rel=CLOSE)
+
+
+REAL = {
+    "nf4": ("smollm2-135m", {"dtype": "bfloat16", "length": 512}),
+    "dense, of rank 64": ("smollm2-135m", {"dtype": "bfloat16", "quant": "none", "rank": 64, "length": 256}),
+    "checkpointing": ("smollm2-135m", {"dtype": "bfloat16", "checkpoint_activations": True, "length": 1024}),
+    "one long row": ("smollm2-135m", {"dtype": "bfloat16", "batch_size": 1, "length": 1024}),
+    "int8": ("smollm2-135m", {"dtype": "bfloat16", "quant": "int8", "batch_size": 2, "length": 256}),
+    "encoder": ("minilm", {"dtype": "float32", "batch_size": 16, "length": 256, "rank": 16}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REAL)
+def test_a_step_of_a_real_model_holds_what_the_plan_says(case, tmp_path):
+    name, options = REAL[case]
+    config = settings("classify" if name == "minilm" else "chat", name, **options)
+    found, said = measured(config, tmp_path / "run"), planned(config)
+    print(f"{case}: {found / 2**20:.1f} MiB, planned {said / 2**20:.1f}, {said / found - 1:+.1%}")
+    assert said == pytest.approx(found, rel=CLOSE)
+
+
+def llama_8b(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return str(folder)
+
+
+def test_llama_8b_is_planned_of_its_configuration_alone(tmp_path):
+    config = settings("chat", llama_8b(tmp_path / "llama"), rank=16, length=2048, dtype="auto", batch_size=1)
+    began = time.process_time()
+    plan = memory.plan(config, "RTX 3060")
+    assert time.process_time() - began < 60
+    layers = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    packed = layers // 2 + layers // 64 + 4 * (layers // 64 // 256)
+    whole = 2 * (2 * 128256 * 4096 + 65 * 4096)
+    # Beside them a few small tables: codes of scales, frequencies of rotations.
+    assert plan.asked.bytes[memory.WEIGHTS] == pytest.approx(packed + whole, rel=1e-3)
+    adapter = 4 * 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert plan.asked.bytes[memory.ADAPTERS] == adapter
+    assert plan.asked.bytes[memory.OPTIMIZER] == pytest.approx(2 * adapter, rel=1e-3)
+    # Twice the products with all weights, once forwards and once backwards; attention and adapters come on top.
+    assert 1 < plan.asked.flops / (2 * 2 * 2048 * (layers + 128256 * 4096)) < 1.15
+    # A card of 12 GiB takes a row only where activations are computed again.
+    assert not plan.fits
+    assert plan.fitting is not None
+    assert plan.fitting.checkpointing
+    assert plan.fitting.peak_bytes < plan.device.usable_bytes < plan.asked.peak_bytes
+    assert plan.fitting.flops > 1.3 * plan.asked.flops
+
+
+# What is proposed
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.model_folder(tmp_path_factory.mktemp("small") / "base"))
+
+
+def on(plan: memory.Plan, usable: int, monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> memory.Plan:
+    """Returns the plan for a device with so much memory."""
+    monkeypatch.setattr(devices, "find", lambda asked: dataclasses.replace(plan.device, usable_bytes=usable))
+    return memory.plan(config)
+
+
+def test_what_does_not_fit_is_split_with_the_same_global_batch(small, monkeypatch):
+    config = settings("chat", small, batch_size=6, accumulate=2)
+    whole = memory.plan(config, "cpu")
+    assert whole.fits
+    assert whole.fitting is whole.asked
+    half = on(whole, whole.asked.peak_bytes * 6 // 10, monkeypatch, config)
+    assert not half.fits
+    assert half.fitting is not None
+    assert (half.fitting.rows, half.accumulate, half.fitting.checkpointing) == (3, 4, False)
+    assert half.options() == "--train.batch-size 3 --train.accumulate 4"
+    changed = settings("chat", small, batch_size=3, accumulate=4)
+    assert memory.plan(changed).asked.peak_bytes == half.fitting.peak_bytes <= half.device.usable_bytes
+
+
+def test_activations_are_computed_again_where_one_row_does_not_fit(small, monkeypatch):
+    config = settings("chat", small, batch_size=2, length=512)
+    whole = memory.plan(settings("chat", small, batch_size=1, length=512, accumulate=2), "cpu")
+    tight = on(whole, whole.asked.peak_bytes - 1, monkeypatch, config)
+    assert tight.fitting is not None
+    assert tight.fitting.checkpointing
+    assert "--train.checkpoint-activations" in tight.options()
+    assert tight.fitting.peak_bytes <= tight.device.usable_bytes
+    none = on(whole, whole.asked.bytes[memory.WEIGHTS], monkeypatch, config)
+    assert none.fitting is None
+
+
+def test_the_longest_rows_of_a_file_are_planned_for(small, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    words = [3, 40, 9, 61]
+    rows = [{"prompt": "w1", "completion": " ".join(["w2"] * count)} for count in words]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings("complete", small, batch_size=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(file)))
+    plan = memory.plan(config, "cpu")
+    task = tasks.get("complete")
+    task.prepare(tiny.tokenizer(), 256)
+    lengths = sorted(len(row["input_ids"]) for row in tasks.featurize(task, formats.read(str(file))))
+    assert plan.asked.tokens == sum(lengths[-2:])
+    assert plan.tokens_per_epoch == sum(lengths)
+    assert plan.seconds_per_epoch is not None
+    assert plan.seconds_per_epoch > 0
+
+
+def test_planning_leaves_nothing_changed(small):
+    before = held()
+    memory.plan(settings("chat", small), "RTX 3060")
+    assert held() - before < 2**20
+    assert torch.zeros(1).untyped_storage().nbytes() == 4
+
+
+# Devices and bases
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "gib"),
+    [
+        ("RTX 3060", "cuda", 11.8),
+        ("rtx3060", "cuda", 11.8),
+        ("NVIDIA GeForce RTX 4090", "cuda", 23.6),
+        ("12GiB", "cuda", 12),
+        ("24 GB", "cuda", 24e9 / 2**30),
+    ],
+)
+def test_devices(asked, kind, gib):
+    found = devices.find(asked)
+    assert found.kind == kind
+    assert found.usable_bytes == pytest.approx((gib - 0.5) * 2**30 * 0.95)
+
+
+def test_a_card_without_bfloat16_computes_in_float16():
+    assert devices.find("T4").dtype == "float16"
+
+
+def test_a_processor_with_so_much_for_the_process():
+    whole, less = devices.find("cpu:64GiB"), devices.find("cpu:8GiB")
+    assert whole.usable_bytes - less.usable_bytes == pytest.approx(56 * 2**30, rel=0.01)
+    assert less.usable_bytes < 8 * 2**30
+
+
+@pytest.mark.parametrize("asked", ["RTX 9999", "12", "gpu:12GiB", "", "12 apples", "-3GiB"])
+def test_what_is_no_device(asked):
+    with pytest.raises(ConfigError, match="is no device known here: take a card"):
+        devices.find(asked)
+
+
+def test_the_command(small, capsys):
+    words = ["chat", "--base", small, "--data.max-length", "64", "--device", "RTX 3060"]
+    assert cli.main(["plan", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"]
+    assert told["asked"]["peak_bytes"] == sum(told["asked"]["bytes"].values())
+    assert cli.main(["plan", *words, "--out", "runs/x"]) == 0
+    said = capsys.readouterr().out
+    assert "RTX 3060 has 10.73 GiB for tensors." in said
+    assert "It fits." in said
