@@ -56,6 +56,10 @@ class BusyError(LoraFtError, RuntimeError):
     """Another process holds the folder or the device that this one needs."""
 
 
+class OutOfMemoryError(LoraFtError, RuntimeError):
+    """The memory of the device does not suffice, however a step is divided."""
+
+
 class UnsupportedModelError(LoraFtError, ValueError):
     """The model is of a kind that this library does not fine-tune."""
 

@@ -28,6 +28,7 @@ from lora_ft.data import pack
 from lora_ft.data.mask import IGNORE
 from lora_ft.errors import ConfigError, DataError, DivergedError, ProofError, UnsupportedModelError
 from lora_ft.guard import GuardedSteps
+from lora_ft.halving import Halving
 from lora_ft.modes import mixed_precision
 from lora_ft.tasks import Batch, Features, Task, tokens
 from lora_ft.watch import Clock, EvaluationStopped, GradientProof, Interrupt, MetricsFile, peak_bytes
@@ -115,13 +116,15 @@ class LoraPlus:
         return trainer.optimizer
 
 
-class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Trainer):
+class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Halving, Trainer):
     """The Trainer that `fit` runs."""
 
     kept: tuple[str, ...] = ("evaluation_due", "began_on")
     frozen: Frozen
     began_on: dict[str, str]
     """What the run was started on, as `Frozen` tells it."""
+    longest: Batch | None = None
+    """The batch that takes the most memory, to be tried before the first step."""
     evaluation_due: bool = False
     """Whether a signal stopped the evaluation of the step last made, which a resumed run makes first."""
 
@@ -148,6 +151,9 @@ class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.began_on = self.frozen.compared(self.began_on)
+        if self.longest is not None:
+            self.try_longest(self.longest)
+            self.longest = None
         if self.evaluation_due:
             try:
                 metrics = self._evaluate(None, None)
@@ -171,8 +177,16 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Features:
+    def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+    def longest(self, task: Task, count: int) -> list[Any]:
+        """Returns the items of the most tokens."""
+        tokens = [self._tokens(task, index) for index in range(len(self))]
+        return [self[index] for index in sorted(range(len(self)), key=lambda index: -tokens[index])[:count]]
+
+    def _tokens(self, task: Task, index: int) -> int:
+        return sum(task.lengths(self.rows[index]))
 
 
 class Packs(Rows):
@@ -187,6 +201,9 @@ class Packs(Rows):
 
     def __getitem__(self, index: int) -> Any:
         return [self.rows[i] for i in self.members[index]]
+
+    def _tokens(self, task: Task, index: int) -> int:
+        return sum(super(Packs, self)._tokens(task, i) for i in self.members[index])
 
     def names(self, row_names: Sequence[str]) -> list[str]:
         """Returns what each item is called, of what its rows are."""
@@ -296,6 +313,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     clock.trainer = proof.trainer = trainer
     trainer.row_names = row_names
+    if isinstance(data, Rows):
+        trainer.longest = collate(data.longest(task, train.batch_size))
     trainer.frozen = Frozen(model, base, changes_allowed=bool(config.allow_changed))
     trainer.began_on = trainer.frozen.told
     if base.device.type == "cuda":

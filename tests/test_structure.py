@@ -33,7 +33,7 @@ LAYERS = [
     {"recorded"},
     {"saved"},
     {"optimizer", "exact", "watch", "generate", "progress"},
-    {"checkpoints", "guard"},
+    {"checkpoints", "guard", "halving"},
     {"train"},
     {"evaluate", "replies"},
     {"changes"},
