@@ -229,6 +229,14 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
     return Plan(device, asked, fitting, accumulate, in_epoch)
 
 
+def step(config: RunConfig, source: Source, device: Device) -> Step:
+    """Returns what the step of a training holds and computes, its rows as long as they may be."""
+    task, train = tasks.get(config.task), config.train
+    items, _ = _items(dataclasses.replace(config, data=dataclasses.replace(config.data, train=None)), task, source)
+    planner = Planner(config, task, source, device, items)
+    return planner.step(train.batch_size, train.accumulate, checkpointing=train.checkpoint_activations)
+
+
 def _items(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Features]], int | None]:
     """Returns what batches are made of, the longest first, and the tokens of an epoch where rows are named."""
     if config.data.train is None or config.data.streaming:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
-from lora_kernels import Frozen, backend, dispatch, linear
+from lora_kernels import Frozen, backend, dispatch, linear, lora
 from lora_kernels import cross_entropy as cross_entropy_on_cpu
 from lora_kernels.dispatch import Gpu
 from lora_kernels.frozen import Blocks, Nested
@@ -58,6 +58,19 @@ def test_without_instructions_for_it_bfloat16_is_computed_as_float32_and_rounded
 
     for narrow, wide in zip(both(torch.bfloat16), both(torch.float32), strict=True):
         assert torch.equal(narrow, wide.to(narrow.dtype))
+
+
+def test_few_rows_of_16_bits_meet_an_adapter_in_float32(monkeypatch):
+    monkeypatch.setattr(backend, "_cpu_multiplies", lambda _: True)
+    rows = {
+        (lora.FEW, torch.bfloat16): torch.float32,
+        (1, torch.float16): torch.float32,
+        (lora.FEW + 1, torch.bfloat16): torch.bfloat16,
+        (1, torch.float64): torch.float64,
+    }
+    assert {key: lora.product_dtype(torch.empty(key[0], 4, dtype=key[1])) for key in rows} == rows
+    with backend.triton_anywhere():
+        assert lora.product_dtype(torch.empty(1, 4, dtype=torch.bfloat16)) == torch.bfloat16
 
 
 def test_rows_are_copied_where_oneDNN_would_read_between_them_and_nowhere_else():

@@ -1,0 +1,108 @@
+"""The share of the machine's rate of matrix products that a step of training reaches, and where the rest goes.
+
+    python benchmarks/bench_roofline.py [--quant none nf4] [--rows 4 --length 512]
+
+Products of large matrices are timed in turns with the steps, in the dtype of the training. The arithmetic of a step is
+that of its matrix products, counted on its shapes (`lora_ft.ledger`); the time of each operation is that of a profile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from steps import ROOT, Steps, facts, write
+from torch.profiler import ProfilerActivity, profile
+
+from lora_ft import devices, memory, rates, sources
+from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold a step against the machine's rate of matrix products."""
+
+    base: str = "smollm2-135m"
+    """The base model."""
+    quant: tuple[Literal["nf4", "none"], ...] = ("none", "nf4")
+    """How the base is stored."""
+    rank: int = 16
+    """Of the adapter, on all linear layers."""
+    rows: int = 4
+    """Rows of a step."""
+    length: int = 512
+    """Tokens of a row, all labelled."""
+    repeats: int = 5
+    """Steps of each; medians are shown."""
+    out: Path = ROOT / "benchmarks" / "results" / "roofline.csv"
+    """The CSV to write."""
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    lines: list[dict[str, Any]] = []
+    for quant in options.quant:
+        steps = Steps(options.base, quant, options.rank)
+        dtype, on = steps.base.dtype, steps.base.device
+        flops = counted(options, quant, dtype)
+        batch = steps.batch([options.length] * options.rows)
+        with steps.ready():
+            steps.seconds(batch)
+            times, reached = [], []
+            for _ in range(options.repeats):
+                reached.append(rates.matmul_rate(dtype, on))
+                times.append(steps.seconds(batch))
+            rate, seconds = statistics.median(reached), statistics.median(times)
+            line = {
+                "quant": quant,
+                "tokens/s": round(options.rows * options.length / seconds, 1),
+                "GFLOP a step": round(flops / 1e9, 1),
+                "GFLOP/s": round(flops / seconds / 1e9, 1),
+                "GFLOP/s of products alone": round(rate / 1e9, 1),
+                "share": round(flops / seconds / rate, 3),
+            }
+            print(*[f"{key} {value}" for key, value in line.items()], sep="  ", flush=True)
+            lines.append(line | facts(on))
+            for name, share in by_operation(steps, batch):
+                print(f"  {share:6.1%}  {name}", flush=True)
+    write(options.out, lines)
+
+
+def counted(options: Options, quant: Any, dtype: torch.dtype) -> float:
+    """Returns the arithmetic of a step."""
+    config = RunConfig(
+        task="chat",
+        base=options.base,
+        out=Path("unwritten"),
+        quant=quant,
+        lora=LoraConfig(rank=options.rank),
+        data=DataConfig(max_length=options.length),
+        train=TrainConfig(batch_size=options.rows, dtype=str(dtype).removeprefix("torch.")),  # type: ignore[arg-type]
+    )
+    device = dataclasses.replace(devices.find("cpu"), usable_bytes=2**60)
+    return memory.step(config, sources.describe(options.base), device).flops
+
+
+def by_operation(steps: Steps, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
+    """Returns the operations that take the most of a step's time themselves, and which share."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiled:
+        steps.make(batch)
+    on_gpu = steps.base.device.type == "cuda"
+    found = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profiled.key_averages()
+    }
+    total = sum(found.values())
+    return [(name, taken / total) for name, taken in sorted(found.items(), key=lambda one: -one[1])[:SHOWN]]
+
+
+if __name__ == "__main__":
+    main()
