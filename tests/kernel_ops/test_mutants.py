@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_kernels
@@ -58,6 +59,33 @@ def test_without_instructions_for_it_bfloat16_is_computed_as_float32_and_rounded
 
     for narrow, wide in zip(both(torch.bfloat16), both(torch.float32), strict=True):
         assert torch.equal(narrow, wide.to(narrow.dtype))
+
+
+def test_whoever_watches_torch_sees_an_operator():
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    x, a = torch.randn(3, 8, device="cpu"), torch.randn(2, 8, device="cpu")
+    wanted = lora_kernels.lora_down(x, a)
+    assert not seen
+    with Mode():
+        found = lora_kernels.lora_down(x, a)
+    assert torch.ops.lora_kernels.lora_down.default in seen
+    seen.clear()
+    of_own = lora_kernels.lora_down(x.as_subclass(Own), a)
+    assert torch.ops.lora_kernels.lora_down.default in seen
+    assert torch.equal(found, wanted)
+    assert torch.equal(of_own.as_subclass(torch.Tensor), wanted)
 
 
 def test_few_rows_of_16_bits_meet_an_adapter_in_float32(monkeypatch):
