@@ -102,7 +102,8 @@ def paths(model: nn.Module) -> dict[str, list[str]]:
 def tell(model: nn.Module) -> None:
     """Logs `paths`, a line for each."""
     for path, names in paths(model).items():
-        log.info("%d decoder layers are computed %s", len(names), path)
+        if NO_NUMBERS not in path:
+            log.info("%d decoder layers are computed %s", len(names), path)
 
 
 def implementation(device: torch.device) -> str:

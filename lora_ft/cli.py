@@ -67,9 +67,19 @@ def plan(config: PlanConfig) -> None:
             name: step and asdict(step) | {"peak_bytes": step.peak_bytes} for name, step in steps.items()
         }
         told |= {"device": asdict(found.device), "fits": found.fits, "options": found.options()}
+        told |= {"accumulate": found.accumulate}
         told |= {"tokens_per_epoch": found.tokens_per_epoch, "seconds_per_epoch": found.seconds_per_epoch}
         _say(json.dumps(told))
-        return
+    else:
+        _show_plan(found)
+    if found.fitting is None:
+        smaller = "a smaller base" if config.quant == "nf4" else "--quant nf4, or a smaller base"
+        raise LoraFtError(f"Not even one row fits: take shorter rows (--data.max-length), {smaller}.")
+
+
+def _show_plan(found: Any) -> None:
+    from lora_ft import memory
+
     shown = {"as asked": found.asked}
     if found.fitting is not None and found.fitting is not found.asked:
         shown["what fits"] = found.fitting
@@ -79,11 +89,16 @@ def plan(config: PlanConfig) -> None:
     rows.append(["tokens in a pass", *[str(step.tokens) for step in shown.values()]])
     _table(["", *shown], rows)
     _say(f"{found.device.name} has {found.device.usable_bytes / 2**30:.2f} GiB for tensors.")
+    if found.fitting is None:
+        return
     if found.seconds_per_epoch is not None:
         _say(f"An epoch of {found.tokens_per_epoch:,} tokens takes about {found.seconds_per_epoch / 60:.1f} minutes.")
-    if found.fitting is None:
-        raise LoraFtError("Not even one row fits: take shorter rows (--data.max-length), or a smaller base.")
-    _say("It fits." if found.fits else f"It does not fit. With the same global batch this does: {found.options()}")
+    if not found.options():
+        _say("It fits.")
+    elif found.fits:
+        _say(f"It fits. The largest passes of the same global batch that do: {found.options()}")
+    else:
+        _say(f"It does not fit. With the same global batch this does: {found.options()}")
 
 
 def evaluate(config: EvaluateConfig) -> None:

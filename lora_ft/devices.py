@@ -1,4 +1,4 @@
-"""What a run may be planned for: a card by its name, a GPU of so much memory, or this machine as it is."""
+"""What a run may be planned for: a card by its name, so much memory, or this machine; and when its memory is out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ GIB = 2**30
 UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 # What a CUDA context, its libraries and the kernels that are loaded take of a card, and what the allocator cannot use.
 CONTEXT_BYTES, FRAGMENTED = GIB // 2, 0.05
+# How torch says that memory is used up where it does not raise its own class for that.
+USED_UP = (
+    "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 WORDS = "a card such as 'RTX 3060', a size such as 12GiB, or cpu, also as cpu:8GiB"
 
 
@@ -64,7 +69,7 @@ CARDS = {
     "A100": Card(39.4, 312),
     "H100": Card(79.2, 989),
 }
-"""From the makers' datasheets. Of cards sold in several sizes the smallest, but the 4060 Ti of 16 GB."""
+"""From the makers' datasheets. Of cards sold in several sizes the most common: 12 GB of the 3060, 16 of the 4060 Ti."""
 
 
 def find(asked: str | None) -> Device:
@@ -101,12 +106,13 @@ def _for_tensors(held: float) -> int:
 
 
 def _own_gpu() -> Device:
+    """Returns this machine's GPU with the memory that is free on it."""
     from lora_ft.base import choose_dtype
 
     dtype = str(choose_dtype("auto", "cuda")[0]).removeprefix("torch.")
-    name, held = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
-    card = next((of for known, of in CARDS.items() if _plain(known) == _plain(name)), None)
-    return Device(name, "cuda", _for_tensors(held), dtype, card.teraflops * 1e12 if card else None)
+    free, _ = torch.cuda.mem_get_info()
+    # What the context takes is taken already.
+    return Device(torch.cuda.get_device_name(), "cuda", int(free * (1 - FRAGMENTED)), dtype)
 
 
 def _own_processor(held: int | None) -> Device:
@@ -117,3 +123,8 @@ def _own_processor(held: int | None) -> Device:
     # What the program and its libraries take is this process's, which has imported them.
     usable = psutil.virtual_memory().available if held is None else max(held - psutil.Process().memory_info().rss, 0)
     return Device("this processor", "cpu", usable, dtype)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether torch raised it for want of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in USED_UP)

@@ -12,13 +12,11 @@ from torch import nn
 
 from lora_ft import attention, heap
 from lora_ft.data.mask import IGNORE
+from lora_ft.devices import is_out_of_memory
 from lora_ft.errors import OutOfMemoryError
 from lora_ft.exact import reseed, seed_of
 
 log = logging.getLogger(__name__)
-
-# How torch says that the memory of a processor is used up; of a GPU it raises a class of its own.
-USED_UP = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 Inputs = dict[str, torch.Tensor]
 
@@ -27,7 +25,8 @@ class Halving:
     """Mixin for a Trainer whose loss is divided by the scored positions of the global batch: it goes on in halves.
 
     Where the memory does not suffice for a forward and backward pass, it is made in two parts, or twice as many as
-    before, and so is every one after it. The global batch stays, and with it what is learned, but for rounding.
+    before, and so is every one after it. The global batch stays, and with it what is learned, but for rounding and for
+    what dropout draws.
     """
 
     kept: tuple[str, ...] = ("parts",)
@@ -63,6 +62,7 @@ class Halving:
         while True:
             try:
                 for micro_step in micro_steps:
+                    # As `ExactSteps` did for the last of them, the first time.
                     reseed(seed_of(trainer.args.seed, trainer.state.global_step, micro_step))
                     loss = self._in_parts(model, *self._batches[micro_step])
                 return loss
@@ -70,9 +70,9 @@ class Halving:
                 if not is_out_of_memory(error):
                     raise
             # Outside of the clause, whose error holds all that the pass had made.
-            self._halve()
             model.zero_grad(set_to_none=True)
             self.tokens_seen, micro_steps = self._seen_before, again
+            self._halve()
             heap.give_back()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -88,19 +88,14 @@ class Halving:
         if self.parts >= most:
             longest = max(tokens for inputs, _ in self._batches for tokens in lengths(inputs))
             raise OutOfMemoryError(
-                f"One row of {longest} tokens alone does not fit the memory: try --train.checkpoint-activations, "
-                "shorter rows (--data.max-length) or --quant nf4; `lora-ft plan` says what fits."
+                f"One row of {longest} tokens alone does not fit the memory: shorten rows (--data.max-length), or see "
+                "what `lora-ft plan` says of --train.checkpoint-activations and --quant nf4."
             )
         self.parts = min(2 * self.parts, most)
         told = (
             "out of memory with %d rows in a pass: each batch is made in %d passes from here on, for the same gradient"
         )
         log.warning(told, -(-most * 2 // self.parts), self.parts)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether torch raised it for want of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in USED_UP)
 
 
 def lengths(batch: Inputs) -> list[int]:

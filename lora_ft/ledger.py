@@ -20,6 +20,16 @@ from lora_kernels import operators
 ACTIVATIONS, LOGITS, WORKSPACE = "activations", "logits", "workspace"
 
 
+def _of_whole_rows(q_BHTD: Any, k_BJLD: Any, *_: Any, out_val: Any, **kwargs: Any) -> int:
+    """Returns what the two products of all scores take."""
+    batch, heads, queries, width = q_BHTD.shape
+    return 4 * batch * heads * queries * k_BJLD.shape[2] * width
+
+
+def _of_whole_rows_backward(do_BHTD: Any, *rest: Any, out_val: Any, **kwargs: Any) -> int:
+    return _of_whole_rows(*rest, out_val=out_val) * 5 // 2
+
+
 def _of_attention(q_HTD: Any, k_JTD: Any, v_JTD: Any, bounds: Sequence[int], *_: Any, out_val: Any) -> int:
     """Returns what two products of the scores that a causal mask leaves take."""
     heads, _, width = q_HTD.shape
@@ -40,6 +50,8 @@ _FLOPS = {
     **flop_registry,
     # Torch counts products in place under the names of those that are not.
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_whole_rows,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_whole_rows_backward,
     torch.ops.lora_kernels.packed_attention: _of_attention,
     torch.ops.lora_kernels.packed_attention_backward: _of_attention_backward,
 }

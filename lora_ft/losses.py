@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_ft import four_bits
+from lora_ft import four_bits, heap
+from lora_ft.devices import is_out_of_memory
 from lora_ft.modes import evaluating
 from lora_ft.tasks import Batch, Features, Task
+
+log = logging.getLogger(__name__)
 
 BOOTSTRAP_DRAWS = 2000
 # All draws of 100,000 rows at once would take 5 GB; a divisor of the above.
@@ -52,15 +56,30 @@ def row_losses(task: Task, model: nn.Module, batch: Batch) -> tuple[torch.Tensor
 
 
 def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int) -> Losses:
-    """Returns the loss of each of `rows`, in their order; rows of like length share a batch."""
+    """Returns the loss of each of `rows`, in their order; rows of like length share a batch.
+
+    Where the memory does not suffice for so many, half as many go together from there on.
+    """
     sums = np.zeros((3, len(rows)))
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     with evaluating(model), four_bits.dequantized(model):
-        for start in range(0, len(order), batch_size):
+        start = 0
+        while start < len(order):
             chosen = order[start : start + batch_size]
             batch = to(task.collate([rows[i] for i in chosen]), device)
-            sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
+            try:
+                sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
+                start += len(chosen)
+                continue
+            except RuntimeError as error:
+                if len(chosen) == 1 or not is_out_of_memory(error):
+                    raise
+            # Outside of the clause, whose error holds all that was made.
+            batch_size = -(-len(chosen) // 2)
+            log.warning("out of memory with %d rows to evaluate: %d go together from here on", len(chosen), batch_size)
+            heap.give_back()
+            torch.cuda.empty_cache()
     return Losses(*sums)
 
 

@@ -27,13 +27,14 @@ from lora_ft import adapters, attention, blocks, devices, four_bits, rows, sourc
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
-from lora_ft.data import pack
 from lora_ft.devices import Device
+from lora_ft.errors import ConfigError
 from lora_ft.ledger import ACTIVATIONS, LOGITS, WORKSPACE, Ledger
 from lora_ft.modes import mixed_precision
 from lora_ft.rates import matmul_rate
 from lora_ft.sources import Source
 from lora_ft.tasks import Batch, Features, Task
+from lora_ft.train import Packs, Rows
 from lora_kernels import slabs
 
 WEIGHTS, DENSE, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "dense weights", "adapters", "gradients", "optimizer"
@@ -89,8 +90,8 @@ class Plan:
         return self.asked.peak_bytes <= self.device.usable_bytes
 
     def options(self) -> str:
-        """Returns the options of a training that fits, empty where nothing has to change."""
-        if self.fits or self.fitting is None:
+        """Returns the options of the largest passes that fit, empty where they are as asked for or there are none."""
+        if self.fitting is None or self.fitting is self.asked:
             return ""
         words = f"--train.batch-size {self.fitting.rows} --train.accumulate {self.accumulate}"
         return words + (" --train.checkpoint-activations" if self.fitting.checkpointing else "")
@@ -108,9 +109,13 @@ class Planner:
     def __init__(
         self, config: RunConfig, task: Task, source: Source, device: Device, items: Sequence[Sequence[Features]]
     ) -> None:
+        if config.lora.dora:
+            raise ConfigError(
+                "lora.dora cannot be planned: it starts from the numbers of the weights; plan without it."
+            )
         self.config, self.task, self.device, self.items = config, task, device, items
         self.on_gpu = device.kind == "cuda"
-        # Other starts leave adapters of the same shapes, and are made of numbers.
+        # Other starts are made of numbers. They leave adapters of the same shapes, but for EVA's, which moves ranks.
         settings = dataclasses.replace(config.lora, init="default")
         self.model = adapters.attach(
             outline(config, task, source, device),
@@ -223,9 +228,8 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
     planner = Planner(config, task, source, device, items)
     train = config.train
     asked = planner.step(train.batch_size, train.accumulate, checkpointing=train.checkpoint_activations)
-    fits = asked.peak_bytes <= device.usable_bytes
-    fitting = asked if fits else planner.fitting()
-    accumulate = train.accumulate if fits or fitting is None else train.batch_size * train.accumulate // fitting.rows
+    fitting = planner.fitting()
+    accumulate = train.accumulate if fitting is None else train.batch_size * train.accumulate // fitting.rows
     return Plan(device, asked, fitting, accumulate, in_epoch)
 
 
@@ -242,10 +246,10 @@ def _items(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Fea
     if config.data.train is None or config.data.streaming:
         return [[_longest(config, task, source)]], None
     features: Any = rows.prepare(config, task, source, *rows.read(config)).train_features
-    counts = [len(row["input_ids"]) for row in features]
-    members = pack.fill(counts, config.data.max_length) if config.data.packing else [[i] for i in range(len(counts))]
-    members.sort(key=lambda item: -sum(counts[i] for i in item))
-    return [[features[i] for i in item] for item in members], sum(counts)
+    in_epoch = sum(length for row in features for length in task.lengths(row))
+    items = Packs(features, config.data.max_length) if config.data.packing else Rows(features)
+    longest = items.longest(task, config.train.batch_size * config.train.accumulate)
+    return [item if config.data.packing else [item] for item in longest], in_epoch
 
 
 def _longest(config: RunConfig, task: Task, source: Source) -> Features:
@@ -254,7 +258,7 @@ def _longest(config: RunConfig, task: Task, source: Source) -> Features:
     if config.data.special_tokens or config.lora.train_tokens:
         task.tokenizer = bases.load_tokenizer(source.folder)
     else:
-        padding = bases.text_config(source, task.model_class).pad_token_id or 0
+        padding = getattr(bases.text_config(source, task.model_class), "pad_token_id", None) or 0
         task.tokenizer = SimpleNamespace(pad_token_id=padding, unk_token_id=None, convert_tokens_to_ids=lambda _: [])
     return task.longest()
 
@@ -265,7 +269,7 @@ def outline(config: RunConfig, task: Task, source: Source, device: Device) -> Ba
     told = bases.text_config(source, task.model_class)
     for key, value in task.config_changes().items():
         setattr(told, key, value)
-    if told.pad_token_id is None:
+    if getattr(told, "pad_token_id", None) is None:
         told.pad_token_id = task.tokenizer.pad_token_id
     told.dtype = dtype
     quant = config.quant
@@ -276,13 +280,16 @@ def outline(config: RunConfig, task: Task, source: Source, device: Device) -> Ba
     output, task_heads = bases.heads(model)
     if quant != "none":
         misread = four_bits.misread(model, but=output + task_heads) if quant == "nf4" and device.kind == "cpu" else ()
-        settings: Any = bases.quantization(quant, dtype, output + task_heads + misread)
+        in_float32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+        settings: Any = bases.quantization(quant, dtype, output + task_heads + misread + in_float32)
         replace_with_bnb_linear(
             model, modules_to_not_convert=settings.llm_int8_skip_modules, quantization_config=settings
         )
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 _pack(module, dtype)
+            elif isinstance(module, bnb.nn.Linear8bitLt):
+                _narrow(module)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     four_bits.keep_in_place(model)
@@ -310,6 +317,14 @@ def _pack(layer: Any, dtype: torch.dtype) -> None:
     layer.weight, layer.compute_type_is_set = weight, True
 
 
+def _narrow(layer: Any) -> None:
+    """Gives an 8-bit layer on the meta device the weight and the scales that loading gives it."""
+    with torch.device("meta"):
+        weight = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8)
+        layer.state.SCB = torch.empty(layer.out_features)
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+
+
 @contextmanager
 def _filled(model: nn.Module, ledger: Ledger) -> Iterator[None]:
     """Runs the block with fake tensors in the place of those on the meta device, each counted as what it is."""
@@ -335,17 +350,23 @@ def _filled(model: nn.Module, ledger: Ledger) -> Iterator[None]:
         return made[id(tensor)]
 
     states = [(m, m.quant_state) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    narrow: list[Any] = [(m, m.state) for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
     try:
         for owned, name, tensor in places:
             owned[name] = filled(tensor)
         for layer, _ in states:
             layer.quant_state = layer.weight.quant_state
+        for layer, state in narrow:
+            layer.state = copy.copy(state)
+            layer.state.CB, layer.state.SCB = layer.weight.data, filled(state.SCB)
         yield
     finally:
         for owned, name, tensor in places:
             owned[name] = tensor
         for layer, state in states:
             layer.quant_state = state
+        for layer, state in narrow:
+            layer.state = state
 
 
 def _with(value: Any, change: Any) -> Any:

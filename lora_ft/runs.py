@@ -40,7 +40,7 @@ from lora_ft.base import Base
 from lora_ft.config import RunConfig, plain, to_yaml
 from lora_ft.data import formats, pack
 from lora_ft.data.formats import Example
-from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, LoraFtError
+from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, LoraFtError, OutOfMemoryError
 from lora_ft.foreign.strictjson import bare, shown
 from lora_ft.progress import Bar
 from lora_ft.rows import Rows, check_stream, first_batches, prepare, read
@@ -215,6 +215,12 @@ def _train(
             fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, watching, names)
     except DataError as error:
         raise DataError([*error.problems, _after_bad_row(config.out, rows.facts["train"]["sha256"])]) from None
+    except OutOfMemoryError as error:
+        steps = [checkpoints.step_of(place) for place in checkpoints.found(config.out / train.CHECKPOINTS)]
+        if not steps:
+            raise
+        way = f"A checkpoint of step {steps[-1]} is saved: go on with --resume --allow-changed, naming what changes."
+        raise OutOfMemoryError(f"{error} {way}") from None
     if rows.facts["train"].get("cut_rows"):
         facts = rows.facts["train"]
         log.warning("%d of the %d rows read have more than %d tokens, and were cut", facts["cut_rows"],

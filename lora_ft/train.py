@@ -26,7 +26,7 @@ from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
 from lora_ft.data import pack
 from lora_ft.data.mask import IGNORE
-from lora_ft.errors import ConfigError, DataError, DivergedError, ProofError, UnsupportedModelError
+from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, ProofError, UnsupportedModelError
 from lora_ft.guard import GuardedSteps
 from lora_ft.halving import Halving
 from lora_ft.modes import mixed_precision
@@ -123,6 +123,7 @@ class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Halving, Tra
     frozen: Frozen
     began_on: dict[str, str]
     """What the run was started on, as `Frozen` tells it."""
+    clock: Clock
     longest: Batch | None = None
     """The batch that takes the most memory, to be tried before the first step."""
     evaluation_due: bool = False
@@ -152,8 +153,10 @@ class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Halving, Tra
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.began_on = self.frozen.compared(self.began_on)
         if self.longest is not None:
+            began = time.perf_counter()
             self.try_longest(self.longest)
             self.longest = None
+            self.clock.began += time.perf_counter() - began
         if self.evaluation_due:
             try:
                 metrics = self._evaluate(None, None)
@@ -312,6 +315,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     clock.trainer = proof.trainer = trainer
+    trainer.clock = clock
     trainer.row_names = row_names
     if isinstance(data, Rows):
         trainer.longest = collate(data.longest(task, train.batch_size))
@@ -326,7 +330,7 @@ def fit(
     except DivergedError as diverged:
         step = trainer.back_to_last_good()
         raise DivergedError(f"{diverged} {_way_back(step)}") from None
-    except DataError:
+    except (DataError, OutOfMemoryError):
         # Rows that are streamed are found out when their turn comes, before the step that they are for.
         if trainer.state.global_step:
             trainer._save_checkpoint(trainer.model)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, halving, tasks
+from lora_ft import adapters, devices, halving, losses, tasks
 from lora_ft.errors import OutOfMemoryError
 from lora_ft.tasks.causal import Causal
 from lora_ft.tasks.classify import Classify
 from tests import tiny
-from tests.test_train import fit, folder, same, uneven_rows
+from tests.test_train import fit, folder, prepared, same, uneven_rows
 
 __all__ = ["folder"]
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -107,7 +107,7 @@ def test_a_single_row_that_does_not_fit_is_said_so(tmp_path, folder, rows, monke
     Memory(monkeypatch, room=2)
     longest = max(len(row["input_ids"]) for row in rows)
     with pytest.raises(
-        OutOfMemoryError, match=rf"One row of {longest} tokens alone does not fit the memory: try --train"
+        OutOfMemoryError, match=rf"One row of {longest} tokens alone does not fit the memory: shorten rows"
     ):
         fit(tmp_path / "run", folder, rows, batch_size=4, steps=1)
 
@@ -121,8 +121,30 @@ def test_other_errors_are_not_taken_for_it(tmp_path, folder, rows, monkeypatch):
 
 def test_a_processor_says_it_in_words():
     said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
-    assert halving.is_out_of_memory(RuntimeError(said))
-    assert not halving.is_out_of_memory(RuntimeError("expected scalar type Float"))
+    assert devices.is_out_of_memory(RuntimeError(said))
+    assert devices.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"))
+    assert devices.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not devices.is_out_of_memory(RuntimeError("expected scalar type Float"))
+
+
+def test_an_evaluation_goes_on_with_fewer_rows(folder, rows, monkeypatch, caplog):
+    task, _, model = prepared(folder)
+    wanted, whole, sizes = losses.of_rows(task, model, rows, 8), losses.row_losses, []
+
+    def little(task, model, batch):
+        sizes.append(len(batch["labels"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError(FULL)
+        return whole(task, model, batch)
+
+    monkeypatch.setattr(losses, "row_losses", little)
+    found = losses.of_rows(task, model, rows, 8)
+    assert found.nll == pytest.approx(wanted.nll, rel=1e-5)
+    assert (found.count == wanted.count).all()
+    assert sizes == [8, 4, *[2] * 8]
+    monkeypatch.setattr(losses, "row_losses", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError(FULL)))
+    with pytest.raises(torch.OutOfMemoryError):
+        losses.of_rows(task, model, rows, 2)
 
 
 # Parts of batches

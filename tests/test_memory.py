@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lora_ft import adapters, base, cli, devices, memory, tasks, train
+from lora_ft import adapters, base, blocks, cli, devices, ledger, memory, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.errors import ConfigError
+from lora_kernels import operators, slabs
 from tests import tiny
 from tests.allocations import PeakOfStep, held
 
@@ -167,7 +169,8 @@ def test_what_does_not_fit_is_split_with_the_same_global_batch(small, monkeypatc
     config = settings("chat", small, batch_size=6, accumulate=2)
     whole = memory.plan(config, "cpu")
     assert whole.fits
-    assert whole.fitting is whole.asked
+    assert whole.fitting is not None
+    assert (whole.fitting.rows, whole.options()) == (12, "--train.batch-size 12 --train.accumulate 1")
     half = on(whole, whole.asked.peak_bytes * 6 // 10, monkeypatch, config)
     assert not half.fits
     assert half.fitting is not None
@@ -211,6 +214,46 @@ def test_planning_leaves_nothing_changed(small):
     memory.plan(settings("chat", small), "RTX 3060")
     assert held() - before < 2**20
     assert torch.zeros(1).untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "RTX 3060", "T4"])
+@pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
+@pytest.mark.parametrize(("task", "architecture"), [("chat", "qwen3"), ("classify", "bert"), ("seq2seq", "t5")])
+def test_every_kind_is_planned_for_every_device(tmp_path, task, architecture, quant, device):
+    folder = str(tiny.model_folder(tmp_path / "base", architecture))
+    dtype = "float32" if device == "cpu" else "auto"
+    config = settings(task, folder, quant=quant, dtype=dtype, length=32, batch_size=2)
+    plan = memory.plan(config, device)
+    if quant == "int8":  # whose layers change as they are used
+        assert plan.asked.bytes == memory.plan(config, device).asked.bytes
+    stored = sum(tensor.nbytes for tensor in load_file(Path(folder) / "model.safetensors").values())
+    of_float32 = {"nf4": 0.9, "int8": 0.9, "none": 1.01}[quant] * (1 if device == "cpu" else 0.55)
+    assert plan.asked.bytes[memory.WEIGHTS] < of_float32 * stored + 2**16
+    assert (slabs.SLAB, blocks.ON_CPU) == (2**23, False)
+
+
+def test_the_longest_sources_and_targets_are_planned_for(tmp_path):
+    folder = str(tiny.model_folder(tmp_path / "base", "t5"))
+    file = tmp_path / "rows.jsonl"
+    rows = [("w1 " * 40, "w2 w3"), ("w1 w2", "w3 " * 60)] * 2
+    file.write_text("".join(json.dumps({"source": source, "target": target}) + "\n" for source, target in rows))
+    config = settings("seq2seq", folder, batch_size=2, quant="none")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(file)))
+    long_targets = memory.plan(config, "cpu").asked
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(tmp_path / "short.jsonl")))
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"source": s, "target": t}) + "\n" for s, t in rows[::2]))
+    assert long_targets.peak_bytes > memory.plan(short, "cpu").asked.peak_bytes
+
+
+def test_what_starts_from_numbers_is_refused(small):
+    config = settings("chat", small)
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dora=True))
+    with pytest.raises(ConfigError, match=r"lora.dora cannot be planned"):
+        memory.plan(config, "cpu")
+
+
+def test_what_operators_hold_is_counted_by_the_names_they_have():
+    assert set(ledger._HOLD) <= set(operators.bodies)
 
 
 # Devices and bases

@@ -84,8 +84,17 @@ def product(
 
         return linear.adapted_product(x_MK, dense(weight, dtype).t(), xa_MR, b_RN, bias_N, scaling)
     bias_N = None if bias_N is None else bias_N.to(dtype)
-    y_MN = _gemm_4bit(x_MK, weight, bias_N) if path == "gemm_4bit" else _dense_product(x_MK, weight, bias_N)
-    return _add_narrow(y_MN, xa_MR, b_RN, scaling)
+    if path == "gemm_4bit":
+        return _gemm_4bit(x_MK, weight, bias_N).addmm_(xa_MR, b_RN, alpha=scaling)
+    if backend.is_triton(x_MK):
+        # The narrow product first: cuBLAS reads and rounds it with the wide one, which so is rounded but once.
+        y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
+        if bias_N is None:
+            y_MN.addmm_(xa_MR, b_RN, beta=0, alpha=scaling)
+        else:
+            torch.addmm(bias_N, xa_MR, b_RN, alpha=scaling, out=y_MN)
+        return y_MN.addmm_(x_MK, dense(weight, dtype).t())
+    return _add_narrow(_product_on_cpu(x_MK, weight, bias_N), xa_MR, b_RN, scaling)
 
 
 def _add_narrow(wide_MN: torch.Tensor, left_MR: torch.Tensor, right_RN: torch.Tensor, scale: float) -> torch.Tensor:
@@ -95,11 +104,11 @@ def _add_narrow(wide_MN: torch.Tensor, left_MR: torch.Tensor, right_RN: torch.Te
     return wide_MN.add_(left_MR @ right_RN, alpha=scale)
 
 
-def _dense_product(x_MK: torch.Tensor, weight: Frozen, bias_N: torch.Tensor | None) -> torch.Tensor:
-    """Returns x @ W.T + bias, a slab of the weight at a time on a CPU."""
+def _product_on_cpu(x_MK: torch.Tensor, weight: Frozen, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """Returns x @ W.T + bias, a slab of the weight at a time. oneDNN takes longer to add to what is there already."""
     x_MK = backend.readable(x_MK)
     y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
-    for rows, w in parts(weight, x_MK.dtype, x_MK):
+    for rows, w in dense_slabs(weight, x_MK.dtype):
         if bias_N is None:
             torch.mm(x_MK, w.t(), out=y_MN[:, rows])
         else:

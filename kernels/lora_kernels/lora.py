@@ -43,7 +43,7 @@ def lora_bwd_up(
 
 def product_dtype(x_MK: torch.Tensor) -> torch.dtype:
     """Returns the dtype to multiply rows by A and B in: `backend`'s, or float32 for few rows on a CPU."""
-    few = len(x_MK) <= FEW and x_MK.dtype.itemsize == 2 and not backend.is_triton(x_MK)
+    few = x_MK.shape[0] <= FEW and x_MK.dtype.itemsize == 2 and not backend.is_triton(x_MK)
     return torch.float32 if few else backend.product_dtype(x_MK)
 
 

@@ -22,7 +22,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lora_ft.errors import BusyError, DivergedError, Interrupted, LoraFtError, ProofError, StorageError
+from lora_ft.errors import (
+    BusyError,
+    DivergedError,
+    Interrupted,
+    LoraFtError,
+    OutOfMemoryError,
+    ProofError,
+    StorageError,
+)
 from lora_ft.redaction import redacted
 from lora_ft.serve import events, files, ids, jobs
 from lora_ft.serve.models import fine_tuned_name, register
@@ -189,6 +197,8 @@ class Worker:
 def explained(error: Exception) -> tuple[str, str]:
     """Returns the code and the message for an error that ended a job; the message says what to change."""
     name = type(error).__name__
+    if isinstance(error, OutOfMemoryError):
+        return "out_of_memory", str(error)
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         remedy = "set batch_size or context_length lower, or choose a smaller base"
         return "out_of_memory", f"The memory of the device was not enough: {remedy}."

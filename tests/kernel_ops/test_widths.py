@@ -138,7 +138,7 @@ def test_what_comes_out_is_what_was_told(name, leading, adapter, has, monkeypatc
 
 @pytest.mark.parametrize("adapter", [FLOAT, HALF], ids=["float32 adapter", "bfloat16 adapter"])
 @pytest.mark.parametrize("leading", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("name", CASES.keys() - ROUNDED_WITHIN)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ROUNDED_WITHIN])
 def test_without_instructions_it_is_computed_in_float32_and_rounded_once(name, leading, adapter, monkeypatch):
     monkeypatch.setattr(backend, "_cpu_multiplies", lambda _: False)
     found, wanted = (outcome(CASES[name], leading, half, adapter) for half in (HALF, FLOAT))
