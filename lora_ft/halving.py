@@ -51,6 +51,7 @@ class Halving:
         trainer: Any = self
         model, self.step_losses = trainer.model_wrapped, []
         self._batches, self._seen_before = [(inputs, (inputs["labels"] != IGNORE).sum())], self.tokens_seen
+        reseed(seed_of(trainer.args.seed, trainer.state.global_step, 0))
         self._made(model, [0], again=[0])
         model.zero_grad(set_to_none=True)
         self.tokens_seen = self._seen_before
@@ -62,8 +63,8 @@ class Halving:
         while True:
             try:
                 for micro_step in micro_steps:
-                    # As `ExactSteps` did for the last of them, the first time.
-                    reseed(seed_of(trainer.args.seed, trainer.state.global_step, micro_step))
+                    if micro_steps is again:  # as `ExactSteps` did the first time
+                        reseed(seed_of(trainer.args.seed, trainer.state.global_step, micro_step))
                     loss = self._in_parts(model, *self._batches[micro_step])
                 return loss
             except RuntimeError as error:

@@ -4,6 +4,7 @@ import gc
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
@@ -13,7 +14,7 @@ def held() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, FakeTensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -83,37 +83,25 @@ def product(
         from lora_kernels.gpu import linear
 
         return linear.adapted_product(x_MK, dense(weight, dtype).t(), xa_MR, b_RN, bias_N, scaling)
-    bias_N = None if bias_N is None else bias_N.to(dtype)
     if path == "gemm_4bit":
+        bias_N = None if bias_N is None else bias_N.to(dtype)
         return _gemm_4bit(x_MK, weight, bias_N).addmm_(xa_MR, b_RN, alpha=scaling)
-    if backend.is_triton(x_MK):
-        # The narrow product first: cuBLAS reads and rounds it with the wide one, which so is rounded but once.
-        y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
-        if bias_N is None:
-            y_MN.addmm_(xa_MR, b_RN, beta=0, alpha=scaling)
-        else:
-            torch.addmm(bias_N, xa_MR, b_RN, alpha=scaling, out=y_MN)
-        return y_MN.addmm_(x_MK, dense(weight, dtype).t())
-    return _add_narrow(_product_on_cpu(x_MK, weight, bias_N), xa_MR, b_RN, scaling)
-
-
-def _add_narrow(wide_MN: torch.Tensor, left_MR: torch.Tensor, right_RN: torch.Tensor, scale: float) -> torch.Tensor:
-    """Adds scale * left @ right to a product of the weight, which may be of a narrower dtype."""
-    if left_MR.dtype == wide_MN.dtype:
-        return wide_MN.addmm_(backend.readable(left_MR), right_RN, alpha=scale)
-    return wide_MN.add_(left_MR @ right_RN, alpha=scale)
-
-
-def _product_on_cpu(x_MK: torch.Tensor, weight: Frozen, bias_N: torch.Tensor | None) -> torch.Tensor:
-    """Returns x @ W.T + bias, a slab of the weight at a time. oneDNN takes longer to add to what is there already."""
+    # The narrow product first: then the wide one reads and rounds it, instead of being read and rounded again itself.
+    y_MN = _narrow_product(xa_MR, b_RN, bias_N, scaling).to(dtype)
     x_MK = backend.readable(x_MK)
-    y_MN = x_MK.new_empty(x_MK.shape[0], weight.shape[0])
-    for rows, w in dense_slabs(weight, x_MK.dtype):
-        if bias_N is None:
-            torch.mm(x_MK, w.t(), out=y_MN[:, rows])
-        else:
-            torch.addmm(bias_N[rows], x_MK, w.t(), out=y_MN[:, rows])
+    for rows, w in parts(weight, dtype, x_MK):
+        y_MN[:, rows].addmm_(x_MK, w.t())
     return y_MN
+
+
+def _narrow_product(
+    xa_MR: torch.Tensor, b_RN: torch.Tensor, bias_N: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Returns scaling * xa @ b.T + bias in the dtype of `xa`."""
+    xa_MR = backend.readable(xa_MR)
+    if bias_N is not None:
+        return torch.addmm(bias_N.to(xa_MR.dtype), xa_MR, b_RN, alpha=scaling)
+    return xa_MR.new_empty(xa_MR.shape[0], b_RN.shape[1]).addmm_(xa_MR, b_RN, beta=0, alpha=scaling)
 
 
 def _backward(
@@ -135,19 +123,13 @@ def _backward(
         dy_MN = dy_MN.contiguous()
     ds_MR, db_NR = lora.up_backward(dy_MN, b_NR, xa_MR, scaling)
     path = choose_path(x_MK, weight)
-    fused = path in ("triton", "triton_4bit")
-    # Dropout has to come between the narrow product and the sum, which otherwise begins with the wide one.
-    narrow_first = not fused and (dropout > 0 or backend.is_triton(x_MK))
-    dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx and narrow_first)
-    if need_dx and fused:
+    fused = need_dx and path in ("triton", "triton_4bit")
+    dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx and not fused)
+    if fused:
         dx_MK = _fused_dx(path, dy_MN, weight, ds_MR, a_RK.to(dtype), dropout, seed)
     elif dx_MK is not None:
         dx_MK = dx_MK.to(dtype)
         add_input_gradient(dx_MK, dy_MN, weight, beta=1)
-    elif need_dx:
-        dx_MK = dy_MN.new_empty(x_MK.shape)
-        add_input_gradient(dx_MK, dy_MN, weight, beta=0)
-        _add_narrow(dx_MK, ds_MR, a_RK.to(ds_MR.dtype), 1.0)
     return dx_MK, da_RK, db_NR
 
 
