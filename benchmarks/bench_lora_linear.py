@@ -7,18 +7,15 @@ Prints a table and writes a CSV. Ratios are of medians of runs that take turns i
 
 from __future__ import annotations
 
-import csv
-import datetime
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
+from records import RESULTS, write
 
-from lora_ft import bench, environment
+from lora_ft import bench
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = ((2048, 2048), (1536, 576), (576, 1536))
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 
@@ -27,7 +24,7 @@ ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 class Options:
     """Time one adapted linear layer."""
 
-    out: Path = ROOT / "benchmarks" / "results" / "lora_linear.csv"
+    out: Path = RESULTS / "lora_linear.csv"
     """The CSV to write."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """Dtypes of activations."""
@@ -38,13 +35,6 @@ class Options:
 def main() -> None:
     options = tyro.cli(Options)
     on = bench.device()
-    facts = environment.versions() | {
-        "device": environment.device_name(on),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
     lines = []
     for dtype in (getattr(torch, name) for name in options.dtypes):
         rate = bench.matmul_rate(dtype, on)
@@ -53,13 +43,9 @@ def main() -> None:
                 found = bench.linear(m, n, k, dtype, on, rate)
                 ratios = {f"{name} takes": round(found.ratio(name), 2) for name in found.rivals}
                 line = {"dtype": found.dtype, "rows": m, "n": n, "k": k, "ms": round(1e3 * found.seconds, 3)}
-                lines.append(line | {"of matmul": round(found.share, 2)} | ratios | facts)
+                lines.append(line | {"of matmul": round(found.share, 2)} | ratios)
                 print(*[f"{key} {value}" for key, value in (line | ratios).items()], sep="  ", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
-        writer.writeheader()
-        writer.writerows(lines)
+    write(options.out, lines, on)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ that of its matrix products, counted on its shapes (`lora_ft.ledger`); the time 
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from steps import ROOT, Steps, facts, write
+from records import RESULTS, write
+from steps import Steps
 from torch.profiler import ProfilerActivity, profile
 
-from lora_ft import devices, memory, rates, sources
+from lora_ft import memory, rates
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 
 SHOWN = 12
@@ -41,7 +41,7 @@ class Options:
     """Tokens of a row, all labelled."""
     repeats: int = 5
     """Steps of each; medians are shown."""
-    out: Path = ROOT / "benchmarks" / "results" / "roofline.csv"
+    out: Path = RESULTS / "roofline.csv"
     """The CSV to write."""
 
 
@@ -69,10 +69,10 @@ def main() -> None:
                 "share": round(flops / seconds / rate, 3),
             }
             print(*[f"{key} {value}" for key, value in line.items()], sep="  ", flush=True)
-            lines.append(line | facts(on))
+            lines.append(line)
             for name, share in by_operation(steps, batch):
                 print(f"  {share:6.1%}  {name}", flush=True)
-    write(options.out, lines)
+    write(options.out, lines, on)
 
 
 def counted(options: Options, quant: Any, dtype: torch.dtype) -> float:
@@ -86,8 +86,7 @@ def counted(options: Options, quant: Any, dtype: torch.dtype) -> float:
         data=DataConfig(max_length=options.length),
         train=TrainConfig(batch_size=options.rows, dtype=str(dtype).removeprefix("torch.")),  # type: ignore[arg-type]
     )
-    device = dataclasses.replace(devices.find("cpu"), usable_bytes=2**60)
-    return memory.step(config, sources.describe(options.base), device).flops
+    return memory.plan(config, "cpu").asked.flops
 
 
 def by_operation(steps: Steps, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from steps import ROOT, Steps, facts, write
+from records import RESULTS, write
+from steps import Steps
 
 SHORT = 128
 """Tokens of a short row."""
@@ -39,7 +40,7 @@ class Options:
     """Of the adapter, where it is not what changes."""
     repeats: int = 3
     """Steps of each; medians are shown."""
-    out: Path = ROOT / "benchmarks" / "results" / "scale.csv"
+    out: Path = RESULTS / "scale.csv"
     """The CSV to write."""
 
 
@@ -51,7 +52,7 @@ def main() -> None:
         lines += told(table, timed(options, {name: (steps, lengths) for name, lengths in shapes.items()}))
     of_rank = {f"rank {rank}": (Steps(options.base, options.quant, rank), [SHORT] * 8) for rank in RANKS}
     lines += told("ranks", timed(options, of_rank))
-    write(options.out, [line | facts(steps.base.device) for line in lines])
+    write(options.out, lines, steps.base.device)
 
 
 def timed(options: Options, shapes: dict[str, tuple[Steps, list[int]]]) -> dict[str, float]:

@@ -9,8 +9,6 @@ installed (`pip install trl`). The held-out loss is measured by one and the same
 
 from __future__ import annotations
 
-import csv
-import datetime
 import importlib.util
 import json
 import os
@@ -94,26 +92,10 @@ def main() -> None:
             }
             lines.append(line | ratios)
             print(*[f"{key} {value}" for key, value in lines[-1].items()], sep="  ", flush=True)
-    write(options, lines)
-
-
-def write(options: Options, lines: list[dict[str, Any]]) -> None:
     import torch
+    from records import write
 
-    from lora_ft import environment
-
-    facts = environment.versions() | {
-        "device": environment.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0] | facts))
-        writer.writeheader()
-        writer.writerows(line | facts for line in lines)
+    write(options.out, lines, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def started(options: Options, system: System, quant: str) -> dict[str, Any]:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import datetime
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_ft import adapters, attention, environment, four_bits, tasks
+from lora_ft import adapters, attention, four_bits, tasks
 from lora_ft import base as bases
 from lora_ft.config import LoraConfig
 from lora_ft.modes import mixed_precision
-
-ROOT = Path(__file__).parents[1]
 
 
 class Steps:
@@ -67,22 +61,3 @@ class Steps:
     def _finish(self) -> None:
         if self.base.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def facts(device: torch.device) -> dict[str, Any]:
-    """Returns versions, device, commit and date, for a CSV."""
-    commit = ["git", "describe", "--always", "--dirty"]
-    return environment.versions() | {
-        "device": environment.device_name(device),
-        "commit": subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes lines as a CSV; one may have what others lack."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
-        writer.writeheader()
-        writer.writerows(lines)

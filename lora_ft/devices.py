@@ -34,7 +34,7 @@ class Device:
     dtype: str
     """That a run computes in unless it is told otherwise."""
     flops_per_s: float | None = None
-    """Of dense products in that dtype with float32 sums, by the datasheet."""
+    """Of dense products in that dtype with float32 sums, by the datasheet; None where it is not known."""
 
 
 @dataclass(frozen=True)

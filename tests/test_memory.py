@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lora_ft import adapters, base, blocks, cli, devices, ledger, memory, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
-from lora_ft.errors import ConfigError
+from lora_ft.errors import ConfigError, UnsupportedModelError
 from lora_kernels import operators, slabs
 from tests import tiny
 from tests.allocations import PeakOfStep, held
@@ -249,6 +249,13 @@ def test_what_starts_from_numbers_is_refused(small):
     config = settings("chat", small)
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, dora=True))
     with pytest.raises(ConfigError, match=r"lora.dora cannot be planned"):
+        memory.plan(config, "cpu")
+
+
+def test_packing_is_refused_where_rows_cannot_share_one(tmp_path):
+    config = settings("complete", str(tiny.model_folder(tmp_path / "base", "openai-gpt")), quant="none")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=True))
+    with pytest.raises(UnsupportedModelError, match=r"data.packing: .* its attention is its own"):
         memory.plan(config, "cpu")
 
 

