@@ -20,7 +20,7 @@ from steps import Steps
 from torch.profiler import ProfilerActivity, profile
 
 from lora_ft import memory, rates
-from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lora_ft.config import BaseCache, DataConfig, LoraConfig, RunConfig, TrainConfig
 
 SHOWN = 12
 
@@ -31,8 +31,8 @@ class Options:
 
     base: str = "smollm2-135m"
     """The base model."""
-    quant: tuple[Literal["nf4", "none"], ...] = ("none", "nf4")
-    """How the base is stored."""
+    quant: tuple[Literal["none", "nf4", "nf4 uncached"], ...] = ("none", "nf4", "nf4 uncached")
+    """How the base is stored; uncached, a weight is dequantized whenever it is multiplied by."""
     rank: int = 16
     """Of the adapter, on all linear layers."""
     rows: int = 4
@@ -49,9 +49,11 @@ def main() -> None:
     options = tyro.cli(Options)
     lines: list[dict[str, Any]] = []
     for quant in options.quant:
-        steps = Steps(options.base, quant, options.rank)
+        stored, _, uncached = quant.partition(" ")
+        cache: BaseCache = "off" if uncached else "auto"
+        steps = Steps(options.base, stored, options.rank, cache)
         dtype, on = steps.base.dtype, steps.base.device
-        flops = counted(options, quant, dtype)
+        step = planned(options, stored, dtype, cache)
         batch = steps.batch([options.length] * options.rows)
         with steps.ready():
             steps.seconds(batch)
@@ -63,10 +65,11 @@ def main() -> None:
             line = {
                 "quant": quant,
                 "tokens/s": round(options.rows * options.length / seconds, 1),
-                "GFLOP a step": round(flops / 1e9, 1),
-                "GFLOP/s": round(flops / seconds / 1e9, 1),
+                "planned GiB": round(step.peak_bytes / 2**30, 2),
+                "GFLOP a step": round(step.flops / 1e9, 1),
+                "GFLOP/s": round(step.flops / seconds / 1e9, 1),
                 "GFLOP/s of products alone": round(rate / 1e9, 1),
-                "share": round(flops / seconds / rate, 3),
+                "share": round(step.flops / seconds / rate, 3),
             }
             print(*[f"{key} {value}" for key, value in line.items()], sep="  ", flush=True)
             lines.append(line)
@@ -75,8 +78,9 @@ def main() -> None:
     write(options.out, lines, on)
 
 
-def counted(options: Options, quant: Any, dtype: torch.dtype) -> float:
-    """Returns the arithmetic of a step."""
+def planned(options: Options, quant: Any, dtype: torch.dtype, cache: BaseCache) -> memory.Step:
+    """Returns the memory and the arithmetic of a step."""
+    computed: Any = str(dtype).removeprefix("torch.")
     config = RunConfig(
         task="chat",
         base=options.base,
@@ -84,9 +88,9 @@ def counted(options: Options, quant: Any, dtype: torch.dtype) -> float:
         quant=quant,
         lora=LoraConfig(rank=options.rank),
         data=DataConfig(max_length=options.length),
-        train=TrainConfig(batch_size=options.rows, dtype=str(dtype).removeprefix("torch.")),  # type: ignore[arg-type]
+        train=TrainConfig(batch_size=options.rows, dtype=computed, base_cache=cache),
     )
-    return memory.plan(config, "cpu").asked.flops
+    return memory.plan(config, "cpu").asked
 
 
 def by_operation(steps: Steps, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:

@@ -11,18 +11,19 @@ import torch
 
 from lora_ft import adapters, attention, four_bits, tasks
 from lora_ft import base as bases
-from lora_ft.config import LoraConfig
+from lora_ft.config import BaseCache, LoraConfig
 from lora_ft.modes import mixed_precision
 
 
 class Steps:
     """A model with an adapter, and the steps that `lora_ft.train` would make on rows that lie end to end."""
 
-    def __init__(self, base: str, quant: Any, rank: int) -> None:
+    def __init__(self, base: str, quant: Any, rank: int, cache: BaseCache = "auto") -> None:
         self.task = tasks.get("chat")
         self.base = bases.load(base, quant=quant, model_class=self.task.model_class)
         self.task.tokenizer = self.base.tokenizer
         self.model = adapters.attach(self.base, LoraConfig(rank=rank), peft_task=self.task.peft_task)
+        four_bits.choose_cache(self.model, cache)
         self.model.train()
         self.optimizer = torch.optim.AdamW(adapters.trained(self.model).values(), lr=1e-4, fused=True)
 

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl
 
-from lora_ft import adapters, atomicio, manifest, optimizer
+from lora_ft import adapters, atomicio, manifest, optimizer, processes
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, StorageError
 from lora_ft.exact import require
 
@@ -99,14 +99,17 @@ def step_of(place: Path) -> int:
 
 
 class Checkpoints:
-    """Mixin for any Trainer of transformers or TRL, in one process: its checkpoints are those of this module.
+    """Mixin for any Trainer of transformers or TRL: its checkpoints are those of this module.
 
-    It comes before the Trainer among the base classes. Where a checkpoint cannot be saved, training says so and goes
+    It comes before the Trainer among the base classes. Several processes need `lora_ft.replicas` besides, and the first
+    one writes. Where a checkpoint cannot be saved, training says so and goes
     on, and those saved before stay.
     """
 
     # TRL's sum of tokens, which it logs; what a Trainer lacks is passed over.
     kept: tuple[str, ...] = ("_total_train_tokens",)
+    replicated: bool = False
+    """Whether several processes hold the same adapter."""
     _continues: bool = False
     _resumed: dict[str, Any] | None = None
     """The progress read from a checkpoint, until training has begun."""
@@ -121,22 +124,31 @@ class Checkpoints:
         """
         trainer: Any = self
         require(HOOKS)
-        if trainer.args.world_size > 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ConfigError("These checkpoints are of one process; train without torchrun, FSDP and DeepSpeed.")
-        place = Path(trainer.args.output_dir)
-        atomicio.sweep(place, NAMES)
-        chosen = resume_from_checkpoint
-        if chosen is True:
-            chosen = newest(place)
-        elif chosen:
-            manifest.verify(Path(chosen))
-            _leave(place, newer_than=Path(chosen))
-        elif found(place):
-            raise ConfigError(f"{place} holds the checkpoints of a run: resume it, or choose another folder.")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ConfigError("These checkpoints are of whole adapters; train without FSDP and DeepSpeed.")
+        if trainer.args.world_size > 1 and not self.replicated:
+            raise ConfigError("These checkpoints are of one process; train without torchrun.")
+        with processes.in_turn():
+            chosen = self._chosen(resume_from_checkpoint) if processes.is_first() else None
+        chosen = processes.told(chosen)
         self._continues = bool(chosen)
         if not any(isinstance(callback, _Begin) for callback in trainer.callback_handler.callbacks):
             trainer.add_callback(_Begin(self))
         return super().train(str(chosen) if chosen else None, **kwargs)  # type: ignore[misc]
+
+    def _chosen(self, asked: str | Path | bool | None) -> str | Path | bool | None:
+        """Returns the checkpoint to go on from, if any, with nothing beside it that is not of this run."""
+        trainer: Any = self
+        place = Path(trainer.args.output_dir)
+        atomicio.sweep(place, NAMES)
+        if asked is True:
+            return newest(place)
+        if asked:
+            manifest.verify(Path(asked))
+            _leave(place, newer_than=Path(asked))
+        elif found(place):
+            raise ConfigError(f"{place} holds the checkpoints of a run: resume it, or choose another folder.")
+        return asked
 
     def _send_telemetry(self) -> None:
         """Sends nothing: TRL would tell its makers of the model, the device and the data."""
@@ -162,8 +174,7 @@ class Checkpoints:
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         trainer: Any = self
         trainer.store_flos()
-        step, folder = trainer.state.global_step, Path(trainer.args.output_dir)
-        place = folder / f"checkpoint-{step}"
+        step = trainer.state.global_step
         adapter = optimizer.on_cpu(adapters.trained(trainer.model))
         broken = [name for name, tensor in adapter.items() if not torch.isfinite(tensor).all()]
         if broken:
@@ -171,6 +182,15 @@ class Checkpoints:
                 f"After step {step}, {broken[0]} and {len(broken) - 1} more tensors of the adapter are not finite, so "
                 "no checkpoint was saved: lower --train.lr, or use --train.dtype bfloat16 instead of float16."
             )
+        best = processes.told(self._commit(step, adapter) if processes.is_first() else None)
+        if best is not None:
+            trainer.state.best_model_checkpoint = best
+
+    def _commit(self, step: int, adapter: dict[str, torch.Tensor]) -> str | None:
+        """Writes a checkpoint; returns that of the best evaluation, None where there is none or none was written."""
+        trainer: Any = self
+        folder = Path(trainer.args.output_dir)
+        place = folder / f"checkpoint-{step}"
         best = self._best(folder, step)
         try:
             with atomicio.draft(place) as draft:
@@ -186,10 +206,11 @@ class Checkpoints:
                 step, error, kept[-1] if kept else "none at all",
                 "; an earlier one stands in for this step, the best so far" if best == place.name else "",
             )  # fmt: skip
-            return
+            return None
         if best is not None:
             trainer.state.best_model_checkpoint = str(folder / best)
         self._rotate(place)
+        return trainer.state.best_model_checkpoint
 
     def _best(self, folder: Path, step: int) -> str | None:
         """Returns the name of the checkpoint of the best evaluation, which may be the one being saved."""
@@ -374,7 +395,7 @@ def _kept(trainer: Any) -> list[str]:
 
 
 def _rows_in_a_step(trainer: Any) -> int:
-    return trainer._train_batch_size * trainer.args.gradient_accumulation_steps
+    return trainer._train_batch_size * trainer.args.gradient_accumulation_steps * processes.count()
 
 
 def _fill(model: nn.Module, place: Path) -> None:

@@ -11,12 +11,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_ft import __version__, locks, redaction
+from lora_ft import __version__, locks, processes, redaction
 from lora_ft.config import RunConfig, cli
 from lora_ft.errors import Interrupted, LoraFtError
 from lora_ft.options import (
@@ -48,7 +48,7 @@ def train(config: RunConfig) -> None:
         _say(json.dumps(runs.dry_run(config), indent=2))
         return
     # Before torch is imported, which takes seconds.
-    with locks.run_folder(config.out):
+    with locks.run_folder(config.out) if processes.is_first() else nullcontext():
         from lora_ft import runs
 
         finished = runs.run(config)
@@ -405,12 +405,16 @@ def _usage() -> str:
 
 
 def _quiet() -> None:
-    """Lets our own messages through, and of the libraries' only errors."""
+    """Lets our own messages through, and of the libraries' only errors.
+
+    Of several processes only the first tells what is so in all.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     redaction.install()
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
-    logging.getLogger("lora_ft").setLevel(logging.INFO)
+    logging.getLogger("lora_ft").setLevel(logging.INFO if processes.is_first() else logging.ERROR)
+    logging.getLogger("lora_ft.halving").setLevel(logging.INFO)  # for what one alone may be short of
     warnings.simplefilter("ignore")
 
 

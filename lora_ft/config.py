@@ -32,6 +32,7 @@ from lora_ft.redaction import holds_secret, redacted
 TaskName = Literal["chat", "complete", "classify", "seq2seq"]
 Quant = Literal["nf4", "int8", "none"]
 Metric = Literal["exact_match", "json_match"]
+BaseCache = Literal["auto", "on", "off"]
 T = TypeVar("T")
 
 
@@ -166,6 +167,8 @@ class TrainConfig:
     """Compute dtype; `auto` takes what the device multiplies fastest and logs why."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: a third slower, far less memory."""
+    base_cache: BaseCache = "auto"
+    """Hold 4-bit weights dense while training: quicker, more memory. `auto`: on a processor, up to 1 GiB."""
     eval_steps: int | None = None
     """Optimizer steps between evaluations; unset, once at the end."""
     save_steps: int | None = None

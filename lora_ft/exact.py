@@ -2,6 +2,7 @@
 
 The order of the rows in epoch e comes from (seed, e), and what is drawn in a forward pass, such as dropout, from (seed,
 step, micro step): nothing depends on what happened before. Each step has a fingerprint by which two runs are compared.
+Several processes take the micro steps of a step in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from lora_ft import adapters
+from lora_ft import adapters, processes
 from lora_ft.errors import ConfigError, LoraFtError
 
 HOOKS = ("_get_train_sampler", "_get_grad_norm", "_maybe_log_save_evaluate")
@@ -41,6 +42,12 @@ def seed_of(*place: int) -> int:
     """Returns a seed of 63 bits that is its own for every place."""
     digest = hashlib.sha256(struct.pack(f"<{len(place)}q", *place)).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def pass_seed(trainer: Any, own: int) -> int:
+    """Returns the seed of a pass: of the step being made the one with the number `own`, from 0, in this process."""
+    micro_step = own * processes.count() + processes.rank()
+    return seed_of(trainer.args.seed, trainer.state.global_step, micro_step)
 
 
 def reseed(seed: int) -> None:
@@ -168,12 +175,13 @@ class ExactSteps:
         trainer: Any = self
         # The last batch of an epoch may be left out.
         batches = len(trainer.callback_handler.train_dataloader)
+        # Of each process as many.
         return divmod(step, max(1, -(-batches // trainer.args.gradient_accumulation_steps)))
 
     def rows_of(self, step: int, micro_step: int) -> list[int]:
         """Returns the numbers, from 0, of the rows in a micro step, both counted from 0."""
         trainer: Any = self
-        size, accumulate = trainer._train_batch_size, trainer.args.gradient_accumulation_steps
+        size, accumulate = trainer._train_batch_size, trainer.args.gradient_accumulation_steps * processes.count()
         epoch, update = self.place_of(step) if self.order is not None else (0, step)
         start = (update * accumulate + micro_step) * size
         return (
@@ -182,7 +190,7 @@ class ExactSteps:
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         trainer: Any = self
-        reseed(seed_of(trainer.args.seed, trainer.state.global_step, len(self.step_losses)))
+        reseed(pass_seed(trainer, len(self.step_losses)))
         loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         self.step_losses.append(loss)
         self.step_items = num_items_in_batch

@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft.config import BaseCache
 from lora_kernels import Frozen, nf4_dequant
 
 # Weights that share a scale in NF4.
 BLOCK = 64
 MISREAD = f"bitsandbytes misreads 4-bit weights on this processor whose rows are no multiple of {BLOCK}"
 
-# Bytes of dense weights that a 4-bit model may hold beside its own: 0.4 GiB for SmolLM2-135M in float32.
+# Bytes of dense weights that a 4-bit model may hold beside its own on a processor: 0.4 GiB for SmolLM2-135M in float32.
 DENSE_LIMIT = 1 << 30
 
 
@@ -59,20 +60,28 @@ class Dequantized(nn.Linear):
         return dense.train(layer.training)
 
 
+def choose_cache(model: nn.Module, cache: BaseCache) -> None:
+    """Says of a model what `dequantized` does with it from here on."""
+    model.base_cache = cache  # type: ignore[assignment]
+
+
 @contextmanager
 def dequantized(model: nn.Module) -> Iterator[None]:
-    """Runs the block with 4-bit weights dequantized once, where each pass on a processor would do it anew.
+    """Runs the block with 4-bit weights dequantized once, where each pass would do it anew.
 
-    Small models only, and by their size alone, so that a run computes the same however much memory is free. Does
-    nothing on a GPU, whose kernels read the packed weights.
+    Unless something was chosen for the model (`choose_cache`): on a processor and small models only, by their size
+    alone, so that a run computes the same however much memory is free. The kernels of a GPU read the packed weights.
     """
+    cache = getattr(model, "base_cache", "auto")
     places = [
         (parent, name, layer)
         for parent in model.modules()
         for name, layer in parent.named_children()
-        if isinstance(layer, bnb.nn.Linear4bit) and layer.weight.device.type == "cpu" and layer.compute_dtype
+        if isinstance(layer, bnb.nn.Linear4bit) and layer.compute_dtype
     ]
-    if sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for *_, layer in places) > DENSE_LIMIT:
+    held = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for *_, layer in places)
+    on_gpu = any(layer.weight.device.type != "cpu" for *_, layer in places)
+    if cache == "off" or (cache == "auto" and (on_gpu or held > DENSE_LIMIT)):
         places = []
     try:
         for parent, name, layer in places:

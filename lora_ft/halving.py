@@ -14,7 +14,7 @@ from lora_ft import attention, heap
 from lora_ft.data.mask import IGNORE
 from lora_ft.devices import is_out_of_memory
 from lora_ft.errors import OutOfMemoryError
-from lora_ft.exact import reseed, seed_of
+from lora_ft.exact import pass_seed, reseed
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Halving:
         trainer: Any = self
         model, self.step_losses = trainer.model_wrapped, []
         self._batches, self._seen_before = [(inputs, (inputs["labels"] != IGNORE).sum())], self.tokens_seen
-        reseed(seed_of(trainer.args.seed, trainer.state.global_step, 0))
+        reseed(pass_seed(trainer, 0))
         self._made(model, [0], again=[0])
         model.zero_grad(set_to_none=True)
         self.tokens_seen = self._seen_before
@@ -64,7 +64,7 @@ class Halving:
             try:
                 for micro_step in micro_steps:
                     if micro_steps is again:  # as `ExactSteps` did the first time
-                        reseed(seed_of(trainer.args.seed, trainer.state.global_step, micro_step))
+                        reseed(pass_seed(trainer, micro_step))
                     loss = self._in_parts(model, *self._batches[micro_step])
                 return loss
             except RuntimeError as error:

@@ -123,6 +123,9 @@ class Planner:
             peft_task=task.peft_task,
             special_tokens=config.data.special_tokens,
         )
+        # The device that is planned for need not be the one that this is planned on.
+        asked = config.train.base_cache
+        four_bits.choose_cache(self.model, "off" if self.on_gpu and asked == "auto" else asked)
         if self.on_gpu:
             blocks.presume(self.model)
         against = (
@@ -151,9 +154,8 @@ class Planner:
             inside.enter_context(ledger)
             inside.enter_context(_filled(model, ledger))
             inside.enter_context(_checkpointed(model) if checkpointing else nullcontext())
-            if not self.on_gpu:
-                with ledger.counting(DENSE):
-                    inside.enter_context(four_bits.dequantized(model))
+            with ledger.counting(DENSE):
+                inside.enter_context(four_bits.dequantized(model))
             inside.enter_context(attention.packed(model) if self.shared else nullcontext())
             model.train()
             learned = list(adapters.trained(model).values())

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lora_ft import (
     evaluate,
     heap,
     locks,
+    processes,
     recorded,
     replies,
     report,
@@ -124,21 +125,30 @@ def run(
     Raises:
         ProofError: the run cannot prove what it did; Interrupted: it was stopped and can be resumed.
         BusyError: another process trains into the same folder, or on the same GPU.
+        SystemExit: this is one of several processes (`torchrun`, `accelerate launch`) and not the first, which alone
+            goes on after the training.
     """
-    _refuse_many_processes()
-    with _locked(config.out):
-        return _run(config, examples, held_out, console or Console(stderr=True), watch)
+    _refuse_sharding()
+    processes.join()
+    shown = console if console and processes.is_first() else Console(stderr=True, quiet=not processes.is_first())
+    try:
+        with _locked(config.out):
+            return _run(config, examples, held_out, shown, watch)
+    finally:
+        processes.leave()
 
 
 def gpu() -> str | None:
     """Returns the uuid of the GPU that a run in this process is on, which `locks.gpu` holds; None on a processor."""
-    return str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
+    return (
+        str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid) if torch.cuda.is_available() else None
+    )
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Holds the folder of a run in the block, and the GPU that it runs on; tells of an interrupt if it can go on."""
-    with locks.run_folder(out), locks.gpu(gpu(), out):
+    with locks.run_folder(out) if processes.is_first() else nullcontext(), locks.gpu(gpu(), out):
         try:
             yield
         except KeyboardInterrupt:
@@ -156,20 +166,30 @@ def _run(
     console: Console,
     watch: Watch,
 ) -> Run:
-    started.sweep(config.out)
-    started.refuse_to_overwrite(config)
-    train.require_trackers(config.train)
-    started.clear_up(config.out)
-    trained = config.resume and started.is_trained(config.out)
-    if config.resume and not trained:
-        checkpoints.newest(config.out / train.CHECKPOINTS)
-    task = tasks.get(config.task)
-    # Before the base, which may be gigabytes to fetch.
-    found = read(config, examples, held_out)
-    source = sources.resolve(config.base, config.revision)
-    rows = prepare(config, task, source, *found)
-    started.keep_or_compare(config, rows.facts, environment.tokenizer_sha256(task.tokenizer), source.record())
-    base, model, fit = _recall(config.out) if trained else _train(config, task, source, rows, console, watch)
+    first = processes.is_first()
+    with processes.in_turn():
+        if first:
+            started.sweep(config.out)
+            started.refuse_to_overwrite(config)
+            train.require_trackers(config.train)
+            started.clear_up(config.out)
+        trained = config.resume and started.is_trained(config.out)
+        if first and config.resume and not trained:
+            checkpoints.newest(config.out / train.CHECKPOINTS)
+        task = tasks.get(config.task)
+        # Before the base, which may be gigabytes to fetch.
+        found = read(config, examples, held_out)
+        source = sources.resolve(config.base, config.revision)
+        rows = prepare(config, task, source, *found)
+        if first:
+            started.keep_or_compare(config, rows.facts, environment.tokenizer_sha256(task.tokenizer), source.record())
+    if not trained:
+        base, model, fit = _train(config, task, source, rows, console, watch)
+    processes.leave()
+    if not first:
+        raise SystemExit(0)
+    if trained:
+        base, model, fit = _recall(config.out)
     sealed = _seal(task, base, model, rows, config.out)
     measured = None
     if rows.held_out:
@@ -189,7 +209,7 @@ def _run(
 def _train(
     config: RunConfig, task: Task, source: sources.Source, rows: Rows, console: Console, watch: Watch
 ) -> tuple[Base, Any, train.Fit]:
-    """Returns base, model and what training did, the adapter saved."""
+    """Returns base, model and what training did, the adapter saved by the first process."""
     base = bases.load(
         source,
         quant=config.quant,
@@ -226,8 +246,9 @@ def _train(
         log.warning("%d of the %d rows read have more than %d tokens, and were cut", facts["cut_rows"],
                     facts["rows_read"], task.max_length)  # fmt: skip
     if fit.interrupted:
-        raise _stopped(config.out, fit.steps)
-    _save(config, task, base, model, rows, fit)
+        raise _stopped(config.out, fit.steps) if processes.is_first() else SystemExit(Interrupted.exit_status)
+    if processes.is_first():
+        _save(config, task, base, model, rows, fit)
     return base, model, fit
 
 
@@ -382,6 +403,9 @@ def _asked(example: Example) -> str:
     return example.prompt if isinstance(example, formats.Pair) else ""
 
 
-def _refuse_many_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Training runs in one process on one device; start lora-ft without torchrun or accelerate.")
+def _refuse_sharding() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ConfigError(
+            "The base is not sharded over processes (FSDP), each holds it whole: launch with --multi_gpu or torchrun; "
+            "quantized with --quant nf4 it may fit, which `lora-ft plan` says."
+        )

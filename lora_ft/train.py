@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import adapters, attention, environment, exact, four_bits, heap, losses
+from lora_ft import adapters, attention, environment, exact, four_bits, heap, losses, processes
 from lora_ft.base import Base
 from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
@@ -30,6 +30,7 @@ from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryErr
 from lora_ft.guard import GuardedSteps
 from lora_ft.halving import Halving
 from lora_ft.modes import mixed_precision
+from lora_ft.replicas import Replicas
 from lora_ft.tasks import Batch, Features, Task, tokens
 from lora_ft.watch import Clock, EvaluationStopped, GradientProof, Interrupt, MetricsFile, peak_bytes
 
@@ -73,10 +74,12 @@ class TaskLoss:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         trainer: Any = self
-        self.tokens_seen += tokens(inputs)
+        # A process that is left without a batch makes its pass without labels.
+        if processes.count() == 1 or bool((inputs["labels"] != IGNORE).any()):
+            self.tokens_seen += tokens(inputs)
         # Of the Trainer's own only the outermost forward is under autocast, and a task may call what lies inside.
         with mixed_precision(model):
-            nll = self.task.loss(model, inputs)
+            nll = self.task.loss(trainer.model, inputs)
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"] != IGNORE).sum()
         # The count is that of all processes, and their gradients are averaged. Where it is zero, so is the sum.
@@ -88,8 +91,14 @@ class TaskLoss:
         trainer: Any = self
         rows = self.eval_rows if eval_dataset is None else eval_dataset
         with self.interrupt.evaluation(), attention.unpacked(trainer.model):
-            found = losses.of_rows(self.task, trainer.model, rows, trainer.args.per_device_eval_batch_size)
-        metrics = {f"{metric_key_prefix}_loss": found.mean}
+            share = rows[processes.rank() :: processes.count()]
+            found = losses.of_rows(self.task, trainer.model, share, trainer.args.per_device_eval_batch_size)
+        mean = found.mean
+        if processes.count() > 1:
+            of_each = processes.gathered([found.nll.sum(), found.count.sum()])
+            nll, count = (sum(numbers) for numbers in zip(*of_each, strict=True))
+            mean = nll / count
+        metrics = {f"{metric_key_prefix}_loss": mean}
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
@@ -116,7 +125,7 @@ class LoraPlus:
         return trainer.optimizer
 
 
-class AdapterTrainer(TaskLoss, LoraPlus, Checkpoints, GuardedSteps, Halving, Trainer):
+class AdapterTrainer(TaskLoss, LoraPlus, Replicas, Checkpoints, GuardedSteps, Halving, Trainer):
     """The Trainer that `fit` runs."""
 
     kept: tuple[str, ...] = ("evaluation_due", "began_on")
@@ -323,16 +332,20 @@ def fit(
     trainer.began_on = trainer.frozen.told
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    four_bits.choose_cache(model, train.base_cache)
     clock.began = time.perf_counter()
     try:
         with four_bits.dequantized(model), attention.packed(model) if shared else nullcontext():
             trainer.train(resume_from_checkpoint=config.resume)
     except DivergedError as diverged:
+        if not processes.is_first():
+            raise
         step = trainer.back_to_last_good()
         raise DivergedError(f"{diverged} {_way_back(step)}") from None
     except (DataError, OutOfMemoryError):
         # Rows that are streamed are found out when their turn comes, before the step that they are for.
-        if trainer.state.global_step:
+        # Of several processes the others may not be there to save it with.
+        if trainer.state.global_step and processes.count() == 1:
             trainer._save_checkpoint(trainer.model)
         raise
     finally:

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lora_ft import adapters, atomicio
+from lora_ft import adapters, atomicio, processes
 from lora_ft.errors import Interrupted, ProofError, StorageError
 
 log = logging.getLogger(__name__)
@@ -55,11 +55,23 @@ class EvaluationStopped(Exception):  # noqa: N818 - it is no error, only an end
 
 
 class Interrupt(TrainerCallback):
-    """On SIGINT or SIGTERM, finish the step, save a checkpoint and stop; a second signal ends the process at once."""
+    """On SIGINT or SIGTERM, finish the step, save a checkpoint and stop; a second signal ends the process at once.
+
+    Of several processes the terminal and the launcher may each signal one, and all have to stop after the same step:
+    there an evaluation is finished, and only the same signal a second time ends a process at once.
+    """
 
     def __init__(self) -> None:
-        self.asked = self.stopped = self.evaluates = False
+        self.stopped = self.evaluates = False
+        self.agreed = False
+        """Whether any of several processes had been signalled when the step was computed."""
+        self.came: set[int] = set()
         self.previous: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was signalled."""
+        return bool(self.came)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,12 +82,16 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # After the last step the training is done, and is not thrown away.
-        if self.asked and state.global_step < state.max_steps:
+        asked = self.asked if processes.count() == 1 else self.agreed
+        if asked and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Ends the block with EvaluationStopped where a signal comes in it, or has come."""
+        if processes.count() > 1:
+            yield
+            return
         self.evaluates = True
         try:
             if self.asked:
@@ -90,12 +106,12 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if number in self.came or (self.came and processes.count() == 1):
             # Whatever is being written is a draft, and stays one.
             # The bar has hidden the cursor, and will not end.
             os.write(sys.stderr.fileno(), (SHOW_CURSOR if os.isatty(sys.stderr.fileno()) else b"") + STOPPED)
             os._exit(Interrupted.exit_status)
-        self.asked = True
+        self.came.add(number)
         log.info("stopping after this step; a second signal stops at once")
         if self.evaluates:
             raise EvaluationStopped
@@ -133,7 +149,7 @@ class MetricsFile(TrainerCallback):
     """Writes each logged line to `metrics.jsonl`, with the run's fingerprint, tokens per second and peak memory.
 
     Two runs are the same where the steps and fingerprints of their files are: what a clock or a memory says is not
-    compared (tests/README.md has the command).
+    compared (tests/README.md has the command). Of several processes the first one writes.
     """
 
     def __init__(self, path: Path, clock: Clock) -> None:
@@ -142,6 +158,8 @@ class MetricsFile(TrainerCallback):
         """Lines that the disk had no room for."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not processes.is_first():
+            return
         # A resumed run goes on after the step it resumes from; a new one starts the file anew.
         self._rewrite(
             [line for line in self._lines() if line["step"] <= state.global_step] if state.global_step else []
@@ -157,6 +175,8 @@ class MetricsFile(TrainerCallback):
             return
         fingerprint = {"fingerprint": self.clock.trainer.fingerprint} if "loss" in logs else {}
         logs.update(self.clock.read())  # for the callbacks after this one too
+        if not processes.is_first():
+            return
         # JSON has no word for what is not a number.
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
         line = {"step": state.global_step, **fingerprint, **line}

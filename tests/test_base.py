@@ -658,6 +658,11 @@ def test_dense_stand_ins_say_what_the_4_bit_layers_say_and_leave_no_trace(tmp_pa
 def test_a_model_too_large_for_dense_stand_ins_has_none(tmp_path, monkeypatch):
     loaded = base.load(str(tiny.model_folder(tmp_path / "base", "llama")))
     monkeypatch.setattr(four_bits, "DENSE_LIMIT", 1000)
+    for cache, stand_ins in (("auto", 0), ("on", 14), ("off", 0)):
+        four_bits.choose_cache(loaded.model, cache)
+        with four_bits.dequantized(loaded.model):
+            assert sum(isinstance(m, four_bits.Dequantized) for m in loaded.model.modules()) == stand_ins
+    monkeypatch.undo()
     with four_bits.dequantized(loaded.model):
         assert not any(isinstance(m, four_bits.Dequantized) for m in loaded.model.modules())
 

@@ -57,6 +57,7 @@ OPTIONS = [
     "train.seed",
     "train.dtype",
     "train.checkpoint_activations",
+    "train.base_cache",
     "train.eval_steps",
     "train.save_steps",
     "train.patience",

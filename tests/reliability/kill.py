@@ -2,10 +2,11 @@
 
     python -m tests.reliability.kill --count 500 --rival 100
 
-A run trains, saves at every step, and writes, seals and proves its adapter. It dies, as of `kill -9`, at a random byte
-of all that it writes, or in every fifth case at a random moment. Others go on from an evaluation that a signal ended,
-whose step is saved a second time, and die at each change of a checkpoint's name in turn. The rival, transformers'
-Trainer with PEFT, saves the same model as often and is killed at a random moment of a save.
+A run trains, on rows and on packs of them in turn, saves at every step, and writes, seals and proves its adapter. It
+dies, as of `kill -9`, at a random byte of all that it writes, or in every fifth case at a random moment. Others go on
+from an evaluation that a signal ended, whose step is saved a second time, and die at each change of a checkpoint's name
+in turn. The rival, transformers' Trainer with PEFT, saves the same model as often and is killed at a random moment of a
+save.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tests.reliability.forks import MEMORY, Ended, Place, fingerprints, fork, li
 
 # Every so many runs are killed by the clock instead of at a byte, with the disk as it always is.
 BY_CLOCK = 5
+KINDS = {"rows": (), "packs": ("--data.packing", "--data.max-length", "32")}
 
 
 @dataclasses.dataclass
@@ -77,22 +79,34 @@ class Written(Deadly):
         self.told.write_text(str(self.written))
 
 
+class Whole:
+    """A run that nobody kills, in `folder`: how long it takes, how much it writes, and what it ends with."""
+
+    def __init__(self, folder: Path, more: tuple[str, ...]) -> None:
+        folder.mkdir(exist_ok=True)
+        self.place = Place(folder, more=more)
+        out, told = folder / "whole", folder / "written.txt"
+        began = time.perf_counter()
+        ended = self.place.run(out, disk=Written(told))
+        assert ended.status == 0, ended.said
+        self.took_s, self.size = time.perf_counter() - began, int(told.read_text())
+        self.fingerprints, self.adapter = fingerprints(out), (out / "adapter_model.safetensors").read_bytes()
+
+
 def ours(folder: Path, count: int, seed: int = 0) -> Tally:
     """Returns what came of `count` kills of our runs."""
-    place, tally, rng = Place(folder), Tally(), random.Random(seed)
-    whole, told = folder / "whole", folder / "written.txt"
-    began = time.perf_counter()
-    ended = place.run(whole, disk=Written(told))
-    took_s, size = time.perf_counter() - began, int(told.read_text())
-    assert ended.status == 0, ended.said
-    expected, final = fingerprints(whole), (whole / "adapter_model.safetensors").read_bytes()
+    tally, rng = Tally(), random.Random(seed)
+    wholes = [Whole(folder / kind, more) for kind, more in KINDS.items()]
+    assert wholes[0].fingerprints != wholes[1].fingerprints
     while tally.kills < count:
+        whole = wholes[tally.kills % len(wholes)]
+        place = whole.place
         out = folder / "run"
         by_clock = tally.kills % BY_CLOCK == BY_CLOCK - 1
         if by_clock:
-            ended = place.run(out, kill_after_s=rng.uniform(0, took_s))
+            ended = place.run(out, kill_after_s=rng.uniform(0, whole.took_s))
         else:
-            ended = place.run(out, disk=Deadly(rng.randrange(1, size + 1)))
+            ended = place.run(out, disk=Deadly(rng.randrange(1, whole.size + 1)))
         if not ended.killed:  # it was done before the clock was
             shutil.rmtree(out, ignore_errors=True)
             continue
@@ -102,7 +116,7 @@ def ours(folder: Path, count: int, seed: int = 0) -> Tally:
         tally.lost += not is_trained(out) and logged - max(kept, default=0) > 1
         ended = place.finish(out)
         tally.unreadable += ended.status != 0
-        count_differences(tally, out, ended, expected, final)
+        count_differences(tally, out, ended, whole.fingerprints, whole.adapter)
         if tally.kills % 50 == 0:
             print(f"so far: {tally}", file=sys.stderr, flush=True)
     return tally
