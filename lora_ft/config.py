@@ -31,6 +31,7 @@ from lora_ft.redaction import holds_secret, redacted
 
 TaskName = Literal["chat", "complete", "classify", "seq2seq"]
 Quant = Literal["nf4", "int8", "none"]
+Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
 Metric = Literal["exact_match", "json_match"]
 BaseCache = Literal["auto", "on", "off"]
 T = TypeVar("T")
@@ -153,6 +154,8 @@ class TrainConfig:
     """Optimizer steps; set, it replaces `epochs`."""
     lr: float = 2e-4
     """Peak learning rate of AdamW."""
+    optimizer: Optimizer = "adamw"
+    """Bits of AdamW's moments: 32, or 8 in tensors of 4096 elements and more, which a full GPU can page out."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after warm-up."""
     warmup: float = 0.03

@@ -20,11 +20,12 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from lora_ft import adapters, attention, blocks, devices, four_bits, rows, sources, tasks
 from lora_ft import base as bases
+from lora_ft import optimizer as optimizers
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
 from lora_ft.devices import Device
@@ -39,6 +40,8 @@ from lora_kernels import slabs
 
 WEIGHTS, DENSE, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "dense weights", "adapters", "gradients", "optimizer"
 KINDS = (WEIGHTS, DENSE, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, LOGITS, WORKSPACE)
+# What lies outside of the memory that is planned.
+PAGED = "paged"
 # Of the rate of matrix products alone, about what a step reaches: SmolLM2-135M on two cores. No GPU was measured.
 REACHED = 0.35
 # Scales that share one of their own in NF4.
@@ -159,12 +162,18 @@ class Planner:
             inside.enter_context(attention.packed(model) if self.shared else nullcontext())
             model.train()
             learned = list(adapters.trained(model).values())
-            optimizer = torch.optim.AdamW(learned, fused=True)
+            with unset_fake_temporarily():  # the tables of 8 bits are numbers
+                kind, options = optimizers.made_of(self.config.train, self.device.kind)
+                optimizer = kind(learned, **options)
+            optimizers.keep_embeddings_whole(optimizer, model)
             with ledger.counting(GRADIENTS):
                 for parameter in learned:
                     parameter.grad = torch.zeros_like(parameter)
             with ledger.counting(OPTIMIZER):
                 optimizer.step()
+            # A GPU gives them up while a pass needs the memory.
+            for moments in optimizer.paged() if isinstance(optimizer, optimizers.BlockwiseAdamW) else ():
+                ledger.call(moments, PAGED)
             if accumulate == 1:
                 optimizer.zero_grad()
             ledger.begin()

@@ -14,13 +14,12 @@ from typing import Any
 
 import peft
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import adapters, attention, environment, exact, four_bits, heap, losses, processes
+from lora_ft import adapters, attention, environment, exact, four_bits, heap, losses, optimizer, processes
 from lora_ft.base import Base
 from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
@@ -30,6 +29,7 @@ from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryErr
 from lora_ft.guard import GuardedSteps
 from lora_ft.halving import Halving
 from lora_ft.modes import mixed_precision
+from lora_ft.optimizer import ChosenOptimizer
 from lora_ft.replicas import Replicas
 from lora_ft.tasks import Batch, Features, Task, tokens
 from lora_ft.watch import Clock, EvaluationStopped, GradientProof, Interrupt, MetricsFile, peak_bytes
@@ -104,28 +104,7 @@ class TaskLoss:
         return metrics
 
 
-class LoraPlus:
-    """Mixin for a Trainer: B learns `plus_ratio` times as fast as A where the ratio is set."""
-
-    plus_ratio: float | None = None
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        trainer: Any = self
-        if self.plus_ratio is None or trainer.optimizer is not None:
-            return super().create_optimizer()  # type: ignore[misc]
-        trainer.optimizer = create_loraplus_optimizer(
-            trainer.model,
-            torch.optim.AdamW,
-            lr=trainer.args.learning_rate,
-            loraplus_lr_ratio=self.plus_ratio,
-            weight_decay=trainer.args.weight_decay,
-            loraplus_weight_decay=trainer.args.weight_decay,
-            fused=True,
-        )
-        return trainer.optimizer
-
-
-class AdapterTrainer(TaskLoss, LoraPlus, Replicas, Checkpoints, GuardedSteps, Halving, Trainer):
+class AdapterTrainer(TaskLoss, ChosenOptimizer, Replicas, Checkpoints, GuardedSteps, Halving, Trainer):
     """The Trainer that `fit` runs."""
 
     kept: tuple[str, ...] = ("evaluation_due", "began_on")
@@ -310,6 +289,8 @@ def fit(
         chosen.append(_tensorboard(out))
     if train.patience is not None:
         chosen.append(EarlyStoppingCallback(train.patience))
+    for reason in optimizer.choose(train.optimizer, base.device.type)[1]:
+        log.warning(reason)
     trainer = AdapterTrainer(
         task,
         eval_rows,
@@ -321,6 +302,7 @@ def fit(
         eval_dataset=Rows(eval_rows) if eval_rows else None,
         data_collator=collate,
         callbacks=chosen,
+        optimizer_cls_and_kwargs=optimizer.made_of(train, base.device.type),
     )
     trainer.remove_callback(PrinterCallback)
     clock.trainer = proof.trainer = trainer
@@ -428,7 +410,6 @@ def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> 
         warmup_steps=train.warmup,
         weight_decay=train.weight_decay,
         max_grad_norm=train.clip,
-        optim="adamw_torch_fused",
         seed=train.seed,
         data_seed=train.seed,
         bf16=base.dtype == torch.bfloat16,

@@ -50,6 +50,7 @@ OPTIONS = [
     "train.epochs",
     "train.steps",
     "train.lr",
+    "train.optimizer",
     "train.schedule",
     "train.warmup",
     "train.weight_decay",

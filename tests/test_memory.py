@@ -87,6 +87,8 @@ SMALL = {
     "accumulation": ("complete", "gpt2", {"quant": "none", "accumulate": 3, "batch_size": 2}),
     "padded": ("complete", "gpt-neox", {"length": 128}),
     "int8": ("chat", "qwen3", {"quant": "int8"}),
+    "8 bits": ("complete", "llama", {"rank": 64, "length": 32, "batch_size": 1, "optimizer": "adamw-8bit"}),
+    "paged, where nothing pages": ("complete", "gpt2", {"rank": 96, "length": 32, "optimizer": "adamw-paged-8bit"}),
     "encoder": ("classify", "bert", {"batch_size": 8}),
     "two texts": ("seq2seq", "t5", {"length": 128}),
 }
@@ -122,9 +124,9 @@ def test_a_step_of_a_real_model_holds_what_the_plan_says(case, tmp_path):
     assert said == pytest.approx(found, rel=CLOSE)
 
 
-def llama_8b(folder: Path) -> str:
+def llama_8b(folder: Path, **changes) -> str:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B | changes))
     return str(folder)
 
 
@@ -149,6 +151,25 @@ def test_llama_8b_is_planned_of_its_configuration_alone(tmp_path):
     assert plan.fitting.checkpointing
     assert plan.fitting.peak_bytes < plan.device.usable_bytes < plan.asked.peak_bytes
     assert plan.fitting.flops > 1.3 * plan.asked.flops
+
+
+@pytest.mark.parametrize("device", ["RTX 3060", "cpu"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "adamw-paged-8bit"])
+def test_the_moments_of_each_optimizer_are_counted(tmp_path, optimizer, device):
+    two_layers = llama_8b(tmp_path / "llama", num_hidden_layers=2)
+    config = settings("chat", two_layers, length=64, dtype="auto", batch_size=1, optimizer=optimizer)
+    # By projection and layer: A of 8 x inputs and B of outputs x 8. B of keys and values is the smallest, 8192.
+    sizes = [8 * width for width in (*[4096] * 4, *[4096, 1024, 1024, 4096], *[4096] * 2, 14336, *[14336] * 2, 4096)]
+    if optimizer == "adamw":
+        wanted = sum(2 * 4 * size for size in sizes)
+    elif optimizer == "adamw-8bit" or device == "cpu":
+        wanted = sum(2 * (size + 4 * size // 256) for size in sizes)
+    else:  # of what is paged the scales stay
+        wanted = sum(2 * (4 * size // 256 + (size if size < 100_000 else 0)) for size in sizes)
+        assert max(sizes) > 100_000
+    planned = memory.plan(config, device).asked
+    assert planned.bytes[memory.OPTIMIZER] == pytest.approx(2 * wanted, rel=1e-3)
+    assert planned.peak_bytes == sum(planned.bytes.values())
 
 
 # What is proposed

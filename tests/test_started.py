@@ -42,6 +42,7 @@ def other(tree, **changes):
     ("changes", "key"),
     [
         ({"lr": 1e-5}, "train.lr"),
+        ({"optimizer": "adamw-8bit"}, "train.optimizer"),
         ({"seed": 1}, "train.seed"),
         ({"quant": "none"}, "quant"),
         ({"facts": other(FACTS, train=other(FACTS["train"], sha256="z"))}, "rows.train.sha256"),
