@@ -19,6 +19,8 @@ from lora_ft.foreign.files import object_of
 FILE = "environment.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "tokenizers", "safetensors")
 
+# Of a larger file that is streamed only so much is read for its digest: pieces of one size, first and last among them.
+PIECES, PIECE_BYTES = 256, 64 * 2**10
 # What a tokenizer written in Python makes of this stands for its rules, which cannot be read.
 PROBE = " A b\u00e9\u0301\uff21 don't  x\t12,345.6\n\u4f60\u597d <s></s> "
 
@@ -106,3 +108,19 @@ def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def streamed_facts(path: Path) -> dict[str, str | None]:
+    """Returns the digest of a file that is to be streamed: its sha256, or for a large one `sampled_sha256`.
+
+    That is of its size and of pieces spread evenly over it, 16 MiB in all, so that no file is too large to begin with.
+    """
+    size = path.stat().st_size
+    if size <= PIECES * PIECE_BYTES:
+        return {"sha256": file_sha256(path)}
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb", buffering=0) as stream:
+        for piece in range(PIECES):
+            stream.seek((size - PIECE_BYTES) * piece // (PIECES - 1))
+            digest.update(stream.read(PIECE_BYTES))
+    return {"sha256": None, "sampled_sha256": digest.hexdigest()}

@@ -92,8 +92,8 @@ def prepare(
     features: Sequence[Features] | Streamed
     if streamed:
         local = Path(str(data.train))
-        digest = environment.file_sha256(local) if local.is_file() else None
-        facts["train"] = {"name": _name(data.train), "rows": None, "sha256": digest}
+        digest = environment.streamed_facts(local) if local.is_file() else {"sha256": None}
+        facts["train"] = {"name": _name(data.train), "rows": None, **digest}
         features = Streamed(lambda: _stream(config, task, facts["train"]))
     else:
         features = tasks.featurize(task, examples)

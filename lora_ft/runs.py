@@ -234,7 +234,7 @@ def _train(
             watching = [bar, *watch(task, base, model, rows)]
             fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, watching, names)
     except DataError as error:
-        raise DataError([*error.problems, _after_bad_row(config.out, rows.facts["train"]["sha256"])]) from None
+        raise DataError([*error.problems, _after_bad_row(config.out, rows.facts["train"])]) from None
     except OutOfMemoryError as error:
         steps = [checkpoints.step_of(place) for place in checkpoints.found(config.out / train.CHECKPOINTS)]
         if not steps:
@@ -263,7 +263,7 @@ def _stopped(out: Path, steps: int) -> LoraFtError:
     return Interrupted(f"Stopped at step {steps}; {saved_at}. To go on:")
 
 
-def _after_bad_row(out: Path, digest: str | None) -> str:
+def _after_bad_row(out: Path, facts: dict[str, Any]) -> str:
     """Returns what to do where a row that was streamed ended the training."""
     saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / train.CHECKPOINTS)]
     if not saved_steps:
@@ -271,7 +271,8 @@ def _after_bad_row(out: Path, digest: str | None) -> str:
             "No step was made before it: mend the row and start anew. --dry-run reads all rows and names each problem."
         )
     # The digest of the file is then another, which a resumed run asks about.
-    allowed = " --allow-changed rows.train.sha256" if digest else ""
+    digest = started.digest_of(facts)
+    allowed = f" --allow-changed rows.train.{digest}" if digest else ""
     return (
         f"A checkpoint of step {saved_steps[-1]} is saved: mend the row in its place, leaving those before it as they "
         f"are, and go on with --resume{allowed}."

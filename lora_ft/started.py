@@ -95,7 +95,7 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     """
     path = config.out / CHECKPOINTS / FILE
     # Of a data set that is streamed from the hub there is no digest, only the name.
-    free = FREE_ON_RESUME if facts["train"]["sha256"] else FREE_ON_RESUME - {"data.train"}
+    free = FREE_ON_RESUME if digest_of(facts["train"]) else FREE_ON_RESUME - {"data.train"}
     now = {key: value for key, value in _flat(plain(config)).items() if key not in free}
     now |= _flat({"rows": facts, "tokenizer": {"sha256": tokenizer_sha256}, "weights": base})
     now |= _flat({MADE_WITH: environment.made_with()})
@@ -125,6 +125,11 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
                 "bit for bit:\n%s", "\n".join(told[key].replace(f"{MADE_WITH}.", "") for key in other)
             )  # fmt: skip
     atomicio.write_sealed(path, now)
+
+
+def digest_of(facts: dict[str, Any]) -> str | None:
+    """Returns the name of the digest among the facts of some rows; None where they have none."""
+    return next((name for name in ("sha256", "sampled_sha256") if facts.get(name)), None)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
