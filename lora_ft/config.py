@@ -29,11 +29,14 @@ from lora_ft.foreign.files import text_of
 from lora_ft.foreign.strictjson import shown
 from lora_ft.redaction import holds_secret, redacted
 
-TaskName = Literal["chat", "complete", "classify", "seq2seq"]
+TaskName = Literal["chat", "complete", "classify", "seq2seq", "tag"]
 Quant = Literal["nf4", "int8", "none"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
-Metric = Literal["exact_match", "json_match"]
 BaseCache = Literal["auto", "on", "off"]
+METRICS = ("exact_match", "json_match", "rouge", "bleu", "chrf")
+FROM_HUB = "hub:"
+"""What the name of a metric on the hub begins with here: whoever types it lets its code run."""
+HUB_METRIC = re.compile(r"hub:\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 T = TypeVar("T")
 
 
@@ -114,8 +117,9 @@ class DataConfig:
     """Longest row in tokens; longer ones are cut at the end."""
     special_tokens: tuple[str, ...] = ()
     """Tokens to add to the vocabulary; only their embedding rows are trained."""
-    metrics: tuple[Metric, ...] = ()
-    """Metrics on replies generated for the held-out rows, besides the loss."""
+    metrics: tuple[str, ...] = ()
+    """Metrics on replies generated for the held-out rows: exact_match, json_match, rouge, bleu, chrf, or hub:NAME for
+    one of the hub's, whose code is fetched and run."""
     packing: bool = False
     """Fill rows of `max-length` tokens with several examples, none of which sees another; `batch-size` counts those."""
     streaming: bool = False
@@ -123,6 +127,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least("data.max-length", self.max_length, 8)
+        known_metrics("data.metrics", self.metrics)
         fraction = self.eval_fraction
         if fraction is not None and not 0 < fraction < 1:
             raise ValueError(f"data.eval is a fraction in (0, 1) or a file, got {self.eval}.")
@@ -251,7 +256,13 @@ def cli(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None
         ConfigError: a configuration file is missing, is not a mapping, or holds an unknown key.
         SystemExit: the flags are wrong (status 2) or ask for help (0); the message has been printed.
     """
-    typed = list(sys.argv[1:] if argv is None else argv)
+    saved, typed = _words(cls, list(sys.argv[1:] if argv is None else argv))
+    _refuse_code(saved, typed)
+    return tyro.cli(cls, args=saved + typed, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _words(cls: Any, typed: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the flags that the configuration files in `typed` stand for, and the words without those files."""
     saved: list[str] = []
     while (at := _config_flag(typed)) is not None:
         _, _, joined = typed[at].partition("=")
@@ -261,7 +272,7 @@ def cli(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None
         del typed[at : at + (1 if joined else 2)]
         saved += _flags(cls, _read_yaml(path), path)
     _refuse_secrets(saved + typed)
-    return tyro.cli(cls, args=saved + typed, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    return saved, typed
 
 
 def plain(value: Any) -> Any:
@@ -306,7 +317,8 @@ def from_yaml(cls: type[T], path: Path) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return cli(cls, ["--config", str(path)], prog=path.name)
+            saved, _ = _words(cls, ["--config", str(path)])
+            return tyro.cli(cls, args=saved, prog=path.name, config=(tyro.conf.AvoidSubcommands,))
     except SystemExit:
         # The parser's box, plain where it is not printed: a title, what is wrong, how to type it, each above a rule.
         _, reason, *_ = re.split(r"^ *-+ *$", said.getvalue(), flags=re.MULTILINE)
@@ -321,6 +333,16 @@ def _refuse_secrets(words: Sequence[str]) -> None:
             raise ConfigError(
                 f"{flag} holds a secret. Tokens are never options: set HF_TOKEN, or log in with `hf auth login`, and "
                 "take this one out; it may stand in the history of your shell."
+            )
+
+
+def _refuse_code(saved: Sequence[str], typed: Sequence[str]) -> None:
+    """Raises ConfigError where a file alone names a metric on the hub: it may be another's, and so the code."""
+    for word in saved:
+        if HUB_METRIC.fullmatch(word) and word not in typed:
+            raise ConfigError(
+                f"--config names the metric {word}, whose code would be fetched and run: if you want that, type "
+                f"--data.metrics {word} too."
             )
 
 
@@ -381,6 +403,13 @@ def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
 def _finite(name: str, value: float) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
+def known_metrics(name: str, metrics: Sequence[str]) -> None:
+    """Raises ValueError where one of the metrics is none of ours, nor called as those on the hub are."""
+    for metric in metrics:
+        if metric not in METRICS and not HUB_METRIC.fullmatch(metric):
+            raise ValueError(f"{name} takes {', '.join(METRICS)} or hub:NAME, got {metric}.")
 
 
 def at_least(name: str, value: float, least: float) -> None:

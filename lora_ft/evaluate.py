@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_ft import adapters, losses, metrics
-from lora_ft.config import Metric
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
-from lora_ft.tasks import Features, Task
+from lora_ft.tasks import Features, Scores, Task
 
 # Longest reply generated, over the longest one wanted: what runs on further is wrong already.
 ROOM = 1.25
@@ -38,7 +37,7 @@ def compare(
     examples: Sequence[Example],
     rows: Sequence[Features],
     *,
-    names: Sequence[Metric] = (),
+    names: Sequence[str] = (),
     batch_size: int = 4,
     note: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -52,23 +51,23 @@ def compare(
     """
     note("measuring the base")
     with adapters.without(model):
-        base_losses = losses.of_rows(task, model, rows, batch_size)
+        base_losses, base_values = _measured(task, model, examples, rows, batch_size)
         before = replies(task, model, examples) if names else []
     note("measuring the adapter")
-    adapter_losses = losses.of_rows(task, model, rows, batch_size)
+    adapter_losses, adapter_values = _measured(task, model, examples, rows, batch_size)
     after = replies(task, model, examples) if names else []
     wanted = [task.question(example)[1] for example in examples] if names else []
     found = losses.difference_interval(base_losses, adapter_losses)
     interval = None if found is None else list(found)
     return Comparison(
-        _values(task, base_losses) | score_replies(before, wanted, names),
-        _values(task, adapter_losses) | score_replies(after, wanted, names) | {"loss_change_interval": interval},
+        base_values | score_replies(before, wanted, names),
+        adapter_values | score_replies(after, wanted, names) | {"loss_change_interval": interval},
         before,
         after,
     )
 
 
-def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[Metric]) -> dict[str, float]:
+def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[str]) -> dict[str, float]:
     """Returns the metrics `names` of replies generated greedily for `examples`."""
     found = replies(task, model, examples)
     return score_replies(found, [task.question(example)[1] for example in examples], names)
@@ -83,7 +82,7 @@ def replies(task: Task, model: Any, examples: Sequence[Example]) -> list[str]:
     return generate(model, task.tokenizer, prompts, sampling=sampling, stop_ids=task.end_ids())
 
 
-def score_replies(found: Sequence[str], wanted: Sequence[str], names: Sequence[Metric]) -> dict[str, float]:
+def score_replies(found: Sequence[str], wanted: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     """Returns the metrics `names` of replies against the ones wanted."""
     values: dict[str, float] = {}
     for name in names:
@@ -91,5 +90,22 @@ def score_replies(found: Sequence[str], wanted: Sequence[str], names: Sequence[M
     return values
 
 
-def _values(task: Task, found: Losses) -> dict[str, Any]:
-    return {"loss": found.mean, task.accuracy_name: found.accuracy, "rows": len(found.nll)}
+def _measured(
+    task: Task, model: Any, examples: Sequence[Example], rows: Sequence[Features], batch_size: int
+) -> tuple[Losses, dict[str, Any]]:
+    """Returns the losses of rows, and loss, accuracy and the task's own metrics by name."""
+    classes: dict[int, list[int]] = {}
+
+    def keep(chosen: Sequence[int], scores: Scores) -> None:
+        # Anew where a batch is made a second time, in halves.
+        classes.update({row: [] for row in chosen})
+        for row, best in zip(scores.row_N.tolist(), scores.logits_NV.argmax(dim=-1).tolist(), strict=True):
+            classes[chosen[row]].append(best)
+
+    found = losses.of_rows(task, model, rows, batch_size, keep if task.own_metrics else None)
+    values = {"loss": found.mean, task.accuracy_name: found.accuracy, "rows": len(found.nll)}
+    if task.own_metrics:
+        pairs = [task.compared(example, classes[row]) for row, example in enumerate(examples)]
+        for name in task.own_metrics:
+            values.update(metrics.compute(name, [said for said, _ in pairs], [right for _, right in pairs]))
+    return found, values

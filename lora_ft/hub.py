@@ -1,9 +1,10 @@
-"""Models on the hub: what of a repository is fetched, and what is said where it cannot be had."""
+"""Models and metrics on the hub: what of a repository is fetched, and what is said where it cannot be had."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from lora_ft.errors import SourceError
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE
@@ -64,10 +65,33 @@ def fetch(name: str, repo: str, revision: str | None, *, weights: bool = True) -
         raise UnavailableError(f"the model has no revision {revision}") from None
     except (httpx2.HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, ValueError) as error:
         # ValueError: what answers in the hub's place, such as a firewall's page, is no JSON.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         try:
             folder = snapshot_download(repo, revision=revision, local_files_only=True, **patterns)
         except (LocalEntryNotFoundError, OSError, ValueError):
-            raise UnavailableError(f"no answer ({reason}), and nothing in the local cache") from None
-        log.info("%s: the hub did not answer (%s); taking the copy in the local cache", name, reason)
+            raise UnavailableError(f"no answer ({reason(error)}), and nothing in the local cache") from None
+        log.info("%s: the hub did not answer (%s); taking the copy in the local cache", name, reason(error))
     return Path(folder)
+
+
+def metric(name: str) -> Any:
+    """Returns the metric module called `name`, such as `bertscore` or `ORG/NAME`: its code is fetched, and run.
+
+    Raises:
+        UnavailableError: the hub and the cache do not have it, or it needs a package that is not there.
+    """
+    import evaluate
+
+    if Path(name).exists():
+        raise UnavailableError(f"{name} in the current folder would be taken for it: start from another folder")
+    try:
+        return evaluate.load(name)
+    # It is code of others, which raises anything as it is imported.
+    except Exception as error:
+        if isinstance(error, FileNotFoundError | ConnectionError):
+            raise UnavailableError("neither the hub nor the local cache has it") from None
+        raise UnavailableError(reason(error)) from None
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of what an error says, or its name."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

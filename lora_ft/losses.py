@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from lora_ft import four_bits, heap
 from lora_ft.devices import is_out_of_memory
 from lora_ft.modes import evaluating
-from lora_ft.tasks import Batch, Features, Task
+from lora_ft.tasks import Batch, Features, Scores, Task
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,17 @@ class Losses:
         return float(self.right.sum() / self.count.sum())
 
 
-def row_losses(task: Task, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns each row's summed negative log-likelihood, positions, and positions right: float32 [B] each."""
+def row_losses(
+    task: Task, model: nn.Module, batch: Batch, told: Callable[[Scores], None] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns each row's summed negative log-likelihood, positions, and positions right: float32 [B] each.
+
+    Args:
+        told: is given the scores that these are the sums of.
+    """
     scores = task.score(model, batch)
+    if told is not None:
+        told(scores)
     nll_N = nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="none")
     right_N = (scores.logits_NV.detach().argmax(dim=-1) == scores.targets_N).float()
     zeros_B = nll_N.new_zeros(batch["labels"].shape[0])
@@ -55,10 +64,19 @@ def row_losses(task: Task, model: nn.Module, batch: Batch) -> tuple[torch.Tensor
     return nll_B, count_B, right_B
 
 
-def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int) -> Losses:
+def of_rows(
+    task: Task,
+    model: nn.Module,
+    rows: Sequence[Features],
+    batch_size: int,
+    told: Callable[[Sequence[int], Scores], None] | None = None,
+) -> Losses:
     """Returns the loss of each of `rows`, in their order; rows of like length share a batch.
 
     Where the memory does not suffice for so many, half as many go together from there on.
+
+    Args:
+        told: is given the scores of each batch, and which of `rows` are in it.
     """
     sums = np.zeros((3, len(rows)))
     device = next(model.parameters()).device
@@ -68,8 +86,9 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
         while start < len(order):
             chosen = order[start : start + batch_size]
             batch = to(task.collate([rows[i] for i in chosen]), device)
+            keep = () if told is None else (partial(told, chosen),)
             try:
-                sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
+                sums[:, chosen] = torch.stack(row_losses(task, model, batch, *keep)).cpu().numpy()
                 start += len(chosen)
                 continue
             except RuntimeError as error:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from lora_ft.config import Metric, RunConfig, TaskName, at_least
+from lora_ft.config import RunConfig, TaskName, at_least, known_metrics
 
 Adapter = tyro.conf.Positional[Path]
 
@@ -33,8 +33,9 @@ class EvaluateConfig:
     """Rows: a file or a hub data set."""
     columns: dict[str, str] = field(default_factory=dict)
     """Names the rows use for known fields."""
-    metrics: tuple[Metric, ...] = ()
-    """Metrics on generated replies, besides the loss."""
+    metrics: tuple[str, ...] = ()
+    """Metrics on generated replies: exact_match, json_match, rouge, bleu, chrf, or hub:NAME for one of the hub's, whose
+    code is fetched and run."""
     batch_size: int = 4
     """Rows in one forward pass."""
     base: str | None = None
@@ -44,6 +45,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         at_least("batch-size", self.batch_size, 1)
+        known_metrics("metrics", self.metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

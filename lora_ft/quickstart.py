@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_ft import adapters, atomicio, evaluate, runs, seal, started, tasks, train
-from lora_ft.config import DataConfig, LoraConfig, Metric, RunConfig, TrainConfig
+from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
 from lora_ft.errors import ConfigError, Interrupted
@@ -28,7 +28,7 @@ BASE = "smollm2-135m"
 TRAIN_ROWS = 600
 HELD_OUT_ROWS = 100
 SHOTS = 3
-METRIC: Metric = "json_match"
+METRIC = "json_match"
 
 
 def quickstart(out: Path | None = None, *, resume: bool = False) -> None:

@@ -32,6 +32,7 @@ TASKS = {
     "complete": ("text-generation", "AutoModelForCausalLM"),
     "classify": ("text-classification", "AutoModelForSequenceClassification"),
     "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "tag": ("token-classification", "AutoModelForTokenClassification"),
 }
 # Metrics of which less is better; of all others more is.
 FALLING = ("loss", "perplexity", "error", "wer", "cer", "ter")
@@ -136,7 +137,7 @@ def snippet(summary: Summary) -> str:
     if base["source"] == "hub" and base.get("repo") and base.get("revision"):
         arguments.append(f"revision={_literal(base['revision'])}")
     arguments += [f"dtype={dtype}", 'device_map="auto"']
-    if summary.task == "classify":
+    if summary.task in ("classify", "tag"):
         labels = summary.environment.get("task", {}).get("labels")
         arguments += [f"num_labels={len(labels)}", f"id2label=dict(enumerate({_literal(labels)}))"] if labels else []
     if quant != "none":
@@ -326,6 +327,10 @@ def _use(summary: Summary) -> list[str]:
     if summary.task == "classify":
         shown = "print(model.config.id2label[logits.argmax().item()])"
         return [plain, forward, "    logits = model(**inputs).logits[0]", shown]
+    if summary.task == "tag":
+        shown = "for token, tag in zip(inputs.tokens(), logits.argmax(dim=-1).tolist()):"
+        return [plain, forward, "    logits = model(**inputs).logits[0]", shown,
+                "    print(token, model.config.id2label[tag])"]  # fmt: skip
     if summary.task == "seq2seq":
         return [plain, forward, generated, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
     if summary.task == "chat":

@@ -23,6 +23,8 @@ KINDS = [
     ("openai-gpt", "complete"),
     ("bert", "classify"),
     ("t5", "seq2seq"),
+    ("bert", "tag"),
+    ("llama", "tag"),
 ]
 
 

@@ -239,7 +239,9 @@ def test_planning_leaves_nothing_changed(small):
 
 @pytest.mark.parametrize("device", ["cpu", "RTX 3060", "T4"])
 @pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
-@pytest.mark.parametrize(("task", "architecture"), [("chat", "qwen3"), ("classify", "bert"), ("seq2seq", "t5")])
+@pytest.mark.parametrize(
+    ("task", "architecture"), [("chat", "qwen3"), ("classify", "bert"), ("seq2seq", "t5"), ("tag", "llama")]
+)
 def test_every_kind_is_planned_for_every_device(tmp_path, task, architecture, quant, device):
     folder = str(tiny.model_folder(tmp_path / "base", architecture))
     dtype = "float32" if device == "cpu" else "auto"

@@ -59,6 +59,8 @@ def quantized(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         ("bert", {"task": "classify"}),
         ("gpt2", {"task": "classify"}),
         ("t5", {"task": "seq2seq"}),
+        ("bert", {"task": "tag"}),
+        ("llama", {"task": "tag"}),
     ],
     ids=str,
 )

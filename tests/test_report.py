@@ -210,7 +210,7 @@ def test_the_snippet_is_a_program_that_loads_the_base_as_trained(task: str, quan
                           if k.arg != "bnb_4bit_compute_dtype"}  # fmt: skip
         assert settings_given["llm_int8_skip_modules"] == ["lm_head"]
         assert settings_given.get("load_in_4bit" if quant == "nf4" else "load_in_8bit") is True
-    if task == "classify":
+    if task in ("classify", "tag"):
         assert given["num_labels"] == "2"
         assert ast.literal_eval(given["id2label"].removeprefix("dict(enumerate(").removesuffix("))")) == labels
     strings = {n.value for n in ast.walk(ast.parse(program)) if isinstance(n, ast.Constant)}

@@ -26,7 +26,7 @@ LAYERS = [
     {"attention"},
     {"head"},
     {"environment", "tasks"},
-    {"losses", "metrics", "weights", "twins"},
+    {"losses", "entities", "metrics", "weights", "twins"},
     {"rates"},
     {"fused"},
     {"blocks"},

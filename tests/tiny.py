@@ -127,6 +127,10 @@ def rows(task_name: str, count: int = 12, seed: int = 0) -> list[tasks.Features]
         if task_name == "classify":
             ids = [1, *words, 2]
             made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": kind})
+        elif task_name == "tag":
+            # Of each word alone, so that a decoder can know it too.
+            tags = [-100, *(word % len(LABELS) for word in words), -100]
+            made.append({"input_ids": [1, *words, 2], "attention_mask": [1] * len(tags), "labels": tags})
         elif task_name == "seq2seq":
             made.append({"input_ids": [*words, 2], "labels": [10 + kind, 20 + kind, 30 + kind, 2]})
         else:
@@ -175,7 +179,7 @@ def run(
         data=config.DataConfig(special_tokens=special_tokens),
         train=config.TrainConfig(steps=steps, lr=lr, batch_size=6, dtype=dtype, warmup=0.0),  # type: ignore[arg-type]
     )
-    facts = {"labels": list(LABELS)} if task == "classify" else {}
+    facts = {"labels": list(LABELS)} if task in ("classify", "tag") else {}
     made = tasks.get(task, facts)
     loaded = base.load(
         str(base_folder),

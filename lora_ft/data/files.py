@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_ft.data.rows import CHUNK_BYTES, Reader, Row, Rows, first_line
 from lora_ft.data.tables import csv, parquet
-from lora_ft.data.texts import begin, json_list, jsonl, paragraphs
+from lora_ft.data.texts import begin, json_list, jsonl, paragraphs, sentences
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import bare, flaws
 
@@ -23,6 +23,8 @@ READERS: dict[str, Reader] = {
     ".parquet": parquet,
     ".txt": paragraphs,
     ".md": paragraphs,
+    ".conll": sentences,
+    ".bio": sentences,
 }
 KINDS = ", ".join(READERS)
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.:\[\]%+-]+)?", re.ASCII)

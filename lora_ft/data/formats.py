@@ -14,6 +14,7 @@ from lora_ft.data.chats import OPENAI, SHAREGPT, conversation, toolbox
 from lora_ft.data.faults import MISSING, Faults, found, listed
 from lora_ft.data.files import rows
 from lora_ft.data.rows import Row
+from lora_ft.data.tagged import of_spans, sentence
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import bare
 
@@ -58,7 +59,16 @@ class Labelled:
     text_pair: str | None = None
 
 
-Example = Chat | Pair | Text | Labelled
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, and what each is: `O`, `B-TYPE` or `I-TYPE`."""
+
+    where: str
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+Example = Chat | Pair | Text | Labelled | Tagged
 
 
 def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]:
@@ -224,6 +234,14 @@ def _labelled(row: Fields, *needs: str) -> Labelled:
     return Labelled(row.where, said[0], name, said[1] if len(said) > 1 else None)
 
 
+def _tagged(row: Fields, words: str, tags: str) -> Tagged:
+    return Tagged(row.where, *sentence(row.get(words), row.get(tags), (row.place(words), row.place(tags)), row.faults))
+
+
+def _spans(row: Fields, text: str, spans: str) -> Tagged:
+    return Tagged(row.where, *of_spans(row.text(text), row.get(spans), row.place(spans), row.faults))
+
+
 def _text(row: Fields, text: str) -> Text:
     return Text(row.where, row.text(text))
 
@@ -239,6 +257,10 @@ FORMATS = (
     Format(("sentence1", "sentence2", "label"), _labelled),
     Format(("text", "label"), _labelled),
     Format(("sentence", "label"), _labelled),
+    Format(("words", "tags"), _tagged),
+    Format(("tokens", "ner_tags"), _tagged),
+    Format(("tokens", "tags"), _tagged),
+    Format(("text", "spans"), _spans),
     Format(("text",), _text),
 )
 # Read as chat or as pairs, these would teach the rejected answer or none.

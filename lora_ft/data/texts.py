@@ -1,14 +1,16 @@
-"""JSONL, JSON and plain text files -> rows, never holding much more than one row."""
+"""JSONL, JSON, plain text and CoNLL files -> rows, never holding much more than one row."""
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from lora_ft.data.faults import found
 from lora_ft.data.rows import CHUNK_BYTES, MAX_ROW_BYTES, ByteFile, Row, Rows, undecodable
+from lora_ft.data.tagged import RULE, is_tag
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import BLANK, JsonError, Scanner, loads, quoted
 
@@ -29,6 +31,10 @@ SIGNATURES = {
     **{b"\x80" + bytes([protocol]): "a Python pickle" for protocol in range(2, 6)},
 }
 SPACE = re.compile(f"[{BLANK}]*")
+# A line of a CoNLL file that begins a document, and no word.
+NEW_DOCUMENT = "-DOCSTART-"
+# As many as the shortest lines could make of the longest row.
+MAX_WORDS = MAX_ROW_BYTES // 4
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -223,6 +229,40 @@ def paragraphs(file: ByteFile, name: str) -> Rows:
             start, kept, size = "", [], 0
     if kept:
         yield Row(start, {"text": "\n".join(kept)})
+
+
+def sentences(file: ByteFile, name: str) -> Rows:
+    """Yields each sentence of a CoNLL file as `words` and `tags`: the first and the last column of its lines.
+
+    Blank lines part sentences. Columns are parted by tabs where a line has one, else by spaces.
+    """
+    start, words, tags = "", list[str](), list[str]()
+    problems: list[str] = []
+    for line in itertools.chain(_lines(file, name), [("", "")]):
+        if isinstance(line, DataError):
+            problems += line.problems
+            continue
+        where, text = line
+        if text.strip() and not text.startswith(NEW_DOCUMENT):
+            start = start or where
+            word, *rest = text.split("\t") if "\t" in text else re.split(" +", text.strip(" "))
+            tag = rest[-1].strip() if rest else ""
+            if not rest:
+                problems.append(f"{where}: has one column; a line is a word, and its tag in the last column.")
+            elif not word.strip():
+                problems.append(f"{where}: the word, in the first column, is empty; name it.")
+            elif not is_tag(tag):
+                problems.append(f"{where}: the tag, in the last column, {found(tag)}; {RULE}.")
+            words.append(word.strip())
+            tags.append(tag)
+            if len(words) > MAX_WORDS:
+                raise DataError([f"{start}: the sentence has over {MAX_WORDS:,} words; part it by blank lines."])
+            continue
+        if problems:
+            yield DataError(problems)
+        elif words:
+            yield Row(start, {"words": words, "tags": tags})
+        start, words, tags, problems = "", [], [], []
 
 
 def _object_row(where: str, value: Any) -> Row | DataError:

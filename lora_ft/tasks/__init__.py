@@ -23,7 +23,7 @@ Features = dict[str, Any]
 """One row for the model: `input_ids`, `labels` and what else the task needs, as lists."""
 Batch = dict[str, torch.Tensor]
 
-NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq"}
+NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq", "tag": "Tag"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Task:
     """PEFT's name for it, written into `adapter_config.json`."""
     accuracy_name: str = "token_accuracy"
     """What the share of scored positions predicted right is called."""
+    own_metrics: tuple[str, ...] = ()
+    """Metrics on the classes predicted, by name; `compared` gives what they take."""
     shares_rows: bool = False
     """Whether several rows of the task can lie in one."""
     tokenizer: Any = None
@@ -99,6 +101,10 @@ class Task:
     def question(self, example: Example) -> tuple[list[int], str]:
         """Returns the prompt of a row as token ids, and the reply it should get. Raises DataError if it has none."""
         raise DataError([f"{example.where}: {self.name} rows have no reply to generate; evaluate their loss."])
+
+    def compared(self, example: Example, classes: Sequence[int]) -> tuple[Any, Any]:
+        """Returns what the likeliest classes at a row's scored positions say, and what is right, for `own_metrics`."""
+        raise NotImplementedError
 
     def end_ids(self) -> list[int]:
         """Returns tokens that end a reply besides the model's own end of text."""

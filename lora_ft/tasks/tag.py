@@ -1,0 +1,130 @@
+"""Tag: learn which words of a text are entities, and of which type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForTokenClassification
+
+from lora_ft.data.faults import listed
+from lora_ft.data.formats import Example, Tagged
+from lora_ft.data.render import IGNORE
+from lora_ft.data.tagged import OUTSIDE
+from lora_ft.errors import DataError, UnsupportedModelError
+from lora_ft.foreign.strictjson import quoted
+from lora_ft.tasks import Batch, Features, Scores, Task, pad
+
+PROBE = ("One", "two", "three")
+
+
+class Tag(Task):
+    """One tag a word, said at the word's first token; the head is trained, saved and merged whole."""
+
+    name = "tag"
+    model_class = AutoModelForTokenClassification
+    peft_task = "TOKEN_CLS"
+    accuracy_name = "accuracy"
+    own_metrics = ("entities",)
+
+    def __init__(self, labels: Sequence[str] = ()) -> None:
+        self.labels = tuple(labels)
+
+    def learn(self, examples: Sequence[Example]) -> None:
+        if not examples and not self.labels:
+            raise DataError(["tag needs its rows at the start, to know the tags; leave out --data.streaming."])
+        if not self.labels:
+            types = sorted({tag[2:] for e in examples if isinstance(e, Tagged) for tag in e.tags if tag != OUTSIDE})
+            # Both of each type: a longer entity than any here is then no unknown tag.
+            self.labels = (OUTSIDE, *(f"{mark}-{kind}" for kind in types for mark in "BI")) if types else ()
+        if not self.labels:
+            place = f"{examples[0].where}: " if examples else ""
+            raise DataError([f"{place}no word is tagged as an entity; tag needs words with tags such as B-TYPE."])
+
+    def facts(self) -> dict[str, Any]:
+        return {"labels": list(self.labels)}
+
+    def config_changes(self) -> dict[str, Any]:
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+        }
+
+    def prepare(self, tokenizer: Any, max_length: int) -> None:
+        super().prepare(tokenizer, max_length)
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedModelError(
+                f"the tokenizer, a {type(tokenizer).__name__}, does not tell which word a token belongs to, as those "
+                "with a tokenizer.json do; choose a base that has one."
+            )
+        # Byte-level tokenizers know a word by the space before it, which words one by one do not have.
+        text = tokenizer(" ".join(PROBE), verbose=False)["input_ids"]
+        fitting = [space for space in ("", " ") if self._encoded(PROBE, space)["input_ids"] == text]
+        if not fitting:
+            raise UnsupportedModelError(
+                f"the tokenizer, a {type(tokenizer).__name__}, reads words given one by one otherwise than in a text, "
+                "so that their tags would be learned of what no text holds; choose another base."
+            )
+        self.space = fitting[0]
+
+    def features(self, example: Example) -> Features:
+        if not isinstance(example, Tagged):
+            raise DataError([f"{example.where}: the row has no tags; tag takes words/tags or text/spans rows, or a "
+                             ".conll file with a word and its tag a line."])  # fmt: skip
+        if unknown := [i for i, tag in enumerate(example.tags) if tag not in self.labels]:
+            known = listed(self.labels)
+            raise DataError([f"{example.where}: the tag of {quoted(example.words[i])}, {quoted(example.tags[i])}, is "
+                             f"not one the adapter knows: {known}." for i in unknown])  # fmt: skip
+        encoded = self._encoded(example.words, self.space)
+        whole = len(encoded["input_ids"])
+        if whole > self.max_length:
+            encoded = self._encoded(example.words, self.space, truncation=True, max_length=self.max_length)
+        self.count_cut(whole - len(encoded["input_ids"]))
+        labels = [IGNORE] * len(encoded["input_ids"])
+        for word, at in _first_tokens(encoded).items():
+            labels[at] = self.labels.index(example.tags[word])
+        if all(label == IGNORE for label in labels):
+            raise DataError([f"{example.where}: the tokenizer makes no token of its words; remove the row."])
+        return {**encoded, "labels": labels}
+
+    def answer(self, row: Features) -> str:
+        return " ".join(self.labels[label] for label in row["labels"] if label != IGNORE)
+
+    def compared(self, example: Example, classes: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Returns the tags found and those wanted, of all words: one that was cut off, or has no token, gets `O`."""
+        if not isinstance(example, Tagged):
+            raise TypeError(f"a {type(example).__name__} row has no tags")
+        encoded = self._encoded(example.words, self.space, truncation=True, max_length=self.max_length)
+        told = dict(zip(_first_tokens(encoded), classes, strict=True))
+        found = [self.labels[told[i]] if i in told else OUTSIDE for i in range(len(example.words))]
+        return found, list(example.tags)
+
+    def collate(self, rows: Sequence[Features]) -> Batch:
+        batch = {"input_ids": pad([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)}
+        for key in ("attention_mask", "token_type_ids"):
+            if key in rows[0]:
+                batch[key] = pad([row[key] for row in rows], 0)
+        batch["labels"] = pad([row["labels"] for row in rows], IGNORE)
+        return batch
+
+    def score(self, model: nn.Module, batch: Batch) -> Scores:
+        labels_BT = batch["labels"]
+        logits_BTV = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        row_N, column_N = (labels_BT != IGNORE).nonzero(as_tuple=True)
+        return Scores(logits_BTV[row_N, column_N], labels_BT[row_N, column_N], row_N)
+
+    def _encoded(self, words: Sequence[str], space: str, **limits: Any) -> Any:
+        """Returns words as the tokenizer reads them one by one, all but the first with `space` before them."""
+        spaced = [f"{space if i else ''}{word}" for i, word in enumerate(words)]
+        return self.tokenizer(spaced, is_split_into_words=True, verbose=False, **limits)
+
+
+def _first_tokens(encoded: Any) -> dict[int, int]:
+    """Returns the place of the first token of each word that has one, in their order."""
+    first: dict[int, int] = {}
+    for at, word in enumerate(encoded.word_ids()):
+        if word is not None:
+            first.setdefault(word, at)
+    return first
