@@ -13,7 +13,7 @@ import evaluate
 
 from lora_ft import entities, hub
 from lora_ft.config import FROM_HUB
-from lora_ft.errors import ConfigError, DataError
+from lora_ft.errors import ConfigError, DataError, SourceError
 
 # Not None, which is what `null` is read as.
 NOT_JSON = object()
@@ -131,7 +131,7 @@ def compute(name: str, predictions: Sequence[Any], references: Sequence[Any]) ->
     """Returns the values of the metric `name`, by plain name.
 
     Raises:
-        ConfigError: a metric on the hub cannot be fetched, or does not take texts.
+        SourceError: a metric on the hub cannot be fetched. ConfigError: it does not take texts, or gives no number.
         DataError: the references are none that the metric can be computed of.
     """
     if name.startswith(FROM_HUB):
@@ -145,7 +145,7 @@ def _on_hub(name: str, predictions: Sequence[str], references: Sequence[str]) ->
     try:
         module = hub.metric(repo)
     except hub.UnavailableError as error:
-        raise ConfigError(
+        raise SourceError(
             f"data.metrics {name} cannot be fetched: {error}; check the name and the network, or leave it out."
         ) from None
     try:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -34,20 +35,22 @@ def run(folder: Path, *words: str | Path, **environ: str) -> str:
     return done.stdout
 
 
-def assert_adapter(folder: Path, base: Path | None = None) -> None:
+def assert_adapter(folder: Path, base: Path | None = None, task: str = "CausalLM", **head: Any) -> None:
     """Checks that training moved every B off zero, and that plain PEFT says something else with it than without."""
     tensors = load_file(folder / WEIGHTS)
     moved = [bool(tensor.any()) for name, tensor in tensors.items() if "lora_B" in name]
     assert moved
     assert all(moved)
     if base is not None:
-        plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+        plain = getattr(transformers, f"AutoModelFor{task}").from_pretrained(base, **head)
         model = peft.PeftModel.from_pretrained(plain, folder).eval()
-        ids = torch.tensor([[1, 60, 61, 62]])
+        ids = {"input_ids": torch.tensor([[1, 60, 61, 62]])}
+        if task == "Seq2SeqLM":
+            ids["decoder_input_ids"] = torch.tensor([[0, 60]])
         with torch.no_grad():
-            changed = model(ids).logits
+            changed = model(**ids).logits
             with model.disable_adapter():
-                assert not torch.allclose(model(ids).logits, changed)
+                assert not torch.allclose(model(**ids).logits, changed)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,31 @@ def test_a_recipe_trains(base: Path, tmp_path: Path, name: str) -> None:
     run(tmp_path, f"{name}.py", "--base", base, "--data.train", rows, "--out", "out", *words,
         LORA_FT_HOME=str(tmp_path / "home"))  # fmt: skip
     assert_adapter(tmp_path / "out", base)
+
+
+def test_the_recipe_tag_trains(tmp_path: Path) -> None:
+    base = tiny.model_folder(tmp_path / "base", "bert")
+    lines = [f"w{n} B-LOW\nw{n + 100} O\n" for n in range(40, 60)]
+    (tmp_path / "rows.conll").write_text("\n".join(lines), encoding="utf-8")
+    shown = run(tmp_path, "tag.py", "--base", base, "--data.train", "rows.conll", "--out", "out", "--train.steps", "2",
+                LORA_FT_HOME=str(tmp_path / "home"))  # fmt: skip
+    assert "entity_f1 " in shown.splitlines()[-1]
+    assert_adapter(tmp_path / "out", base, "TokenClassification", num_labels=3)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", None])
+def test_the_recipe_seq2seq_trains(tmp_path: Path, metric: str | None) -> None:
+    if metric is None:
+        pytest.importorskip("sacrebleu")
+        pytest.importorskip("rouge_score")
+    base = tiny.model_folder(tmp_path / "base", "t5")
+    rows = [{"source": f"w{n} w{n + 1}", "target": f"w{n + 2} w{n + 3}"} for n in range(40, 60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["--train.steps", "2", *(["--data.metrics", metric] if metric else [])]
+    shown = run(tmp_path, "seq2seq.py", "--base", base, "--data.train", "rows.jsonl", "--out", "out", *words,
+                LORA_FT_HOME=str(tmp_path / "home"))  # fmt: skip
+    assert all(f"{name} " in shown.splitlines()[-1] for name in ([metric] if metric else ["chrf", "rougeL"]))
+    assert_adapter(tmp_path / "out", base, "Seq2SeqLM")
 
 
 def test_the_flat_loop_trains_and_names_the_rows_it_leaves_out(base: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from lora_ft import tasks
-from lora_ft.data.formats import Chat, Example, Labelled, Pair, Text
+from lora_ft.data.formats import Chat, Example, Labelled, Pair, Tagged, Text
 from lora_ft.data.render import ChatRenderer
 from lora_ft.data.template import BOS_REPEATED
 from lora_ft.errors import DataError, MaskError, UnsupportedModelError
@@ -23,13 +23,14 @@ LONG: dict[str, Example] = {
     "complete": Text("a:1", WORDS),
     "classify": Labelled("a:1", WORDS, "good", "w40 w41"),
     "seq2seq": Pair("a:1", WORDS, WORDS),
+    "tag": Tagged("a:1", tuple(WORDS.split()), ("good",) * 20),
 }
 # Of 20 words each: chat adds BOS, a mark and a word with its end, and a mark, and the end; the others the end alone.
-WHOLE = {"chat": 26, "complete": 21, "classify": 22, "seq2seq": 20 + 21}
+WHOLE = {"chat": 26, "complete": 21, "classify": 22, "seq2seq": 20 + 21, "tag": 20}
 
 
 def prepared(name: str, max_length: int) -> tasks.Task:
-    task = tasks.get(name, {"labels": list(tiny.LABELS)} if name == "classify" else None)
+    task = tasks.get(name, {"labels": list(tiny.LABELS)} if name in ("classify", "tag") else None)
     task.prepare(tiny.tokenizer(), max_length)
     return task
 
