@@ -348,6 +348,7 @@ def test_wrong_rows_end_a_training_before_it_begins(tmp_path: Path, capsys: pyte
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"words": ["w50", "w51"], "tags": ["B-A", "O"]}\n{"words": ["w50"], "tags": ["O", "O"]}\n')
     words = ["train", "tag", "--base", str(base), "--out", str(tmp_path / "run"), "--data.train", str(rows)]
+    capsys.readouterr()
     assert main(words) == 1
     assert capsys.readouterr().err == (
         "rows.jsonl:2: tags is a list of 2, but words is one of 1; tag each word once.\n"
