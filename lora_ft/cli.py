@@ -102,8 +102,8 @@ def _show_plan(found: Any) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
+    from lora_ft import class_metrics, saved, tasks
     from lora_ft import evaluate as evaluation
-    from lora_ft import saved, tasks
     from lora_ft.data import formats
 
     examples = formats.read(config.data, config.columns)
@@ -117,7 +117,12 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.json:
         _say(json.dumps({**found.adapter, "base": found.base}))
         return
-    _table(["", "base", "adapter"], [[key, found.base.get(key), value] for key, value in found.adapter.items()])
+    plain = {key: value for key, value in found.adapter.items() if key not in class_metrics.TABLES}
+    _table(["", "base", "adapter"], [[key, found.base.get(key), value] for key, value in plain.items()])
+    if per_class := found.adapter.get("per_class"):
+        _table(
+            ["class", "precision", "recall", "f1", "rows"], [[name, *row.values()] for name, row in per_class.items()]
+        )
 
 
 def chat(config: ChatConfig) -> None:
@@ -439,7 +444,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table.add_row(
             *[f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
         )
-    Console().print(table)
+    # A label may look like markup.
+    Console(markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

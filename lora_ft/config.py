@@ -120,6 +120,8 @@ class DataConfig:
     metrics: tuple[str, ...] = ()
     """Metrics on replies generated for the held-out rows: exact_match, json_match, rouge, bleu, chrf, or hub:NAME for
     one of the hub's, whose code is fetched and run."""
+    class_weights: Literal["balanced"] | None = None
+    """Let rows of rare classes count more in the loss of training: `balanced` gives each class the same sum."""
     packing: bool = False
     """Fill rows of `max-length` tokens with several examples, none of which sees another; `batch-size` counts those."""
     streaming: bool = False
@@ -133,6 +135,8 @@ class DataConfig:
             raise ValueError(f"data.eval is a fraction in (0, 1) or a file, got {self.eval}.")
         if self.streaming and self.packing:
             raise ValueError("data.packing needs all rows at the start: leave out data.streaming.")
+        if self.streaming and self.class_weights:
+            raise ValueError("data.class-weights counts all rows at the start: leave out data.streaming.")
         if self.streaming and fraction is not None:
             raise ValueError("data.eval must be a file with data.streaming: the rows cannot be split unseen.")
 

@@ -9,6 +9,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,14 @@ from markupsafe import Markup
 POINTS = 400
 
 # Stand-ins that the drawing carries and the page's style sheet replaces, so that one SVG fits light and dark.
-INK, RULE, ADAPTER, HELD_OUT, BASE = "#010101", "#020202", "#030303", "#040404", "#050505"
-STYLES = {INK: "--soft", RULE: "--rule", ADAPTER: "--adapter", HELD_OUT: "--held-out", BASE: "--base"}
+INK, RULE, ADAPTER, HELD_OUT, BASE, TEXT = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+STYLES = {INK: "--soft", RULE: "--rule", ADAPTER: "--adapter", HELD_OUT: "--held-out", BASE: "--base", TEXT: "--ink"}
+
+# Of a confusion matrix: up to so many classes, the pixels of a cell and the size of its words.
+CELLS = ((8, 48, 12), (24, 28, 11), (60, 16, 10), (10**9, 11, 9))
+# Above it, cells have no room for numbers.
+NUMBERED = 24
+LABEL_CHARS, MIXED, EDGE = 28, 5, 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,66 @@ def curves(
             yield Curve(title, last, (), (("", svg),))
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """How often each class was taken for each, as SVG in its own size, with its caption."""
+
+    caption: str
+    width: int
+    """In CSS pixels: smaller than this, the names could not be read."""
+    drawing: Markup
+
+
+def confusion(counts: Sequence[Sequence[int]], labels: Sequence[str]) -> Matrix:
+    """Returns the drawing of a confusion matrix, with a row for each right class and a column for each answer.
+
+    A cell is as strong as its share of the row; of few classes it holds its number.
+    """
+    from matplotlib.collections import PolyCollection
+
+    size, names = len(labels), [_short(label) for label in labels]
+    cell, font = next((px, pt) for most, px, pt in CELLS if size <= most)
+    margin = int(0.62 * font * max(map(len, names))) + 16
+    width = margin + size * cell + EDGE
+    with _svg(f"confusion-{size}", (width, width)) as (figure, drawn):
+        share = size * cell / width
+        axes = figure.add_axes((margin / width, 1 - margin / width - share, share, share), facecolor="none")
+        for colour, right in ((ADAPTER, True), (HELD_OUT, False)):
+            cells = [
+                (x, y, count / sum(row))
+                for y, row in enumerate(counts)
+                for x, count in enumerate(row)
+                if count and (x == y) == right
+            ]
+            corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for x, y, _ in cells]
+            # The root, for a single confusion among many rows is to be seen too.
+            axes.add_collection(
+                PolyCollection(corners, facecolors=[(colour, 0.2 + 0.4 * part**0.5) for *_, part in cells])
+            )
+        for y, row in enumerate(counts if size <= NUMBERED else ()):
+            for x, count in enumerate(row):
+                if count:
+                    axes.text(x + 0.5, y + 0.5, f"{count:,}", color=TEXT, fontsize=font, ha="center", va="center")
+        axes.set(xlim=(0, size), ylim=(size, 0))
+        middles, text = [place + 0.5 for place in range(size)], {"color": INK, "fontsize": font, "parse_math": False}
+        axes.set_yticks(middles, names, **text)
+        axes.set_xticks(middles, names, rotation=90, **text)
+        axes.tick_params(length=0, pad=4, labeltop=True, labelbottom=False)
+        axes.hlines(range(size + 1), 0, size, color=RULE, linewidth=0.5)
+        axes.vlines(range(size + 1), 0, size, color=RULE, linewidth=0.5)
+        axes.set_frame_on(False)
+    wrong = [(count, y, x) for y, row in enumerate(counts) for x, count in enumerate(row) if count and x != y]
+    most = [f"{names[y]} as {names[x]} ({count:,})" for count, y, x in sorted(wrong, key=lambda one: -one[0])[:MIXED]]
+    told = f"taken for another most often: {'; '.join(most)}" if most else "no class was taken for another"
+    return Matrix(f"{len(labels)} classes; {told}", width, drawn[0])
+
+
+def _short(label: str) -> str:
+    """Returns a label that fits beside a matrix, of characters that SVG can hold."""
+    label = " ".join("".join(c if c.isprintable() else "\ufffd" for c in label).split())
+    return label if len(label) <= LABEL_CHARS else f"{label[: LABEL_CHARS - 1]}…"
+
+
 def _series(lines: Iterable[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Returns the steps at which `key` was logged and its values; those that were not finite are null in the file."""
     last = {line["step"]: float(line[key]) for line in lines if line.get(key) is not None}
@@ -90,18 +157,9 @@ def _draw(
         level: height of a dashed line.
         smooth: draw the moving mean over a pale line of the values.
     """
-    # Imported here because loading it takes half a second, which the card alone should not cost.
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context():
-        # A matplotlibrc of the user's must not show.
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.hashsalt": "lora-ft", "svg.fonttype": "none", "font.size": 11})
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
-        figure.patch.set_visible(False)
+    with _svg(name, size, layout="constrained") as (figure, drawn):
         axes = figure.add_subplot(facecolor="none")
         for colour, steps, values in curves:
             x, y = _thin(steps, values)
@@ -124,10 +182,29 @@ def _draw(
         axes.set_axisbelow(True)
         for side, spine in axes.spines.items():
             spine.set(visible=side == "bottom", color=RULE)
+    return drawn[0]
+
+
+@contextmanager
+def _svg(name: str, size: tuple[int, int], **options: Any) -> Iterator[tuple[Any, list[Markup]]]:
+    """Gives a figure to draw on and a list, which holds its SVG after the block; sizes in CSS pixels."""
+    # Imported here because loading it takes half a second, which the card alone should not cost.
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    drawn: list[Markup] = []
+    with matplotlib.rc_context():
+        # A matplotlibrc of the user's must not show.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.hashsalt": "lora-ft", "svg.fonttype": "none", "font.size": 11})
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, **options)
+        figure.patch.set_visible(False)
+        yield figure, drawn
         stream = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
-    return _inlined(stream.getvalue(), name)
+        drawn.append(_inlined(stream.getvalue(), name))
 
 
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft import adapters, losses, metrics
+import numpy as np
+
+from lora_ft import adapters, class_metrics, losses, metrics
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
@@ -24,7 +26,7 @@ class Comparison:
     adapter: dict[str, Any]
     """As `base`, with `loss_change_interval`: the 95% interval of the adapter's loss less the base's.
 
-    It is None for fewer rows than `losses.FEWEST_ROWS`.
+    Of classes it holds `class_metrics.TABLES` besides. The interval is None for fewer rows than `losses.FEWEST_ROWS`.
     """
     before: list[str]
     """The base's replies, where metrics on replies were asked for."""
@@ -59,6 +61,8 @@ def compare(
     wanted = [task.question(example)[1] for example in examples] if names else []
     found = losses.difference_interval(base_losses, adapter_losses)
     interval = None if found is None else list(found)
+    # Of the base that knows nothing of the classes a table of them says nothing.
+    base_values = {name: value for name, value in base_values.items() if name not in class_metrics.TABLES}
     return Comparison(
         base_values | score_replies(before, wanted, names),
         adapter_values | score_replies(after, wanted, names) | {"loss_change_interval": interval},
@@ -93,19 +97,19 @@ def score_replies(found: Sequence[str], wanted: Sequence[str], names: Sequence[s
 def _measured(
     task: Task, model: Any, examples: Sequence[Example], rows: Sequence[Features], batch_size: int
 ) -> tuple[Losses, dict[str, Any]]:
-    """Returns the losses of rows, and loss, accuracy and the task's own metrics by name."""
-    classes: dict[int, list[int]] = {}
-
-    def keep(chosen: Sequence[int], scores: Scores) -> None:
-        # Anew where a batch is made a second time, in halves.
-        classes.update({row: [] for row in chosen})
-        for row, best in zip(scores.row_N.tolist(), scores.logits_NV.argmax(dim=-1).tolist(), strict=True):
-            classes[chosen[row]].append(best)
-
-    found = losses.of_rows(task, model, rows, batch_size, keep if task.own_metrics else None)
-    values = {"loss": found.mean, task.accuracy_name: found.accuracy, "rows": len(found.nll)}
-    if task.own_metrics:
-        pairs = [task.compared(example, classes[row]) for row, example in enumerate(examples)]
-        for name in task.own_metrics:
-            values.update(metrics.compute(name, [said for said, _ in pairs], [right for _, right in pairs]))
-    return found, values
+    """Returns the loss of each row, and what there is to say of all, by plain name."""
+    values: dict[str, Any] = {}
+    if task.measure or task.own_metrics:
+        found, logits = losses.answers(task, model, rows, batch_size)
+    else:
+        found = losses.of_rows(task, model, rows, batch_size)
+    if task.measure:
+        one_each = np.stack([logits_NV.reshape(-1) for logits_NV in logits])
+        labels = [row["labels"] for row in rows]
+        values |= class_metrics.measure(task.measure, one_each, labels, task.facts()["labels"])
+    for name in task.own_metrics:
+        likeliest = [logits_NV.argmax(axis=-1).tolist() for logits_NV in logits]
+        pairs = [task.compared(example, classes) for example, classes in zip(examples, likeliest, strict=True)]
+        values |= metrics.compute(name, [said for said, _ in pairs], [right for _, right in pairs])
+    right = {task.accuracy_name: found.accuracy} if task.accuracy_name else {}
+    return found, {"loss": found.mean, **right, **values, "rows": len(found.nll)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -44,41 +43,59 @@ class Losses:
         return float(self.right.sum() / self.count.sum())
 
 
-def row_losses(
-    task: Task, model: nn.Module, batch: Batch, told: Callable[[Scores], None] | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns each row's summed negative log-likelihood, positions, and positions right: float32 [B] each.
+def row_losses(task: Task, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns each row's summed negative log-likelihood, positions, and positions right: float32 [B] each."""
+    return _by_row(task, task.score(model, batch), len(batch["labels"]))
 
-    Args:
-        told: is given the scores that these are the sums of.
-    """
-    scores = task.score(model, batch)
-    if told is not None:
-        told(scores)
-    nll_N = nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="none")
+
+def _by_row(task: Task, scores: Scores, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    nll_N = task.errors(scores)
     right_N = (scores.logits_NV.detach().argmax(dim=-1) == scores.targets_N).float()
-    zeros_B = nll_N.new_zeros(batch["labels"].shape[0])
+    zeros_B = nll_N.new_zeros(rows)
     nll_B, count_B, right_B = (
         zeros_B.index_add(0, scores.row_N, value_N) for value_N in (nll_N, torch.ones_like(nll_N), right_N)
     )
     return nll_B, count_B, right_B
 
 
-def of_rows(
+def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int) -> Losses:
+    """Returns the loss of each of `rows`, in their order."""
+    sums = np.zeros((3, len(rows)))
+
+    def take(chosen: list[int], batch: Batch) -> None:
+        sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
+
+    _each_batch(task, model, rows, batch_size, take)
+    return Losses(*sums)
+
+
+def answers(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int) -> tuple[Losses, list[np.ndarray]]:
+    """Returns what `of_rows` does, and of each row the logits at its scored positions, float32 [N, V]."""
+    sums: np.ndarray = np.zeros((3, len(rows)))
+    logits: list[np.ndarray] = [np.empty(0)] * len(rows)
+
+    def take(chosen: list[int], batch: Batch) -> None:
+        scores = task.score(model, batch)
+        sums[:, chosen] = torch.stack(_by_row(task, scores, len(chosen))).cpu().numpy()
+        logits_NV, row_N = scores.logits_NV.float().cpu().numpy(), scores.row_N.cpu().numpy()
+        for row, place in enumerate(chosen):
+            logits[place] = logits_NV[row_N == row]
+
+    _each_batch(task, model, rows, batch_size, take)
+    return Losses(*sums), logits
+
+
+def _each_batch(
     task: Task,
     model: nn.Module,
     rows: Sequence[Features],
     batch_size: int,
-    told: Callable[[Sequence[int], Scores], None] | None = None,
-) -> Losses:
-    """Returns the loss of each of `rows`, in their order; rows of like length share a batch.
+    take: Callable[[list[int], Batch], None],
+) -> None:
+    """Hands over batch after batch with the places of its rows; rows of like length share one.
 
     Where the memory does not suffice for so many, half as many go together from there on.
-
-    Args:
-        told: is given the scores of each batch, and which of `rows` are in it.
     """
-    sums = np.zeros((3, len(rows)))
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     with evaluating(model), four_bits.dequantized(model):
@@ -86,9 +103,8 @@ def of_rows(
         while start < len(order):
             chosen = order[start : start + batch_size]
             batch = to(task.collate([rows[i] for i in chosen]), device)
-            keep = () if told is None else (partial(told, chosen),)
             try:
-                sums[:, chosen] = torch.stack(row_losses(task, model, batch, *keep)).cpu().numpy()
+                take(chosen, batch)
                 start += len(chosen)
                 continue
             except RuntimeError as error:
@@ -99,7 +115,6 @@ def of_rows(
             log.warning("out of memory with %d rows to evaluate: %d go together from here on", len(chosen), batch_size)
             heap.give_back()
             torch.cuda.empty_cache()
-    return Losses(*sums)
 
 
 def difference_interval(before: Losses, after: Losses, seed: int = 0) -> tuple[float, float] | None:

@@ -30,21 +30,25 @@ def canaries(task: Task, rows: Sequence[Features]) -> list[Batch]:
     """Returns up to 16 rows spread over `rows`, cut and batched by length."""
     paired = task.peft_task == "SEQ_2_SEQ_LM"
     spread = rows[:: -(-len(rows) // ROWS) or 1]
-    cut = [row for row in (_cut(row, paired) for row in spread) if row is not None]
+    # Of such a row no label is that of a token, however many it has.
+    per_row = task.peft_task == "SEQ_CLS"
+    cut = [row for row in (_cut(row, paired, per_row) for row in spread) if row is not None]
     if not cut:
         raise ProofError("No row has a position to score, so the adapter cannot be sealed; give more or longer rows.")
     cut.sort(key=lambda row: len(row["input_ids"]))
     return [task.collate(cut[start : start + BATCH_ROWS]) for start in range(0, len(cut), BATCH_ROWS)]
 
 
-def _cut(row: Features, paired: bool) -> Features | None:
+def _cut(row: Features, paired: bool, per_row: bool) -> Features | None:
     """Returns the row with at most 256 tokens and 16 scored positions, None where none is scored.
 
     Args:
         paired: the labels are a text of their own, and not the tokens of the row.
+        per_row: the labels are of the row as a whole.
     """
-    if not isinstance(row["labels"], list | tuple):
-        return _window(row, len(row["input_ids"]), slice(ROW_TOKENS))
+    if per_row:
+        inputs = {key: value for key, value in row.items() if key != "labels"}
+        return {**_window(inputs, len(row["input_ids"]), slice(ROW_TOKENS)), "labels": row["labels"]}
     scored = [i for i, label in enumerate(row["labels"]) if label != IGNORE][:POSITIONS_PER_ROW]
     if not scored:
         return None
@@ -101,9 +105,12 @@ def kl(ids_NK: torch.Tensor, logp_NK: torch.Tensor, logits_NV: torch.Tensor) -> 
 def kl_kept(logp_NK: torch.Tensor, other_NK: torch.Tensor, classes: int) -> float:
     """Returns KL(kept, other) in nats, mean over positions, of log-probabilities of the same K of `classes` classes.
 
-    The rest of the classes is one bucket; computed in float64.
+    The rest of the classes is one bucket; computed in float64. A single class has no probability: it is the mean of a
+    normal distribution of unit variance, of which the same formula gives half the squared difference.
     """
     kept_NK, live_NK = logp_NK.double(), other_NK.double()
+    if classes == 1:
+        return float((kept_NK - live_NK).square().mean() / 2)
     kl_N = (kept_NK.exp() * (kept_NK - live_NK)).sum(dim=1)
     if kept_NK.shape[1] < classes:
         kept_rest_N, live_rest_N = (1 - p_NK.exp().sum(dim=1) for p_NK in (kept_NK, live_NK))
@@ -114,4 +121,4 @@ def kl_kept(logp_NK: torch.Tensor, other_NK: torch.Tensor, classes: int) -> floa
 
 
 def _log_softmax(logits_NV: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(logits_NV.double(), dim=1)
+    return torch.log_softmax(logits_NV.double(), dim=1) if logits_NV.shape[1] > 1 else logits_NV.double()

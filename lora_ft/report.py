@@ -19,7 +19,8 @@ import yaml
 from markupsafe import Markup, escape
 
 from lora_ft import atomicio
-from lora_ft.curves import curves, number
+from lora_ft.class_metrics import TABLES
+from lora_ft.curves import confusion, curves, number
 from lora_ft.redaction import redacted
 
 METRICS = "metrics.jsonl"
@@ -35,7 +36,7 @@ TASKS = {
     "tag": ("token-classification", "AutoModelForTokenClassification"),
 }
 # Metrics of which less is better; of all others more is.
-FALLING = ("loss", "perplexity", "error", "wer", "cer", "ter")
+FALLING = ("loss", "perplexity", "error", "wer", "cer", "ter", "brier", "mse", "mae")
 # Settings that say where a run wrote or how it was called, not what it did.
 NOT_SETTINGS = ("task", "base", "out", "resume", "dry_run")
 
@@ -106,8 +107,11 @@ def page(summary: Summary, lines: Sequence[Mapping[str, Any]] = ()) -> str:
     for sample in samples:
         sample["same"] = sample["expected"] != "" and sample["after"].strip() == sample["expected"].strip()
         sample["before"], sample["after"] = marked(sample["before"], sample["after"])
+    told = summary.metrics.get("adapter", {})
+    counts = told.get("confusion_matrix")
     return _templates(escaped=True).get_template("report.html.jinja").render(
-        **_view(summary), curves=list(curves(lines, summary.metrics, summary.fit.get("steps", 0))), samples=samples
+        **_view(summary), curves=list(curves(lines, summary.metrics, summary.fit.get("steps", 0))), samples=samples,
+        matrix=confusion(counts, list(told["per_class"])) if counts else None,
     )  # fmt: skip
 
 
@@ -140,6 +144,7 @@ def snippet(summary: Summary) -> str:
     if summary.task in ("classify", "tag"):
         labels = summary.environment.get("task", {}).get("labels")
         arguments += [f"num_labels={len(labels)}", f"id2label=dict(enumerate({_literal(labels)}))"] if labels else []
+        arguments += ["num_labels=1"] if _problem(summary) == "regression" else []
     if quant != "none":
         arguments.append("quantization_config=quantization")
     imported = [auto_class, "AutoTokenizer"] + (["BitsAndBytesConfig"] if quant != "none" else [])
@@ -159,6 +164,8 @@ def snippet(summary: Summary) -> str:
     out += _call(f"model = {auto_class}.from_pretrained", arguments)
     if summary.config["data"].get("special_tokens"):
         out.append("model.resize_token_embeddings(len(tokenizer), mean_resizing=False)")
+    if summary.task == "classify":
+        out.append("model.config.pad_token_id = tokenizer.pad_token_id  # by which a decoder finds the last token")
     out += ["model = PeftModel.from_pretrained(model, adapter).eval()", "", *_use(summary)]
     return "\n".join(out)
 
@@ -209,16 +216,37 @@ def _view(summary: Summary) -> dict[str, Any]:
         "evaluation": evaluation,
         "loss": next((row for row in evaluation if row["name"] == "loss" and row["change"]), None),
         "unsure": [r["name"] for r in evaluation if r["interval"] and not r["verdict"]],
-        "unit": "nats per row" if summary.task == "classify" else "nats per scored token",
+        "unit": _unit(summary),
+        "classes": _weakest(summary.metrics),
         "adapter_bytes": summary.adapter_bytes,
         "files": dict(sorted(summary.files.items())),
     }
 
 
+def _problem(summary: Summary) -> str:
+    """Returns what a classifier learned; the record of an early one does not say it."""
+    return str(summary.environment.get("task", {}).get("problem_type", "single_label_classification"))
+
+
+def _unit(summary: Summary) -> str:
+    if summary.task != "classify":
+        return "nats per scored token"
+    if _problem(summary) == "regression":
+        return "squared units of the label, in the mean"
+    return "nats per row" if _problem(summary) == "single_label_classification" else "nats per row and label"
+
+
+def _weakest(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """Returns what there is to say of each class, those with the lowest F1 first."""
+    found = metrics.get("adapter", {}).get("per_class", {})
+    order = sorted(found, key=lambda label: found[label]["f1"])
+    return [(label, {key: number(value) for key, value in found[label].items()}) for label in order]
+
+
 def _evaluation(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yields one row for each metric: its value in every variant, the adapter's change and its interval."""
     names = _variants(metrics)
-    flat = {name: _flat(metrics[name]) for name in names}
+    flat = {name: _flat({k: v for k, v in metrics[name].items() if k not in TABLES}) for name in names}
     order = dict.fromkeys(
         key for name in names for key in flat[name] if not key.endswith("_interval") and key != "rows"
     )
@@ -325,7 +353,11 @@ def _use(summary: Summary) -> list[str]:
     plain = f'inputs = tokenizer({prompt}, return_tensors="pt").to(model.device)'
     tail = 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     if summary.task == "classify":
-        shown = "print(model.config.id2label[logits.argmax().item()])"
+        shown = {
+            "single_label_classification": "print(model.config.id2label[logits.argmax().item()])",
+            "multi_label_classification": "print([model.config.id2label[i] for i, z in enumerate(logits) if z > 0])",
+            "regression": "print(logits.item())",
+        }[_problem(summary)]
         return [plain, forward, "    logits = model(**inputs).logits[0]", shown]
     if summary.task == "tag":
         shown = "for token, tag in zip(inputs.tokens(), logits.argmax(dim=-1).tolist()):"

@@ -14,8 +14,8 @@ from typing import Any
 from lora_ft import base as bases
 from lora_ft import environment, evaluate, sources, tasks
 from lora_ft.config import RunConfig
-from lora_ft.data import formats
-from lora_ft.data.formats import Example
+from lora_ft.data import formats, labels
+from lora_ft.data.formats import Example, Labelled
 from lora_ft.errors import ConfigError, DataError, LoraFtError
 from lora_ft.tasks import Features, Task
 from lora_ft.train import Streamed
@@ -58,7 +58,7 @@ def read(
     if held_out is None and data.eval is not None and data.eval_fraction is None:
         held_out = formats.read(data.eval, data.columns)
     elif held_out is None and data.eval_fraction is not None:
-        examples, held_out = _split(examples, data.eval_fraction, config.train.seed)
+        examples, held_out = _split(examples, data.eval_fraction, config.train.seed, config.task)
     held_out = held_out or []
     _refuse_rows_trained_on(config, examples, held_out)
     return examples, held_out
@@ -82,7 +82,9 @@ def prepare(
     """
     data, facts = config.data, {}
     streamed = data.streaming and not examples
-    task.learn([*examples, *held_out])
+    task.learn(examples, held_out)
+    if data.class_weights is not None:
+        task.weigh(examples)
     tokenizer = bases.load_tokenizer(source.folder)
     tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
     task.prepare(tokenizer, bases.longest_row(source, task.model_class, data.max_length))
@@ -141,7 +143,15 @@ def _refuse_rows_trained_on(config: RunConfig, examples: Sequence[Example], held
         log.warning("%d of %d held-out rows are trained on too: they look better than new ones", shared, len(held_out))
 
 
-def _split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def _split(examples: Sequence[Example], fraction: float, seed: int, task: str) -> tuple[list[Example], list[Example]]:
+    labelled = [example for example in examples if isinstance(example, Labelled)]
+    # What else there is among them is refused with its place.
+    if task == "classify" and labelled and len(labelled) == len(examples):
+        chosen = labels.held_out(labelled, fraction, seed)
+        return (
+            [example for i, example in enumerate(examples) if i not in chosen],
+            [examples[i] for i in sorted(chosen)],
+        )
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
     count = max(1, round(fraction * len(order)))

@@ -377,9 +377,13 @@ def _verify_merged(checks: Checks, sealed: Seal, folder: Path, model_folder: Pat
     if size != wanted:
         return float("nan")
     replies, classes = ask(task, model, sealed.batches), sealed.record["classes"]
-    told = replies[0].shape[1]
-    checks.add("classes", told == classes, str(told), f"the model tells {classes} classes or tokens apart")
-    if told != classes:
+    told, places = replies[0].shape[1], sum(map(len, replies))
+    fits = told == classes and places == len(sealed.adapter_ids)
+    found = str(told) if told != classes else f"{told}, at {places} places"
+    checks.add(
+        "classes", fits, found, f"the model tells {classes} classes or tokens apart, at as many places as sealed"
+    )
+    if not fits:
         return float("nan")
     kl_live = distance(sealed.adapter_ids, sealed.adapter_logp, replies)
     _check_replay(checks, kl_live, sealed.effect)

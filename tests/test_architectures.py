@@ -18,9 +18,11 @@ from tests import tiny
 
 KINDS = [
     ("llama", "complete"),
+    ("llama", "classify"),
     ("gpt2", "complete"),
     ("gpt2", "classify"),
     ("openai-gpt", "complete"),
+    ("openai-gpt", "classify"),
     ("bert", "classify"),
     ("t5", "seq2seq"),
     ("bert", "tag"),

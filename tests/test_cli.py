@@ -686,7 +686,10 @@ def test_classify_keeps_its_labels_and_measures_accuracy(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] > found["base"]["accuracy"]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"] == "classify"
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["task"] == {"labels": ["high", "low"]}
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["task"] == {
+        "labels": ["high", "low"],
+        "problem_type": "single_label_classification",
+    }
     assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "high", "1": "low"}
 

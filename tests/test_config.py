@@ -43,6 +43,7 @@ OPTIONS = [
     "data.max_length",
     "data.special_tokens",
     "data.metrics",
+    "data.class_weights",
     "data.packing",
     "data.streaming",
     "train.batch_size",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -215,6 +216,9 @@ FORMATS: list[tuple[str, Any, Any]] = [
     ("text pair", {"text": "A", "text_pair": "B", "label": 1}, lambda at: Labelled(at, "A", "1", "B")),
     ("sentences", {"sentence1": "A", "sentence2": "B", "label": "x"}, lambda at: Labelled(at, "A", "x", "B")),
     ("sentence", {"sentence": "A", "label": "x", "idx": 7}, lambda at: Labelled(at, "A", "x")),
+    ("labels", {"text": "A", "label": ["x", "y"]}, lambda at: Labelled(at, "A", ("x", "y"))),
+    ("no label", {"text": "A", "label": []}, lambda at: Labelled(at, "A", ())),
+    ("number", {"text": "A", "label": 1.5}, lambda at: Labelled(at, "A", 1.5)),
     ("text", {"text": " spaces stay \n"}, lambda at: Text(at, " spaces stay \n")),
 ]
 
@@ -655,14 +659,24 @@ BROKEN: list[tuple[str, str, bytes, str]] = [
         lines({"prompt": {"a": 1}, "completion": "b"}),
         ":1: ...prompt is an object with the keys a; give",
     ),
-    ("label a fraction", "jsonl", lines({"text": "a", "label": 1.5}), ":1: label is 1.5; give the class as a string"),
+    ("label empty", "jsonl", lines({"text": "a", "label": " "}), ":1: label is empty; give the class as a string"),
+    ("label twice", "jsonl", lines({"text": "a", "label": ["b", "c", "b"]}), ":1: label names b twice; name each"),
+    ("label in a list", "jsonl", lines({"text": "a", "label": ["b", ""]}), ":1: label[1] is empty; give the class"),
+    (
+        "label in a list a fraction",
+        "jsonl",
+        lines({"text": "a", "label": [1.5]}),
+        ":1: label[0] is 1.5; give the class",
+    ),
+    ("label an object", "jsonl", lines({"text": "a", "label": {"b": 1}}), ":1: label is an object with the keys b; "),
+    ("label no number", "parquet", parquet_of({"text": "a", "label": math.nan}), ":row 1: label is nan; give a finite"),
     ("label a truth", "jsonl", lines({"text": "a", "label": True}), ":1: label is true; give the class as a str"),
     ("label null", "jsonl", lines({"text": "a", "label": None}), ":1: label is null; give the class as a string"),
     (
         "terminal escapes",
         "jsonl",
-        lines({"text": "a", "label": ["\x1b[2J"], "\x9b": 1}, {"text": "a", "label": 1.5}),
-        ":1: label is a list of 1; ",
+        lines({"text": "a", "label": {"\x1b[2J": 1}, "\x9b": 1}, {"text": "a", "label": None}),
+        ":1: label is an object with the keys ",
     ),
 ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,17 +60,34 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.model_folder(tmp_path_factory.mktemp("recipes") / "base")
 
 
-@pytest.mark.parametrize("name", ["chat", "complete"])
+@pytest.mark.parametrize("name", ["chat", "classify", "complete"])
 def test_a_recipe_trains(base: Path, tmp_path: Path, name: str) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 20)
-    if name == "complete":
+    if name != "chat":
         said = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
-        rows.write_text("".join(json.dumps({"prompt": ask["content"], "completion": reply["content"]}) + "\n"
-                                for ask, reply in said))  # fmt: skip
+        fields = ("prompt", "completion") if name == "complete" else ("text", "label")
+        made = [dict(zip(fields, (ask["content"], reply["content"]), strict=True)) for ask, reply in said]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in made))
     words = ["--train.steps", "2", "--data.max-length", "64"]
     run(tmp_path, f"{name}.py", "--base", base, "--data.train", rows, "--out", "out", *words,
         LORA_FT_HOME=str(tmp_path / "home"))  # fmt: skip
-    assert_adapter(tmp_path / "out", base)
+    assert_adapter(tmp_path / "out", base if name != "classify" else None)
+    if name == "classify":
+        assert "score" in " ".join(load_file(tmp_path / "out" / WEIGHTS))
+        assert "accuracy" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_rows_of_the_recipe_for_classes_are_made_as_it_says(tmp_path: Path) -> None:
+    parts = {"train": [["what is 'it'?", "ask"], ["go on", "go"]], "val": [["hm", "ask"]], "test": [["on", "go"]]}
+    (tmp_path / "data_full.json").write_text(json.dumps(parts | {"oos_test": [["x", "oos"]]}))
+    told = ast.get_docstring(ast.parse((RECIPES / "classify.py").read_text(encoding="utf-8")))
+    found = re.search(r'python -c "(.*?)"', told or "", flags=re.DOTALL)
+    assert found
+    done = subprocess.run([sys.executable, "-c", found[1]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for part, rows in parts.items():
+        made = [json.loads(line) for line in (tmp_path / f"{part}.jsonl").read_text().splitlines()]
+        assert made == [{"text": text, "label": label} for text, label in rows]
 
 
 def test_the_recipe_tag_trains(tmp_path: Path) -> None:

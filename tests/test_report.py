@@ -453,6 +453,68 @@ def test_marks_stand_on_words_that_differ_and_nothing_is_lost() -> None:
     assert report.marked("a b c d", "w x y z <i>")[1] == "w x y z &lt;i&gt;"
 
 
+def classified(labels: list[str], counts: list[list[int]], **more: Any) -> report.Summary:
+    scores = [{"precision": 0.5, "recall": 0.5, "f1": i / len(labels), "support": sum(counts[i])}
+              for i in range(len(labels))]  # fmt: skip
+    adapter = {"loss": 0.4, "per_class": dict(zip(labels, scores, strict=True)), "confusion_matrix": counts, **more}
+    environment = {**summary().environment, "task": {"labels": labels, "problem_type": "single_label_classification"}}
+    return summary(task="classify", metrics={"base": {"loss": 1.1}, "adapter": adapter}, environment=environment)
+
+
+@pytest.mark.parametrize("size", [3, 24, 25, 150])
+def test_a_confusion_matrix_names_each_class_and_draws_each_cell(size: int) -> None:
+    counts = [[9 * (x == y) + (x == y + 1) for x in range(size)] for y in range(size)]
+    labels = [f"label-{i}" for i in range(size)]
+    drawn = curves.confusion(counts, labels)
+    names = re.findall(r">(label-\d+)<", drawn.drawing)
+    assert sorted(names) == sorted(labels * 2)
+    assert drawn.drawing.count("var(--adapter)") == size
+    assert drawn.drawing.count("var(--held-out)") == size - 1
+    assert (drawn.drawing.count(">9<") == size) == (size <= curves.NUMBERED)
+    assert f"{size} classes; taken for another most often: label-0 as label-1 (1)" in drawn.caption
+    # The smallest words of a drawing that is shown in its own size.
+    assert min(float(found) for found in re.findall(r"font-size: ([\d.]+)px", drawn.drawing)) >= 9
+    assert drawn.width >= 9 * size
+    assert curves.confusion(counts, labels) == drawn
+    assert f"width: {drawn.width}px" in report.page(classified(labels, counts))
+    card = report.card(classified(labels, counts))
+    assert ("The classes, the weakest first" in card) == (size <= 20)
+    assert card.count("| label") == min(size, 20)
+    assert "confusion_matrix" not in card
+    assert "per_class" not in card
+
+
+def test_nothing_in_a_label_breaks_matrix_or_table() -> None:
+    labels = [HOSTILE, "$\\frac{1}{", "\x1b[2J\x00 \u202e", "#010101"]
+    made = classified(labels, [[2, 1, 0, 0], [0, 3, 0, 0], [1, 0, 2, 0], [0, 0, 0, 0]])
+    page = report.page(made)
+    found = Page(page)
+    assert not {"script", "img"} & {tag for tag, _ in found.elements}
+    assert "alert(1)" in page
+    assert report.page(made) == page
+    html = MarkdownIt().enable("table").render(body(report.card(made)))
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "no class was taken for another" in curves.confusion([[1, 0], [0, 1]], ["a", "b"]).caption
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        ("single_label_classification", "print(model.config.id2label[logits.argmax().item()])"),
+        ("multi_label_classification", "print([model.config.id2label[i] for i, z in enumerate(logits) if z > 0])"),
+        ("regression", "print(logits.item())"),
+    ],
+)
+def test_the_snippet_of_a_classifier_says_what_it_learned(problem: str, line: str) -> None:
+    labels = [] if problem == "regression" else ["a", "b", "c"]
+    environment = {**summary().environment, "task": {"labels": labels, "problem_type": problem}}
+    program = report.snippet(summary(task="classify", environment=environment))
+    ast.parse(program)
+    assert program.splitlines()[-1] == line
+    assert f"num_labels={max(1, len(labels))}" in program
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.0, "0"), (1234567, "1,234,567"), (-1.2345, "−1.234"), (0.94166, "0.9417"), (2e-4, "0.0002"),

@@ -26,7 +26,7 @@ LAYERS = [
     {"attention"},
     {"head"},
     {"environment", "tasks"},
-    {"losses", "entities", "metrics", "weights", "twins"},
+    {"losses", "entities", "metrics", "class_metrics", "weights", "twins"},
     {"rates"},
     {"fused"},
     {"blocks"},

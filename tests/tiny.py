@@ -166,6 +166,7 @@ def run(
     lr: float = 5e-3,
     special_tokens: tuple[str, ...] = (),
     features: list[tasks.Features] | None = None,
+    facts: dict[str, Any] | None = None,
     sealed: bool = True,
     **lora: Any,
 ) -> Run:
@@ -179,7 +180,8 @@ def run(
         data=config.DataConfig(special_tokens=special_tokens),
         train=config.TrainConfig(steps=steps, lr=lr, batch_size=6, dtype=dtype, warmup=0.0),  # type: ignore[arg-type]
     )
-    facts = {"labels": list(LABELS)} if task in ("classify", "tag") else {}
+    if facts is None:
+        facts = {"labels": list(LABELS)} if task in ("classify", "tag") else {}
     made = tasks.get(task, facts)
     loaded = base.load(
         str(base_folder),

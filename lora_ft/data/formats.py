@@ -6,6 +6,8 @@ one row for each paragraph, that is for the lines between blank ones.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from lora_ft.data.rows import Row
 from lora_ft.data.tagged import of_spans, sentence
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import bare
+
+Label = str | tuple[str, ...] | float
 
 # A report of more problems than this is of no use, and a broken file can have millions.
 MAX_PROBLEMS = 1000
@@ -51,11 +55,11 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text, or a pair of texts, and its class."""
+    """A text, or a pair of texts, and its class, its classes, or a number to predict."""
 
     where: str
     text: str
-    label: str
+    label: Label
     text_pair: str | None = None
 
 
@@ -226,12 +230,26 @@ def _after(system: str, messages: tuple[dict[str, Any], ...]) -> tuple[dict[str,
 def _labelled(row: Fields, *needs: str) -> Labelled:
     *texts, label = needs
     said = [row.text(name) for name in texts]
-    value = row.get(label)
-    # A whole number names a class as well as a word does; true and 1.0 are more likely a slip.
+    value, place = row.get(label), row.place(label)
+    read: Label
+    if isinstance(value, float):
+        read = value
+        if not math.isfinite(value):
+            row.faults.add(place, found(value), "give a finite number")
+    elif isinstance(value, list):
+        read = tuple(_class(row, item, f"{place}[{index}]") for index, item in enumerate(value))
+        if twice := [name for name, count in Counter(read).items() if count > 1 and name]:
+            row.faults.add(place, f"names {listed(twice)} twice", "name each class once")
+    else:
+        read = _class(row, value, place)
+    return Labelled(row.where, said[0], read, said[1] if len(said) > 1 else None)
+
+
+def _class(row: Fields, value: Any, place: str) -> str:
+    # A whole number names a class as well as a word does; true is more likely a slip.
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    name = row.faults.text(value, row.place(label), "give the class as a string or a whole number")
-    return Labelled(row.where, said[0], name, said[1] if len(said) > 1 else None)
+    return row.faults.text(value, place, "give the class as a string or a whole number")
 
 
 def _tagged(row: Fields, words: str, tags: str) -> Tagged:

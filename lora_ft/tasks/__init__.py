@@ -32,7 +32,7 @@ class Scores:
 
     logits_NV: torch.Tensor
     targets_N: torch.Tensor
-    """The right class at each position, int64."""
+    """The right class at each position, int64; where there is a single one, the number it should be, float32."""
     row_N: torch.Tensor
     """The row of the batch that each position belongs to, int64."""
 
@@ -46,7 +46,9 @@ class Task:
     peft_task: str
     """PEFT's name for it, written into `adapter_config.json`."""
     accuracy_name: str = "token_accuracy"
-    """What the share of scored positions predicted right is called."""
+    """What the share of scored positions predicted right is called; empty where none is right or wrong."""
+    measure: str = ""
+    """Name in `class_metrics.MEASURES` of what measures the answers, for a task with a single one to each row."""
     own_metrics: tuple[str, ...] = ()
     """Metrics on the classes predicted, by name; `compared` gives what they take."""
     shares_rows: bool = False
@@ -61,8 +63,12 @@ class Task:
     cut_rows: int = 0
     """Rows longer than `max_length` among those that `features` has returned."""
 
-    def learn(self, examples: Sequence[Example]) -> None:
+    def learn(self, examples: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
         """Takes what the task must know of all rows before the model is made, such as the set of labels."""
+
+    def weigh(self, examples: Sequence[Example]) -> None:
+        """Takes how much each class counts in training, the rare ones more. Raises DataError where there are none."""
+        raise DataError([f"data.class-weights weighs the classes of classify, and {self.name} has none; leave it out."])
 
     def facts(self) -> dict[str, Any]:
         """Returns what `learn` took, as JSON; `tasks.get` rebuilds the task from it."""
@@ -124,6 +130,10 @@ class Task:
     def score(self, model: nn.Module, batch: Batch) -> Scores:
         """Returns the logits at the scored positions only, so that those of a whole batch never exist."""
         raise NotImplementedError
+
+    def errors(self, scores: Scores) -> torch.Tensor:
+        """Returns the loss of each scored position, float32 [N]: by default its negative log-likelihood."""
+        return nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="none")
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Returns the negative log-likelihood summed over the scored positions of a batch, 0-d float32, to train on."""

@@ -24,8 +24,8 @@ class Chat(Causal):
         self.system = system
         """The system turn that all rows begin with; without it, an adapter is asked what it was not taught."""
 
-    def learn(self, examples: Sequence[Example]) -> None:
-        openings = {_system(example) for example in examples}
+    def learn(self, examples: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
+        openings = {_system(example) for example in (*examples, *held_out)}
         self.system = openings.pop() if len(openings) == 1 else None
 
     def facts(self) -> dict[str, Any]:
