@@ -12,7 +12,7 @@ from lora_ft import adapters, class_metrics, losses, metrics
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
-from lora_ft.tasks import Features, Scores, Task
+from lora_ft.tasks import Features, Task
 
 # Longest reply generated, over the longest one wanted: what runs on further is wrong already.
 ROOM = 1.25

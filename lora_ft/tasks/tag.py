@@ -31,7 +31,7 @@ class Tag(Task):
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = tuple(labels)
 
-    def learn(self, examples: Sequence[Example]) -> None:
+    def learn(self, examples: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
         if not examples and not self.labels:
             raise DataError(["tag needs its rows at the start, to know the tags; leave out --data.streaming."])
         if not self.labels:
