@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -27,7 +28,7 @@ from lora_ft import adapters, attention, blocks, devices, four_bits, rows, sourc
 from lora_ft import base as bases
 from lora_ft import optimizer as optimizers
 from lora_ft.base import Base
-from lora_ft.config import RunConfig
+from lora_ft.config import BaseCache, RunConfig
 from lora_ft.devices import Device
 from lora_ft.errors import ConfigError, UnsupportedModelError
 from lora_ft.ledger import ACTIVATIONS, LOGITS, WORKSPACE, Ledger
@@ -55,6 +56,7 @@ class Step:
     rows: int
     """Rows in a forward pass, packs where rows are packed."""
     checkpointing: bool
+    cache: BaseCache
     bytes: dict[str, int]
     """At the peak, by `KINDS`."""
     tokens: int
@@ -97,7 +99,8 @@ class Plan:
         if self.fitting is None or self.fitting is self.asked:
             return ""
         words = f"--train.batch-size {self.fitting.rows} --train.accumulate {self.accumulate}"
-        return words + (" --train.checkpoint-activations" if self.fitting.checkpointing else "")
+        words += " --train.checkpoint-activations" if self.fitting.checkpointing else ""
+        return words + (" --train.base-cache off" if self.fitting.cache != self.asked.cache else "")
 
 
 class Planner:
@@ -128,7 +131,7 @@ class Planner:
         )
         # The device that is planned for need not be the one that this is planned on.
         asked = config.train.base_cache
-        four_bits.choose_cache(self.model, "off" if self.on_gpu and asked == "auto" else asked)
+        self.cache: BaseCache = "off" if self.on_gpu and asked == "auto" else asked
         if self.on_gpu:
             blocks.presume(self.model)
         against = (
@@ -137,19 +140,25 @@ class Planner:
         self.shared = against is None
         if config.data.packing and not self.shared:
             raise UnsupportedModelError(f"data.packing: several rows cannot share one here: {against}; leave it out.")
-        self._steps: dict[tuple[int, int, bool], Step] = {}
+        self._steps: dict[tuple[int, int, bool, BaseCache], Step] = {}
 
-    def step(self, rows: int, accumulate: int, *, checkpointing: bool) -> Step:
+    def asked(self) -> Step:
+        """Returns the step that the configuration asks for."""
+        train = self.config.train
+        return self.step(train.batch_size, train.accumulate, train.checkpoint_activations, self.cache)
+
+    def step(self, rows: int, accumulate: int, checkpointing: bool, cache: BaseCache) -> Step:
         """Returns what a step holds whose forward passes have so many rows, the state of the optimizer included."""
-        key = (rows, accumulate, checkpointing)
+        key = (rows, accumulate, checkpointing, cache)
         if key not in self._steps:
             self._steps[key] = self._measured(*key)
         return self._steps[key]
 
-    def _measured(self, rows: int, accumulate: int, checkpointing: bool) -> Step:
+    def _measured(self, rows: int, accumulate: int, checkpointing: bool, cache: BaseCache) -> Step:
         ledger = Ledger()
         batch = self._batch(rows)
         model: Any = self.model
+        four_bits.choose_cache(model, cache)
         with ExitStack() as inside:
             if self.on_gpu:
                 inside.enter_context(_weights_whole())
@@ -184,7 +193,7 @@ class Planner:
                 ledger.call(parameter.grad, GRADIENTS)  # type: ignore[arg-type]
             optimizer.step()
             optimizer.zero_grad()
-        return Step(rows, checkpointing, {k: ledger.peak[k] for k in KINDS}, tasks.tokens(batch), ledger.flops)
+        return Step(rows, checkpointing, cache, {k: ledger.peak[k] for k in KINDS}, tasks.tokens(batch), ledger.flops)
 
     def _batch(self, rows: int) -> Batch:
         items = [self.items[min(i, len(self.items) - 1)] for i in range(rows)]
@@ -192,34 +201,35 @@ class Planner:
         return self.task.end_to_end(members) if self.shared else self.task.collate(members)
 
     def fitting(self) -> Step | None:
-        """Returns the step with the most rows that fits, of the same global batch; with checkpointing only if it must.
+        """Returns the step with the most rows that fits, of the same global batch.
 
-        None where not even one row fits.
+        Without the dense copy of 4-bit weights only if it must be, and with checkpointing only if even that does not
+        suffice, which costs more time. None where not even one row fits.
         """
-        train = self.config.train
+        train, asked = self.config.train, self.asked()
         of = train.batch_size * train.accumulate
-        for checkpointing in dict.fromkeys((train.checkpoint_activations, True)):
-            least = self._fits(1, checkpointing)
+        caches: list[BaseCache] = [self.cache, "off"] if asked.bytes[DENSE] else [self.cache]
+        for checkpointing, cache in itertools.product(dict.fromkeys((train.checkpoint_activations, True)), caches):
+            least = self._fits(1, checkpointing, cache)
             if least is None:
                 continue
             # Memory grows by the same for each row: what one row and those asked for take says where it ends.
-            asked = self.step(train.batch_size, train.accumulate, checkpointing=train.checkpoint_activations)
             share = (asked.peak_bytes - least.peak_bytes) / max(asked.rows - 1, 1)
             room = self.device.usable_bytes - least.peak_bytes
-            known = not checkpointing or train.checkpoint_activations
+            known = (checkpointing, cache) == (asked.checkpointing, asked.cache)
             for count in sorted((n for n in range(1, of + 1) if of % n == 0), reverse=True):
                 if count == 1:
                     return least
                 if known and share > 0 and (count - 1) * share > 1.1 * room:
                     continue
-                found = self._fits(count, checkpointing)
+                found = self._fits(count, checkpointing, cache)
                 if found is not None:
                     return found
         return None
 
-    def _fits(self, rows: int, checkpointing: bool) -> Step | None:
+    def _fits(self, rows: int, checkpointing: bool, cache: BaseCache) -> Step | None:
         accumulate = self.config.train.batch_size * self.config.train.accumulate // rows
-        found = self.step(rows, accumulate, checkpointing=checkpointing)
+        found = self.step(rows, accumulate, checkpointing, cache)
         return found if found.peak_bytes <= self.device.usable_bytes else None
 
 
@@ -245,7 +255,7 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
         device = dataclasses.replace(device, flops_per_s=matmul_rate(dtype, torch.device(device.kind)))
     planner = Planner(config, task, source, device, items)
     train = config.train
-    asked = planner.step(train.batch_size, train.accumulate, checkpointing=train.checkpoint_activations)
+    asked = planner.asked()
     fitting = planner.fitting()
     accumulate = train.accumulate if fitting is None else train.batch_size * train.accumulate // fitting.rows
     return Plan(device, asked, fitting, accumulate, in_epoch)

@@ -74,12 +74,17 @@ class TaskLoss:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         trainer: Any = self
-        # A process that is left without a batch makes its pass without labels.
-        if processes.count() == 1 or bool((inputs["labels"] != IGNORE).any()):
+        # A process that is left without a batch makes a pass that counts for nothing, for it has a gradient to give.
+        counts = processes.count() == 1 or bool((inputs["labels"] != IGNORE).any())
+        if counts:
             self.tokens_seen += tokens(inputs)
+        else:
+            inputs = {**inputs, "labels": torch.zeros_like(inputs["labels"])}
         # Of the Trainer's own only the outermost forward is under autocast, and a task may call what lies inside.
         with mixed_precision(model):
             nll = self.task.loss(trainer.model, inputs)
+        if not counts:
+            nll = nll * 0
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"] != IGNORE).sum()
         # The count is that of all processes, and their gradients are averaged. Where it is zero, so is the sum.

@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+from seqeval import metrics as scores
 
 from lora_ft import metrics
 from lora_ft.entities import Count, count, spans, total
@@ -83,7 +84,6 @@ def test_a_row_of_another_length_is_refused() -> None:
 
 
 def test_they_are_those_of_seqeval() -> None:
-    scores = pytest.importorskip("seqeval.metrics")
     rng = random.Random(1)
     labels = ["O", "O", "B-A", "I-A", "B-B", "I-B"]
     wanted = [rng.choices(labels, k=rng.randrange(1, 12)) for _ in range(200)]

@@ -201,9 +201,22 @@ def test_what_does_not_fit_is_split_with_the_same_global_batch(small, monkeypatc
     assert memory.plan(changed).asked.peak_bytes == half.fitting.peak_bytes <= half.device.usable_bytes
 
 
+def test_the_dense_copy_of_4_bit_weights_goes_first(small, monkeypatch):
+    config = settings("chat", small, batch_size=1, length=64)
+    whole = memory.plan(config, "cpu")
+    assert whole.fits
+    assert whole.asked.bytes[memory.DENSE]
+    tight = on(whole, whole.asked.peak_bytes - 1, monkeypatch, config)
+    assert tight.fitting is not None
+    assert tight.options() == "--train.batch-size 1 --train.accumulate 1 --train.base-cache off"
+    assert tight.fitting.bytes[memory.DENSE] == 0
+    off = dataclasses.replace(config, train=dataclasses.replace(config.train, base_cache="off"))
+    assert memory.plan(off).asked.peak_bytes == tight.fitting.peak_bytes <= tight.device.usable_bytes
+
+
 def test_activations_are_computed_again_where_one_row_does_not_fit(small, monkeypatch):
-    config = settings("chat", small, batch_size=2, length=512)
-    whole = memory.plan(settings("chat", small, batch_size=1, length=512, accumulate=2), "cpu")
+    config = settings("chat", small, batch_size=2, length=512, base_cache="off")
+    whole = memory.plan(settings("chat", small, batch_size=1, length=512, accumulate=2, base_cache="off"), "cpu")
     tight = on(whole, whole.asked.peak_bytes - 1, monkeypatch, config)
     assert tight.fitting is not None
     assert tight.fitting.checkpointing

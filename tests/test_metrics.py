@@ -7,7 +7,9 @@ from typing import Any
 
 import evaluate as stock
 import pytest
+import sacrebleu
 import yaml
+from rouge_score.rouge_scorer import RougeScorer
 
 from lora_ft import evaluate, hub, metrics
 from lora_ft.cli import main
@@ -33,10 +35,9 @@ def test_every_name_that_a_run_may_ask_for_is_there() -> None:
 
 
 def test_rouge_is_that_of_its_package() -> None:
-    scorers = pytest.importorskip("rouge_score.rouge_scorer")
     found = metrics.compute("rouge", FOUND, WANTED)
     assert list(found) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = scorers.RougeScorer(list(found))
+    scorer = RougeScorer(list(found))
     for name, value in found.items():
         rows = [scorer.score(want, said)[name].fmeasure for want, said in zip(WANTED, FOUND, strict=True)]
         assert value == pytest.approx(sum(rows) / len(rows))
@@ -47,7 +48,6 @@ def test_rouge_is_that_of_its_package() -> None:
 
 
 def test_rouge_says_that_it_reads_latin_letters_only() -> None:
-    pytest.importorskip("rouge_score")
     with pytest.raises(DataError, match=r"rouge: none of the references has a Latin letter or a digit.*use chrf"):
         metrics.compute("rouge", ["кот"], ["кот"])
     assert metrics.compute("rouge", ["?", "ja"], ["?", "ja"])["rouge1"] == 0.5
@@ -55,7 +55,6 @@ def test_rouge_says_that_it_reads_latin_letters_only() -> None:
 
 @pytest.mark.parametrize("name", ["bleu", "chrf"])
 def test_bleu_and_chrf_are_those_of_sacrebleu(name: str) -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
     wanted = getattr(sacrebleu, f"corpus_{name}")(FOUND, [WANTED]).score
     found = metrics.compute(name, FOUND, WANTED)
     assert found == {name: pytest.approx(wanted)}
@@ -68,7 +67,6 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(name: str) -> None:
 
 @pytest.mark.parametrize(("task", "architecture"), [("seq2seq", "t5"), ("complete", "llama")])
 def test_replies_of_a_run_are_measured_as_the_packages_do(tmp_path: Path, task: str, architecture: str) -> None:
-    scorers, sacrebleu = pytest.importorskip("rouge_score.rouge_scorer"), pytest.importorskip("sacrebleu")
     from lora_ft.data.formats import Pair
 
     run = tiny.run(tmp_path / "adapter", tiny.model_folder(tmp_path / "base", architecture), task=task, quant="none")
@@ -79,7 +77,7 @@ def test_replies_of_a_run_are_measured_as_the_packages_do(tmp_path: Path, task: 
     wanted = [row.completion for row in rows]
     for values, said in ((done.base, done.before), (done.adapter, done.after)):
         assert len(said) == len(rows)
-        scorer = scorers.RougeScorer(["rougeL"])
+        scorer = RougeScorer(["rougeL"])
         rouge = [scorer.score(w, s)["rougeL"].fmeasure for w, s in zip(wanted, said, strict=True)]
         assert values["rougeL"] == pytest.approx(sum(rouge) / len(rouge))
         assert values["bleu"] == pytest.approx(sacrebleu.corpus_bleu(said, [wanted]).score)

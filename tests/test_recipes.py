@@ -102,9 +102,6 @@ def test_the_recipe_tag_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["exact_match", None])
 def test_the_recipe_seq2seq_trains(tmp_path: Path, metric: str | None) -> None:
-    if metric is None:
-        pytest.importorskip("sacrebleu")
-        pytest.importorskip("rouge_score")
     base = tiny.model_folder(tmp_path / "base", "t5")
     rows = [{"source": f"w{n} w{n + 1}", "target": f"w{n + 2} w{n + 3}"} for n in range(40, 60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
