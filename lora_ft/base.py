@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from lora_ft import four_bits, heap
+from lora_ft import four_bits, heap, processes
 from lora_ft.config import Quant
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
 from lora_ft.foreign import growth
@@ -110,7 +110,7 @@ def load(
         UnsupportedModelError: not a text model, not one that `model_class` can be, or quantized by other means.
     """
     source = name if isinstance(name, Source) else resolve(name, revision)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or processes.gpu() or ("cuda" if torch.cuda.is_available() else "cpu")
     compute_dtype, why = choose_dtype(dtype, device)
     log.info("computing in %s: %s", str(compute_dtype).removeprefix("torch."), why if dtype == "auto" else why_dtype)
     config = text_config(source, model_class)

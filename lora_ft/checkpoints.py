@@ -111,6 +111,7 @@ class Checkpoints:
     replicated: bool = False
     """Whether several processes hold the same adapter."""
     _continues: bool = False
+    _running_loss: float
     _resumed: dict[str, Any] | None = None
     """The progress read from a checkpoint, until training has begun."""
 
@@ -182,6 +183,8 @@ class Checkpoints:
                 f"After step {step}, {broken[0]} and {len(broken) - 1} more tensors of the adapter are not finite, so "
                 "no checkpoint was saved: lower --train.lr, or use --train.dtype bfloat16 instead of float16."
             )
+        # The Trainer's sum is each process's own, and it logs their mean.
+        self._running_loss = sum(loss for [loss] in processes.gathered([float(trainer._tr_loss)])) / processes.count()
         best = processes.told(self._commit(step, adapter) if processes.is_first() else None)
         if best is not None:
             trainer.state.best_model_checkpoint = best
@@ -260,7 +263,7 @@ class Checkpoints:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "python": random.getstate(),
             "numpy": [name, np.asarray(words).tolist(), *rest],
-            "running_loss": float(trainer._tr_loss).hex(),
+            "running_loss": self._running_loss.hex(),
             "last_logged": trainer._globalstep_last_logged,
             "kept": {name: getattr(self, name) for name in _kept(self)},
         }

@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_ft import __version__, locks, processes, redaction
 from lora_ft.config import RunConfig, cli
-from lora_ft.errors import Interrupted, LoraFtError
+from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
     BenchConfig,
     ChatConfig,
@@ -379,8 +379,15 @@ def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
             action()
     except Interrupted as stopped:
         again = [word for word in command if word != "--resume"]
-        print(f"{stopped}\n  {shlex.join([*again, '--resume'])}", file=sys.stderr)
+        if processes.is_first():
+            print(f"{stopped}\n  {shlex.join([*again, '--resume'])}", file=sys.stderr, flush=True)
+        processes.end_together()
         return stopped.exit_status
+    except DivergedError as error:
+        if processes.is_first():
+            print(error, file=sys.stderr, flush=True)
+        processes.end_together()
+        return error.exit_status
     except LoraFtError as error:
         print(error, file=sys.stderr)
         return error.exit_status
@@ -419,7 +426,8 @@ def _quiet() -> None:
     redaction.install()
     logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
     logging.getLogger("lora_ft").setLevel(logging.INFO if processes.is_first() else logging.ERROR)
-    logging.getLogger("lora_ft.halving").setLevel(logging.INFO)  # for what one alone may be short of
+    for name in ("lora_ft.halving", "lora_ft.losses"):
+        logging.getLogger(name).setLevel(logging.INFO)  # what one alone may be short of
     warnings.simplefilter("ignore")
 
 

@@ -181,6 +181,8 @@ class TrainConfig:
     """Recompute activations in the backward pass: a third slower, far less memory."""
     base_cache: BaseCache = "auto"
     """Hold 4-bit weights dense while training: quicker, more memory. `auto`: on a processor, up to 1 GiB."""
+    shard_base: bool = False
+    """Spread a base that is not quantized over the processes of `torchrun` (FSDP2), instead of holding it in each."""
     eval_steps: int | None = None
     """Optimizer steps between evaluations; unset, once at the end."""
     save_steps: int | None = None
@@ -244,6 +246,11 @@ class RunConfig:
             raise ValueError(
                 f"lora.init={self.lora.init} rewrites the base weights, which a {self.quant} base cannot hold: "
                 "use --quant none, or --lora.init eva or loftq."
+            )
+        if self.train.shard_base and self.quant != "none":
+            raise ValueError(
+                "train.shard-base spreads a base over processes, and packed weights were corrupted by that elsewhere: "
+                f"use --quant none with it, or leave it out, and each process holds the {self.quant} base whole."
             )
         if self.lora.init == "loftq" and self.quant != "nf4":
             raise ValueError(f"lora.init=loftq corrects the error of nf4, but quant is {self.quant}.")

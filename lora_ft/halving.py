@@ -31,6 +31,8 @@ class Halving:
 
     kept: tuple[str, ...] = ("parts",)
 
+    sharded: bool = False
+    """Whether all processes have to make the same passes."""
     parts: int = 1
     """Passes that each batch is made in."""
     step_losses: list[torch.Tensor]
@@ -70,6 +72,11 @@ class Halving:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if trainer.sharded:
+                    raise OutOfMemoryError(
+                        "The batch does not fit, and with --train.shard-base all processes must make the same passes: "
+                        "halve --train.batch-size and double --train.accumulate, which trains the same."
+                    ) from None
             # Outside of the clause, whose error holds all that the pass had made.
             model.zero_grad(set_to_none=True)
             self.tokens_seen, micro_steps = self._seen_before, again

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_ft import four_bits, heap
 from lora_ft.devices import is_out_of_memory
+from lora_ft.errors import OutOfMemoryError
 from lora_ft.modes import evaluating
 from lora_ft.tasks import Batch, Features, Scores, Task
 
@@ -58,14 +59,21 @@ def _by_row(task: Task, scores: Scores, rows: int) -> tuple[torch.Tensor, torch.
     return nll_B, count_B, right_B
 
 
-def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int) -> Losses:
-    """Returns the loss of each of `rows`, in their order."""
+def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int, *, halves: bool = True) -> Losses:
+    """Returns the loss of each of `rows`, in their order.
+
+    Args:
+        halves: go on with fewer rows at a time where the memory does not suffice.
+
+    Raises:
+        OutOfMemoryError: it does not, and that is not allowed.
+    """
     sums = np.zeros((3, len(rows)))
 
     def take(chosen: list[int], batch: Batch) -> None:
         sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
 
-    _each_batch(task, model, rows, batch_size, take)
+    _each_batch(task, model, rows, batch_size, take, halves=halves)
     return Losses(*sums)
 
 
@@ -91,6 +99,8 @@ def _each_batch(
     rows: Sequence[Features],
     batch_size: int,
     take: Callable[[list[int], Batch], None],
+    *,
+    halves: bool = True,
 ) -> None:
     """Hands over batch after batch with the places of its rows; rows of like length share one.
 
@@ -108,6 +118,11 @@ def _each_batch(
                 start += len(chosen)
                 continue
             except RuntimeError as error:
+                if is_out_of_memory(error) and not halves:
+                    raise OutOfMemoryError(
+                        f"{len(chosen)} held-out rows do not fit at a time, and with --train.shard-base all processes "
+                        "must make the same passes: halve --train.batch-size and double --train.accumulate."
+                    ) from None
                 if len(chosen) == 1 or not is_out_of_memory(error):
                     raise
             # Outside of the clause, whose error holds all that was made.

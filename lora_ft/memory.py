@@ -119,6 +119,8 @@ class Planner:
             raise ConfigError(
                 "lora.dora cannot be planned: it starts from the numbers of the weights; plan without it."
             )
+        if config.train.shard_base:
+            raise ConfigError("train.shard-base cannot be planned: the plan is of one process; plan without it.")
         self.config, self.task, self.device, self.items = config, task, device, items
         self.on_gpu = device.kind == "cuda"
         # Other starts are made of numbers. They leave adapters of the same shapes, but for EVA's, which moves ranks.

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
+
+from lora_ft.errors import ConfigError
 
 T = TypeVar("T")
 
 # The first may fetch a base or read rows for long while the others wait; where it ends, the launcher ends them.
 PATIENCE = timedelta(hours=24)
+# Beyond this a process that is waited for in the middle of a step is not coming.
+IN_STEP = timedelta(minutes=30)
+LAST_WORDS = timedelta(minutes=1)
 # Bytes of gradients that are added up in one go: few calls, and little memory beside them.
 AT_ONCE = 2**25
+
+_patient: Any = None
+"""The group of all processes in which they may wait for the first for long."""
 
 
 def asked() -> int:
@@ -30,17 +38,38 @@ def is_first() -> bool:
     return asked() == 1 or os.environ.get("RANK", "0") == "0"
 
 
+def gpu() -> str | None:
+    """Returns the GPU of this process as torch names it, where there are several processes and GPUs."""
+    import torch
+
+    return f"cuda:{os.environ['LOCAL_RANK']}" if asked() > 1 and torch.cuda.is_available() else None
+
+
 def join() -> None:
-    """Joins the others, where there are any, each of this machine with a GPU of its own if it has GPUs."""
+    """Joins the others, where there are any, each with a GPU of its own if the machine has GPUs.
+
+    Raises:
+        ConfigError: they are not all of one machine, or more than it has GPUs.
+    """
     import torch
     from torch import distributed
 
     if asked() == 1 or distributed.is_initialized():
         return
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if "LOCAL_RANK" not in os.environ or here != os.environ["WORLD_SIZE"]:
+        raise ConfigError(
+            f"{asked()} processes were started, {here or 'an unknown number'} of them on this machine; a run has one "
+            "machine: start it with `torchrun --nproc-per-node N` or `accelerate launch`."
+        )
     on_gpu = torch.cuda.is_available()
+    if on_gpu and asked() > torch.cuda.device_count():
+        raise ConfigError(f"{asked()} processes were started on {torch.cuda.device_count()} GPUs: start one for each.")
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=IN_STEP)
+    global _patient
+    _patient = distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def leave() -> None:
@@ -49,6 +78,20 @@ def leave() -> None:
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def end_together() -> None:
+    """Waits for the others, or a minute, before a process ends with an error that all have met.
+
+    The launcher ends those that are left as soon as one is gone, and the first has to say why.
+    """
+    if asked() == 1:
+        return
+    from torch import distributed
+
+    if distributed.is_initialized():
+        with suppress(RuntimeError):
+            distributed.monitored_barrier(_patient, LAST_WORDS)
 
 
 def count() -> int:
@@ -69,25 +112,30 @@ def rank() -> int:
 def in_turn() -> Iterator[None]:
     """Runs the block in the first process, and when it is done there in the others.
 
-    Where it raises in the first, the others wait until the launcher ends them, so a problem is said once.
+    Where it raises in the first, the others end without a word: a problem is said once.
+
+    Raises:
+        SystemExit: in the others.
     """
-    from torch import distributed
+    if count() > 1 and not is_first() and not told(True, _patient):
+        raise SystemExit(1)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if count() > 1 and is_first():
+            told(done, _patient)
 
-    if count() > 1 and not is_first():
-        distributed.barrier()
-    yield
-    if count() > 1 and is_first():
-        distributed.barrier()
 
-
-def told(value: T) -> T:
+def told(value: T, group: Any = None) -> T:
     """Returns what the first process gave, in every one; anything that can be pickled."""
     if count() == 1:
         return value
     from torch import distributed
 
     held: list[Any] = [value]
-    distributed.broadcast_object_list(held, src=0)
+    distributed.broadcast_object_list(held, src=0, group=group)
     return held[0]
 
 
@@ -102,6 +150,15 @@ def gathered(numbers: Sequence[float]) -> list[list[float]]:
     found = [torch.empty_like(mine) for _ in range(count())]
     distributed.all_gather(found, mine)
     return [numbers.tolist() for numbers in found]
+
+
+def share(tensors: Iterable[Any]) -> None:
+    """Makes the numbers of tensors those of the first process."""
+    from torch import distributed
+
+    if count() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor.detach(), src=0)
 
 
 def average_gradients(parameters: Iterable[Any]) -> None:

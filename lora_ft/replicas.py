@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from lora_ft import adapters, processes
 from lora_ft.data.mask import IGNORE
+from lora_ft.errors import ProofError
 
 Inputs = dict[str, torch.Tensor]
 
@@ -71,7 +72,10 @@ class Unscored:
 
 
 class SharedStream(IterableDataset):
-    """A stream of rows without an end, of which a process yields those of every P-th batch, beginning with its own."""
+    """A stream of rows without an end, of which a process yields those of every P-th batch, beginning with its own.
+
+    Each process renders all rows: their order is all that the processes share of a stream.
+    """
 
     def __init__(self, rows: IterableDataset, batch_size: int) -> None:
         self.rows, self.batch_size = rows, batch_size
@@ -101,12 +105,40 @@ class Replicas:
     step_losses: list[torch.Tensor]
     tokens_seen: int
     interrupt: Any
+    fingerprint: str
+    order: Any
+    place_of: Any
     _seen_before: int
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        if processes.count() == 1:
+        # Also of a launcher's only process, which would be given to DistributedDataParallel.
+        if not distributed.is_initialized():
             return super()._wrap_model(model, *args, **kwargs)  # type: ignore[misc]
         return model if isinstance(model, Replica) else Replica(model)
+
+    def begin_alike(self, frozen_sha256: str) -> None:
+        """Makes the adapter that of the first process.
+
+        Raises:
+            ProofError: the frozen weights of the processes differ.
+        """
+        trainer: Any = self
+        processes.share(adapters.trained(trainer.model).values())
+        if processes.told(frozen_sha256) != frozen_sha256:
+            raise ProofError(
+                "The processes of this run hold different weights of the base: where the adapter's start changes them "
+                "(--lora.init), use another, or GPUs of one kind."
+            )
+
+    def fills_in(self) -> bool:
+        """Returns whether this process has no batch for the pass it makes, and makes it on a row for nothing."""
+        trainer: Any = self
+        if processes.count() == 1 or self.order is None:
+            return False
+        accumulate = trainer.args.gradient_accumulation_steps
+        _, update = self.place_of(trainer.state.global_step)
+        number = (update * accumulate + len(self.step_losses)) * processes.count() + processes.rank()
+        return number * trainer._train_batch_size >= len(self.order)
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns what the Trainer's own does, of the batches of this process."""
@@ -129,12 +161,23 @@ class Replicas:
         return loss
 
     def _agree(self) -> None:
-        """Makes losses and tokens of the step, and whether it is to be the last, those of all processes."""
+        """Makes losses and tokens of the step, and whether it is to be the last, those of all processes.
+
+        Raises:
+            ProofError: they did not come out of the step before with the same adapter.
+        """
         tokens = self.tokens_seen - self._seen_before
-        of_each = processes.gathered([tokens, self.interrupt.asked, *map(float, self.step_losses)])
+        # As many digits as a float64 holds whole.
+        before = int(self.fingerprint[:12] or "0", 16)
+        of_each = processes.gathered([tokens, self.interrupt.asked, before, *map(float, self.step_losses)])
+        if len({numbers[2] for numbers in of_each}) > 1:
+            raise ProofError(
+                "The processes of this run no longer hold the same adapter: they compute the same step differently, "
+                "as GPUs of different kinds may; use GPUs of one kind."
+            )
         self.tokens_seen = self._seen_before + int(sum(numbers[0] for numbers in of_each))
         self.interrupt.agreed = any(numbers[1] for numbers in of_each)
         # In the order that one process would have made the passes in.
-        passes: Sequence[tuple[float, ...]] = list(zip(*(numbers[2:] for numbers in of_each), strict=True))
+        passes: Sequence[tuple[float, ...]] = list(zip(*(numbers[3:] for numbers in of_each), strict=True))
         like = self.step_losses[0]
         self.step_losses = [like.new_tensor(loss) for losses in passes for loss in losses]

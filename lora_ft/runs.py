@@ -128,14 +128,11 @@ def run(
         SystemExit: this is one of several processes (`torchrun`, `accelerate launch`) and not the first, which alone
             goes on after the training.
     """
-    _refuse_sharding()
+    _refuse_other_sharding(config)
     processes.join()
     shown = console if console and processes.is_first() else Console(stderr=True, quiet=not processes.is_first())
-    try:
-        with _locked(config.out):
-            return _run(config, examples, held_out, shown, watch)
-    finally:
-        processes.leave()
+    with _locked(config.out):
+        return _run(config, examples, held_out, shown, watch)
 
 
 def gpu() -> str | None:
@@ -188,7 +185,13 @@ def _run(
     processes.leave()
     if not first:
         raise SystemExit(0)
-    if trained:
+    if trained or config.train.shard_base:
+        # Of a base that was spread over processes this one holds a part, which goes before the whole one comes.
+        if not trained:
+            del base, model
+        heap.give_back()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         base, model, fit = _recall(config.out)
     sealed = _seal(task, base, model, rows, config.out)
     measured = None
@@ -246,7 +249,7 @@ def _train(
         log.warning("%d of the %d rows read have more than %d tokens, and were cut", facts["cut_rows"],
                     facts["rows_read"], task.max_length)  # fmt: skip
     if fit.interrupted:
-        raise _stopped(config.out, fit.steps) if processes.is_first() else SystemExit(Interrupted.exit_status)
+        raise _stopped(config.out, fit.steps)
     if processes.is_first():
         _save(config, task, base, model, rows, fit)
     return base, model, fit
@@ -268,7 +271,8 @@ def _after_bad_row(out: Path, facts: dict[str, Any]) -> str:
     saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / train.CHECKPOINTS)]
     if not saved_steps:
         return (
-            "No step was made before it: mend the row and start anew. --dry-run reads all rows and names each problem."
+            "No checkpoint was saved before it: mend the row and start anew. --dry-run reads all rows and names each "
+            "problem."
         )
     # The digest of the file is then another, which a resumed run asks about.
     digest = started.digest_of(facts)
@@ -404,9 +408,13 @@ def _asked(example: Example) -> str:
     return example.prompt if isinstance(example, formats.Pair) else ""
 
 
-def _refuse_sharding() -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ConfigError(
-            "The base is not sharded over processes (FSDP), each holds it whole: launch with --multi_gpu or torchrun; "
-            "quantized with --quant nf4 it may fit, which `lora-ft plan` says."
-        )
+def _refuse_other_sharding(config: RunConfig) -> None:
+    """Raises ConfigError where somebody else would spread the model, or there is nothing to spread it over."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise ConfigError(
+                f"accelerate is told to spread the model ({name}), adapter and all: launch with --multi_gpu or "
+                "torchrun instead, and spread the base alone with --train.shard-base."
+            )
+    if config.train.shard_base and processes.asked() == 1:
+        raise ConfigError("train.shard-base needs several processes: start with torchrun, or leave it out.")

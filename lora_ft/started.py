@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lora_ft import atomicio, checkpoints, environment, manifest, saved
+from lora_ft import atomicio, checkpoints, environment, manifest, processes, saved
 from lora_ft.config import RunConfig, plain
 from lora_ft.errors import ConfigError, StorageError
 from lora_ft.train import CHECKPOINTS
@@ -97,6 +97,8 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     # Of a data set that is streamed from the hub there is no digest, only the name.
     free = FREE_ON_RESUME if digest_of(facts["train"]) else FREE_ON_RESUME - {"data.train"}
     now = {key: value for key, value in _flat(plain(config)).items() if key not in free}
+    # Of all processes: as many passes make a step, whoever makes them.
+    now["train.accumulate"] = config.train.accumulate * processes.count()
     now |= _flat({"rows": facts, "tokenizer": {"sha256": tokenizer_sha256}, "weights": base})
     now |= _flat({MADE_WITH: environment.made_with()})
     now = json.loads(json.dumps(now))

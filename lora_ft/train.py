@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +18,14 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import adapters, attention, environment, exact, four_bits, heap, losses, optimizer, processes
+from lora_ft import attention, four_bits, heap, losses, optimizer, processes, sharding
 from lora_ft.base import Base
 from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
 from lora_ft.data import pack
 from lora_ft.data.mask import IGNORE
-from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, ProofError, UnsupportedModelError
+from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, UnsupportedModelError
+from lora_ft.frozen import Frozen
 from lora_ft.guard import GuardedSteps
 from lora_ft.halving import Halving
 from lora_ft.modes import mixed_precision
@@ -67,6 +67,8 @@ class TaskLoss:
     task: Task
     eval_rows: Sequence[Features]
     interrupt: Interrupt
+    sharded: bool = False
+    """Whether the base is spread over several processes."""
     tokens_seen: int = 0
     kept: tuple[str, ...] = ("tokens_seen",)
 
@@ -74,16 +76,16 @@ class TaskLoss:
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         trainer: Any = self
-        # A process that is left without a batch makes a pass that counts for nothing, for it has a gradient to give.
-        counts = processes.count() == 1 or bool((inputs["labels"] != IGNORE).any())
-        if counts:
-            self.tokens_seen += tokens(inputs)
-        else:
+        filler = trainer.fills_in()
+        if filler:
+            # It has no labels, by which the batch is counted; a loss that is multiplied by nothing may have any.
             inputs = {**inputs, "labels": torch.zeros_like(inputs["labels"])}
+        else:
+            self.tokens_seen += tokens(inputs)
         # Of the Trainer's own only the outermost forward is under autocast, and a task may call what lies inside.
         with mixed_precision(model):
             nll = self.task.loss(trainer.model, inputs)
-        if not counts:
+        if filler:
             nll = nll * 0
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"] != IGNORE).sum()
@@ -96,10 +98,14 @@ class TaskLoss:
         trainer: Any = self
         rows = self.eval_rows if eval_dataset is None else eval_dataset
         with self.interrupt.evaluation(), attention.unpacked(trainer.model):
-            share = rows[processes.rank() :: processes.count()]
-            found = losses.of_rows(self.task, trainer.model, share, trainer.args.per_device_eval_batch_size)
-        mean = found.mean
-        if processes.count() > 1:
+            # Of a base that is spread over processes, all have to make the same passes.
+            alike = self.sharded or processes.count() == 1
+            share = rows if alike else rows[processes.rank() :: processes.count()]
+            size = trainer.args.per_device_eval_batch_size
+            found = losses.of_rows(self.task, trainer.model, share, size, halves=not self.sharded)
+        if alike:
+            mean = processes.told(found.mean)
+        else:
             of_each = processes.gathered([found.nll.sum(), found.count.sum()])
             nll, count = (sum(numbers) for numbers in zip(*of_each, strict=True))
             mean = nll / count
@@ -225,43 +231,6 @@ class Streamed(IterableDataset):
                 raise DataError(["data.train: the stream holds no rows."])
 
 
-class Frozen:
-    """What training must not change of a model, from the start of a run to its end, over all interrupts.
-
-    Args:
-        changes_allowed: the run is gone on with on what it was not started on, such as another quantization.
-    """
-
-    def __init__(self, model: nn.Module, base: Base, *, changes_allowed: bool) -> None:
-        self.model, self.changes_allowed, self.sum = model, changes_allowed, exact.frozen_sum(model)
-        # How weights are quantized, and so their bytes, may differ between devices and versions.
-        where = json.dumps([environment.device_name(base.device), environment.versions()])
-        self.told = {"sha256": adapters.frozen_digest(model), "where": where}
-
-    def compared(self, began_on: dict[str, str]) -> dict[str, str]:
-        """Returns `told`, for a checkpoint to keep, having compared it with what the run was started on.
-
-        Raises:
-            ProofError: the weights are others, though nothing else is.
-        """
-        same_place = began_on["where"] == self.told["where"] and not self.changes_allowed
-        if same_place and began_on["sha256"] != self.told["sha256"]:
-            raise ProofError("The frozen weights of the base are not those that the run was started on.")
-        return self.told
-
-    def require(self, *, interrupted: bool) -> None:
-        """Raises ProofError where a weight was changed.
-
-        Of an interrupted run only a sum is compared: the sha256 of a large base takes longer than an interrupt may, and
-        the run that goes on compares that.
-        """
-        if exact.frozen_sum(self.model) == self.sum and (
-            interrupted or adapters.frozen_digest(self.model) == self.told["sha256"]
-        ):
-            return
-        raise ProofError("A frozen weight of the base changed during training; the adapter is not one of this base.")
-
-
 def fit(
     task: Task,
     base: Base,
@@ -281,7 +250,8 @@ def fit(
         ProofError: no gradient reached the adapter, or a frozen weight changed.
         AdapterError: there is no whole checkpoint to resume from.
         DivergedError: loss or gradient were not finite in step after step; `model` is that of the last checkpoint.
-        DataError: a row that was streamed is a bad one; the steps before it are saved.
+        DataError: a row that was streamed is a bad one; the steps before it are saved, but where there are several
+            processes.
         StorageError: the folder cannot be written to, or the best checkpoint is damaged.
     """
     out, train = config.out, config.train
@@ -313,13 +283,18 @@ def fit(
     clock.trainer = proof.trainer = trainer
     trainer.clock = clock
     trainer.row_names = row_names
+    trainer.sharded = train.shard_base and processes.count() > 1
     if isinstance(data, Rows):
         trainer.longest = collate(data.longest(task, train.batch_size))
     trainer.frozen = Frozen(model, base, changes_allowed=bool(config.allow_changed))
     trainer.began_on = trainer.frozen.told
+    four_bits.choose_cache(model, train.base_cache)
+    trainer.begin_alike(trainer.frozen.told["sha256"])
+    if trainer.sharded:
+        sharding.shard(model)
+        trainer.frozen.look()
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    four_bits.choose_cache(model, train.base_cache)
     clock.began = time.perf_counter()
     try:
         with four_bits.dequantized(model), attention.packed(model) if shared else nullcontext():
@@ -339,7 +314,7 @@ def fit(
         interrupt.restore()
     seconds = clock.seconds()
     heap.give_back()
-    trainer.frozen.require(interrupted=interrupt.stopped)
+    trainer.frozen.require(digest=not (interrupt.stopped or trainer.sharded))
     return Fit(trainer.state.global_step, trainer.tokens_seen, seconds, peak_bytes(base.device), interrupt.stopped)
 
 

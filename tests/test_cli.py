@@ -576,7 +576,7 @@ def test_a_bad_row_at_the_start_saves_nothing(place, tmp_path, capsys):
     words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "7")
     words[words.index("--data.train") + 1] = str(rows)
     assert main(words) == 1
-    assert "No step was made before it: mend the row and start anew." in capsys.readouterr().err
+    assert "No checkpoint was saved before it: mend the row and start anew." in capsys.readouterr().err
 
 
 def test_rows_of_the_hub_have_no_digest_so_a_resumed_run_keeps_their_name(place, tmp_path):

@@ -60,6 +60,7 @@ OPTIONS = [
     "train.dtype",
     "train.checkpoint_activations",
     "train.base_cache",
+    "train.shard_base",
     "train.eval_steps",
     "train.save_steps",
     "train.patience",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, atomicio, base, checkpoints, exact, losses, manifest, tasks, train
+from lora_ft import adapters, atomicio, base, checkpoints, frozen, losses, manifest, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from tests import tiny
@@ -162,18 +162,18 @@ def test_an_interrupted_run_compares_a_sum_and_the_one_that_goes_on_the_digest(t
 def test_every_change_of_a_frozen_weight_changes_the_sum():
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)).requires_grad_(False)
     model.register_buffer("odd", torch.arange(11, dtype=torch.uint8)[1:])
-    before = exact.frozen_sum(model)
+    before = frozen.frozen_sum(model)
     model[1].weight.requires_grad_(True)  # that one is trained
-    assert (trained := exact.frozen_sum(model)) != before
+    assert (trained := frozen.frozen_sum(model)) != before
     model[1].weight.data += 1
-    assert exact.frozen_sum(model) == trained
+    assert frozen.frozen_sum(model) == trained
     for tensor in (model[0].weight, model[0].bias, model.odd):
         held = tensor.data.view(torch.uint8).view(-1)
         for at in (0, len(held) - 1):
             held[at] ^= 1
-            assert exact.frozen_sum(model) != trained
+            assert frozen.frozen_sum(model) != trained
             held[at] ^= 1
-    assert exact.frozen_sum(model) == trained
+    assert frozen.frozen_sum(model) == trained
 
 
 def test_a_quantized_base_is_frozen_and_checked(tmp_path, folder, monkeypatch):

@@ -182,3 +182,11 @@ def test_the_twin_has_the_gradients_of_what_it_computes():
     x, residual, weight, a = (tensor.detach().double().requires_grad_() for tensor in inputs(3, 5, 2, FP32))
     assert torch.autograd.gradcheck(twin, (x, residual, weight, a))
     assert torch.autograd.gradcheck(lambda x, weight: twin(x, None, weight, None), (x, weight))
+
+
+def test_rows_may_have_any_shape_without_a_residual():
+    x, _, weight, a = inputs(6, 96, 8, FP32, residual=False)
+    y, h = op(x.view(2, 3, 96), None, weight, a)
+    flat_y, flat_h = op(x, None, weight, a)
+    assert torch.equal(y, flat_y.view(2, 3, -1))
+    assert torch.equal(h, flat_h.view(2, 3, -1))
