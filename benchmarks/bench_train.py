@@ -61,6 +61,9 @@ def main() -> None:
     if options.work is not None:
         print(json.dumps(work(options, **json.loads(options.work))))
         return
+    import torch
+    from records import write
+
     systems = [s for s in options.systems if s != "trl" or importlib.util.find_spec("trl")]
     if len(systems) < len(options.systems):
         print("trl is not installed and left out")
@@ -92,10 +95,8 @@ def main() -> None:
             }
             lines.append(line | ratios)
             print(*[f"{key} {value}" for key, value in lines[-1].items()], sep="  ", flush=True)
-    import torch
-    from records import write
-
-    write(options.out, lines, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        # Each takes long, and what is known is kept.
+        write(options.out, lines, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def started(options: Options, system: System, quant: str) -> dict[str, Any]:
