@@ -16,6 +16,8 @@ import numpy as np
 BINS = 15
 # A class is there from this probability on, where a row may have several.
 THERE = 0.5
+# Of more classes nobody could read a matrix, which grows with their square.
+MOST_IN_MATRIX = 400
 # What is said of single classes: tables for a page, and no numbers to compare.
 TABLES = ("per_class", "confusion_matrix")
 
@@ -26,7 +28,7 @@ class OneClass(evaluate.Metric):
     `accuracy`, `f1_macro` and `f1_weighted` over the classes that occur, as scikit-learn has them; `brier`, the mean
     squared error of the probabilities, summed over the classes (of two, that of one); `calibration_error`, by how much
     the likeliest class is right more or less often than it claims, over 15 bins; of two classes `auroc` and `auprc` of
-    the second in the alphabet; `per_class` and `confusion_matrix`, a row for each right class.
+    the second in the alphabet; `per_class`; of 400 classes or fewer `confusion_matrix`, a row for each right class.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -48,15 +50,16 @@ class OneClass(evaluate.Metric):
             values["auroc"] = float(metrics.roc_auc_score(right_B, p_BV[:, 1]))
             values["auprc"] = float(metrics.average_precision_score(right_B, p_BV[:, 1]))
         values["per_class"] = _per_class(right_B, said_B, list(classes), labels)
-        values["confusion_matrix"] = metrics.confusion_matrix(right_B, said_B, labels=list(classes)).tolist()
+        if len(labels) <= MOST_IN_MATRIX:
+            values["confusion_matrix"] = metrics.confusion_matrix(right_B, said_B, labels=list(classes)).tolist()
         return values
 
 
 class ManyClasses(evaluate.Metric):
     """How right the classes of each row are that are likelier than not.
 
-    `f1_micro` and `f1_macro`, `subset_accuracy`, the share of rows with all of their classes and no other, and
-    `per_class`.
+    `f1_micro` and `f1_macro` over all classes, `subset_accuracy`, the share of rows with all of their classes and no
+    other, and `per_class`.
     """
 
     def _info(self) -> evaluate.MetricInfo:

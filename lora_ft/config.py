@@ -268,8 +268,9 @@ def cli(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None
         SystemExit: the flags are wrong (status 2) or ask for help (0); the message has been printed.
     """
     saved, typed = _words(cls, list(sys.argv[1:] if argv is None else argv))
-    _refuse_code(saved, typed)
-    return tyro.cli(cls, args=saved + typed, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    parsed = tyro.cli(cls, args=saved + typed, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    _refuse_code(parsed, typed)
+    return parsed
 
 
 def _words(cls: Any, typed: list[str]) -> tuple[list[str], list[str]]:
@@ -347,13 +348,14 @@ def _refuse_secrets(words: Sequence[str]) -> None:
             )
 
 
-def _refuse_code(saved: Sequence[str], typed: Sequence[str]) -> None:
+def _refuse_code(parsed: Any, typed: Sequence[str]) -> None:
     """Raises ConfigError where a file alone names a metric on the hub: it may be another's, and so the code."""
-    for word in saved:
-        if HUB_METRIC.fullmatch(word) and word not in typed:
+    said = {part for word in typed for part in (word, word.partition("=")[2])}
+    for name in getattr(getattr(parsed, "data", parsed), "metrics", ()):
+        if name.startswith(FROM_HUB) and name not in said:
             raise ConfigError(
-                f"--config names the metric {word}, whose code would be fetched and run: if you want that, type "
-                f"--data.metrics {word} too."
+                f"--config names the metric {name}, whose code would be fetched and run: if you want that, type "
+                f"--data.metrics {name} too."
             )
 
 
@@ -393,6 +395,9 @@ def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
             hint = f"did you mean `{prefix}{close[0]}`?" if close else f"known: {', '.join(hints)}."
             raise ConfigError(f"{path}: unknown key `{name}`; {hint}")
         flag = "--" + name.replace("_", "-")
+        for word in _items(value):
+            if word.startswith("-"):
+                raise ConfigError(f"{path}: {name} holds {shown(word)}, which would be read as an option: take it out.")
         if dataclasses.is_dataclass(hints[key]):
             yield from _flags(hints[key], value, path, f"{name}.")
         elif tyro.conf.Positional in typing.get_args(hints[key]) or "Positional" in repr(hints[key]):
@@ -409,6 +414,14 @@ def _flags(cls: Any, tree: Any, path: Path, prefix: str = "") -> Iterator[str]:
             yield from map(str, value)
         else:
             yield f"{flag}={value}"
+
+
+def _items(value: Any) -> list[str]:
+    """Returns the words that stand by themselves in what a value of a file becomes."""
+    if isinstance(value, dict):
+        return [str(word) for item in value.items() for word in item if isinstance(word, str)]
+    found = value if isinstance(value, list) else [value]
+    return [word for word in found if isinstance(word, str)]
 
 
 def _finite(name: str, value: float) -> None:

@@ -51,6 +51,9 @@ def compare(
         names: metrics on generated replies.
         note: told what is being measured, for a progress display.
     """
+    wanted = [task.question(example)[1] for example in examples] if names else []
+    # What a metric does not take is said before hours of replies.
+    score_replies(wanted, wanted, names)
     note("measuring the base")
     with adapters.without(model):
         base_losses, base_values = _measured(task, model, examples, rows, batch_size)
@@ -58,7 +61,6 @@ def compare(
     note("measuring the adapter")
     adapter_losses, adapter_values = _measured(task, model, examples, rows, batch_size)
     after = replies(task, model, examples) if names else []
-    wanted = [task.question(example)[1] for example in examples] if names else []
     found = losses.difference_interval(base_losses, adapter_losses)
     interval = None if found is None else list(found)
     # Of the base that knows nothing of the classes a table of them says nothing.

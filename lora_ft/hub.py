@@ -74,7 +74,7 @@ def fetch(name: str, repo: str, revision: str | None, *, weights: bool = True) -
 
 
 def metric(name: str) -> Any:
-    """Returns the metric module called `name`, such as `bertscore` or `ORG/NAME`: its code is fetched, and run.
+    """Returns the metric module called `name`, such as `meteor` or `ORG/NAME`: its code is fetched, and run.
 
     Raises:
         UnavailableError: the hub and the cache do not have it, or it needs a package that is not there.

@@ -136,7 +136,8 @@ def compute(name: str, predictions: Sequence[Any], references: Sequence[Any]) ->
     """
     if name.startswith(FROM_HUB):
         return _on_hub(name, predictions, references)
-    return METRICS[name]().compute(predictions=list(predictions), references=list(references))
+    # In memory alone, for else it goes by way of a file in the cache.
+    return METRICS[name](keep_in_memory=True).compute(predictions=list(predictions), references=list(references))
 
 
 def _on_hub(name: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

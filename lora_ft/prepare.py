@@ -117,6 +117,12 @@ def _read(source: Path, agree: Callable[[str], bool], say: Callable[[str], None]
             lines.append(Line(row.where, row.fields))
     if not lines:
         raise DataError(broken)
+    ready = findings.ready_for(lines)
+    if ready is not None:
+        look = f"lora-ft data check {source} --task {ready}"
+        raise DataError(
+            [f"{lines[0].where}: rows for the task {ready} need nothing prepared: look at them with `{look}`."]
+        )
     found = findings.kind_of(lines)
     if found is None:
         names = ", ".join(lines[0].fields)

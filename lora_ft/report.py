@@ -218,6 +218,7 @@ def _view(summary: Summary) -> dict[str, Any]:
         "unsure": [r["name"] for r in evaluation if r["interval"] and not r["verdict"]],
         "unit": _unit(summary),
         "classes": _weakest(summary.metrics),
+        "has_matrix": "confusion_matrix" in summary.metrics.get("adapter", {}),
         "adapter_bytes": summary.adapter_bytes,
         "files": dict(sorted(summary.files.items())),
     }
@@ -239,7 +240,8 @@ def _unit(summary: Summary) -> str:
 def _weakest(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
     """Returns what there is to say of each class, those with the lowest F1 first."""
     found = metrics.get("adapter", {}).get("per_class", {})
-    order = sorted(found, key=lambda label: found[label]["f1"])
+    # Of a class without a held-out row nothing is known.
+    order = sorted(found, key=lambda label: (found[label]["support"] == 0, found[label]["f1"]))
     return [(label, {key: number(value) for key, value in found[label].items()}) for label in order]
 
 

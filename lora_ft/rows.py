@@ -15,7 +15,8 @@ from lora_ft import base as bases
 from lora_ft import environment, evaluate, sources, tasks
 from lora_ft.config import RunConfig
 from lora_ft.data import formats, labels
-from lora_ft.data.formats import Example, Labelled
+from lora_ft.data.formats import Example, Labelled, Tagged
+from lora_ft.data.tagged import OUTSIDE
 from lora_ft.errors import ConfigError, DataError, LoraFtError
 from lora_ft.tasks import Features, Task
 from lora_ft.train import Streamed
@@ -145,9 +146,15 @@ def _refuse_rows_trained_on(config: RunConfig, examples: Sequence[Example], held
 
 def _split(examples: Sequence[Example], fraction: float, seed: int, task: str) -> tuple[list[Example], list[Example]]:
     labelled = [example for example in examples if isinstance(example, Labelled)]
+    tagged = [example for example in examples if isinstance(example, Tagged)]
+    chosen: set[int] | None = None
     # What else there is among them is refused with its place.
     if task == "classify" and labelled and len(labelled) == len(examples):
         chosen = labels.held_out(labelled, fraction, seed)
+    elif task == "tag" and tagged and len(tagged) == len(examples):
+        types = [tuple(sorted({tag[2:] for tag in row.tags if tag != OUTSIDE})) for row in tagged]
+        chosen = labels.held_out_by(types, labels.MULTI, fraction, seed)
+    if chosen is not None:
         return (
             [example for i, example in enumerate(examples) if i not in chosen],
             [examples[i] for i in sorted(chosen)],

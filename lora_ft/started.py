@@ -103,7 +103,9 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     now |= _flat({MADE_WITH: environment.made_with()})
     now = json.loads(json.dumps(now))
     if config.resume:
-        before = manifest.read_sealed(path, LOST)
+        # What an earlier version had no option for was as it is now where nothing is said.
+        defaults = _flat(plain(RunConfig(task=config.task, base=config.base, out=config.out)))
+        before = {key: defaults[key] for key in now if key in defaults} | manifest.read_sealed(path, LOST)
         unknown = [key for key in config.allow_changed if key not in now.keys() | before.keys()]
         if unknown:
             raise ConfigError(f"allow-changed: a run has no key {unknown[0]}; its keys are {', '.join(sorted(now))}.")

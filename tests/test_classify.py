@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from lora_ft import base, class_metrics, evaluate, losses, merge, modes, replies, saved, seal, tasks
+from lora_ft import base, class_metrics, evaluate, losses, merge, modes, replicas, replies, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data import labels as known
 from lora_ft.data.formats import Labelled
@@ -266,11 +266,13 @@ def test_weights_give_each_class_the_same_sum_however_rows_are_batched(runs: Cal
 
 def test_a_number_that_the_trainer_would_leave_out_is_learned() -> None:
     task = Classify((), "regression")
-    task.tokenizer = tiny.tokenizer()
-    rows = [{"input_ids": [1, 2], "attention_mask": [1, 1], "labels": value} for value in (-100.0, 3.0)]
-    labels = task.collate(rows)["labels"]
+    task.prepare(tiny.tokenizer(), 16)
+    made = [task.features(Labelled("rows.jsonl:1", "w1 w2", value)) for value in (-100.0, 3.0)]
+    labels = task.collate(made)["labels"]
     assert (labels != -100).all()
     assert labels.tolist() == pytest.approx([-100, 3])
+    # A row that only fills the place of another in one of several processes has none.
+    assert task.collate([replicas.without_labels(made[1])])["labels"].tolist() == [-100]
 
 
 # Metrics, against scikit-learn on the decoded predictions
@@ -425,7 +427,7 @@ def test_a_class_without_a_training_row_is_named_with_its_place() -> None:
 @pytest.mark.parametrize(
     ("problem", "label", "told"),
     [
-        ("single_label_classification", "never", "a:9: label 'never' is not one the adapter knows: bad, good, plain."),
+        ("single_label_classification", "never", "a:9: label 'never' is not one the adapter knows: bad, good, plain; correct it."),
         ("single_label_classification", ("bad",), "a:9: label is ('bad',); the adapter learned one class a row"),
         ("single_label_classification", 1.5, "a:9: label is 1.5; the adapter learned one class a row"),
         ("multi_label_classification", ("bad", "never"), "a:9: label 'never' is not one the adapter knows"),

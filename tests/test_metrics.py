@@ -196,3 +196,22 @@ def test_a_metric_that_cannot_be_fetched_ends_a_run_before_its_training(
     assert main([*words, "--data.eval", "0.2", "--data.metrics", "hub:meteor"]) == 1
     assert "data.metrics hub:meteor cannot be fetched" in capsys.readouterr().err
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: {metrics: hub:org/evil}", "names the metric hub:org/evil"),
+        ("data: {metrics: [rouge, hub:org/evil]}", "names the metric hub:org/evil"),
+        ("lora: {targets: [q_proj, --data.metrics=hub:org/evil]}", "lora.targets holds .* read as an option"),
+        ("data: {columns: {prompt: --data.metrics=hub:org/evil}}", "data.columns holds .* read as an option"),
+        ("task: --data.metrics=hub:org/evil", "task holds .* read as an option"),
+    ],
+)
+def test_a_file_alone_lets_no_code_of_the_hub_run(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "run.yaml").write_text(text if text.startswith("task") else f"task: complete\n{text}")
+    typed = ["--base", "b", "--out", "o", "--config", str(tmp_path / "run.yaml")]
+    with pytest.raises(ConfigError, match=told):
+        cli(RunConfig, typed)
+    if "metrics:" in text:
+        cli(RunConfig, [*typed, "--data.metrics=hub:org/evil"])

@@ -1,6 +1,7 @@
 """`lora-ft data prepare`: what it finds in a file, what it mends, what it writes, and what it says comes next."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -218,3 +219,12 @@ def test_the_command_asks_and_can_be_told_yes(tmp_path, monkeypatch, capsys):
     words = [*shlex.split(done["command"])[1:], "--dry-run"]
     words[words.index("--out") + 1] = str(tmp_path / "out")
     assert cli.main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "task"), [({"text": "a", "label": "b"}, "classify"), ({"text": "a", "spans": []}, "tag")]
+)
+def test_rows_with_labels_need_nothing_prepared(tmp_path, capsys, row, task):
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n")
+    assert cli.main(["data", "prepare", str(tmp_path / "rows.jsonl"), "--yes"]) == 1
+    assert re.search(f"rows for the task {task} need nothing prepared.*--task {task}", capsys.readouterr().err)

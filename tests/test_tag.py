@@ -176,7 +176,8 @@ def test_an_unknown_tag_and_a_row_without_tags_are_refused() -> None:
     task = prepared()
     with pytest.raises(DataError) as caught:
         task.features(Tagged("a:7", ("x", "y"), ("O", "B-ORG")))
-    assert str(caught.value) == 'a:7: the tag of "y", "B-ORG", is not one the adapter knows: ' + ", ".join(LABELS) + "."
+    known = f"{', '.join(LABELS)}; correct it, or leave the row out."
+    assert str(caught.value) == f'a:7: the tag of "y", "B-ORG", is not one the adapter knows: {known}'
     with pytest.raises(DataError, match=r"^a:8: the row has no tags; tag takes words/tags"):
         task.features(Text("a:8", "x"))
 
@@ -355,3 +356,13 @@ def test_wrong_rows_end_a_training_before_it_begins(tmp_path: Path, capsys: pyte
     )
     assert main([*words[:-1], "other.conll"]) == 1
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_a_share_held_out_leaves_every_type_in_training() -> None:
+    from lora_ft import rows
+
+    made = [Tagged(f"rows.jsonl:{i}", ("w1", "w2"), ("O", f"B-T{i}" if i < 10 else "B-COMMON")) for i in range(40)]
+    for seed in range(5):
+        train, held_out = rows._split(made, 0.1, seed, "tag")
+        assert len(held_out) == 4
+        assert {tag for row in held_out for tag in row.tags} <= {tag for row in train for tag in row.tags}

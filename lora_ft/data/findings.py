@@ -33,6 +33,16 @@ PAIRS = (
     ("prompt", "response"),
 )
 PREFERENCES = (("preferred_output", "non_preferred_output"), ("chosen", "rejected"))
+# Columns of rows that are as their task takes them.
+READY = (
+    (("text", "label"), "classify"),
+    (("sentence", "label"), "classify"),
+    (("sentence1", "sentence2", "label"), "classify"),
+    (("text", "spans"), "tag"),
+    (("words", "tags"), "tag"),
+    (("tokens", "tags"), "tag"),
+    (("tokens", "ner_tags"), "tag"),
+)
 SEPARATORS = ("\n\n###\n\n", "\n\n===\n\n", "\n\n---\n\n", " ->")
 ENDINGS = (" END", " ###", "\n\n\n")
 SHORTEST_PREFIX, LONGEST_SUFFIX = 12, 10
@@ -69,6 +79,12 @@ class Finding:
     def __str__(self) -> str:
         some = f" Rows {listed(self.rows)}." if self.rows else ""
         return f"{self.text}{some}"
+
+
+def ready_for(lines: Sequence[Line]) -> str | None:
+    """Returns the task whose rows these are, by the first, where there is nothing to prepare for it; else None."""
+    names = {name.strip().lower() for name in lines[0].fields}
+    return next((task for columns, task in READY if set(columns) <= names), None)
 
 
 def kind_of(lines: Sequence[Line]) -> tuple[Kind, tuple[str, ...]] | None:

@@ -88,14 +88,23 @@ def held_out(rows: Sequence[Labelled], fraction: float, seed: int) -> set[int]:
     Raises:
         DataError: no row can be held out.
     """
-    problem, order = problem_of(rows), list(range(len(rows)))
+    return held_out_by([of_row(row.label) for row in rows], problem_of(rows), fraction, seed)
+
+
+def held_out_by(classes: Sequence[tuple[str, ...]], problem: Problem, fraction: float, seed: int) -> set[int]:
+    """Returns what `held_out` does, of rows whose classes are known.
+
+    Raises:
+        DataError: no row can be held out.
+    """
+    order = list(range(len(classes)))
     random.Random(seed).shuffle(order)
     wanted = max(1, round(fraction * len(order)))
-    left = Counter(label for row in rows for label in of_row(row.label))
+    left = Counter(name for names in classes for name in names)
     room = _shares(left, fraction, wanted, seed) if problem == SINGLE else None
     chosen: set[int] = set()
     for place in order:
-        names = of_row(rows[place].label)
+        names = classes[place]
         if len(chosen) == wanted:
             break
         if problem != REGRESSION and any(left[name] == 1 for name in names):
@@ -107,9 +116,9 @@ def held_out(rows: Sequence[Labelled], fraction: float, seed: int) -> set[int]:
             left[name] -= 1
             if room is not None:
                 room[name] -= 1
-    if not chosen or len(chosen) == len(rows):
+    if not chosen or len(chosen) == len(classes):
         raise DataError(
-            [f"data.eval {fraction} of {len(rows)} rows leaves none to train on or to measure; give more rows."]
+            [f"data.eval {fraction} of {len(classes)} rows leaves none to train on or to measure; give more rows."]
         )
     return chosen
 

@@ -115,7 +115,9 @@ class Classify(Task):
             value = known.number(label)
             if value is None:
                 raise DataError([f"{example.where}: label is {shown(label)}; the adapter predicts a number, give one."])
-            return value
+            # As close to it as float32 has one, for it would count as a row without a label.
+            ignored = torch.tensor(known.NO_LOSS)
+            return value if torch.tensor(value) != ignored else float(ignored.nextafter(torch.zeros(())))
         if isinstance(label, float) or isinstance(label, tuple) != (self.problem_type == MULTI):
             wants = "one class" if self.problem_type == SINGLE else "a list of classes"
             raise DataError(
@@ -124,7 +126,7 @@ class Classify(Task):
         for name in known.of_row(label):
             if name not in self._places:
                 few = f"{', '.join(self.labels[:8])}{' ...' if len(self.labels) > 8 else ''}"
-                raise DataError([f"{example.where}: label {name!r} is not one the adapter knows: {few}."])
+                raise DataError([f"{example.where}: label {name!r} is not one the adapter knows: {few}; correct it."])
         if isinstance(label, str):
             return self._places[label]
         return [int(name in label) for name in self.labels]
@@ -147,9 +149,6 @@ class Classify(Task):
         labels = torch.tensor([row["labels"] for row in rows])
         if self.problem_type == REGRESSION:
             labels = labels.float()
-            # As close to it as float32 has one, for it would count as a row without a label.
-            ignored = torch.tensor(known.NO_LOSS)
-            labels = labels.where(labels != ignored, ignored.nextafter(torch.zeros(())))
         batch["labels"] = labels
         return batch
 

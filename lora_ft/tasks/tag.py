@@ -41,6 +41,14 @@ class Tag(Task):
         if not self.labels:
             place = f"{examples[0].where}: " if examples else ""
             raise DataError([f"{place}no word is tagged as an entity; tag needs words with tags such as B-TYPE."])
+        strangers = [
+            f"{row.where}: the tag {quoted(tag)} is that of no training row; those have {listed(self.labels)}."
+            for row in held_out
+            if isinstance(row, Tagged)
+            for tag in sorted({*row.tags} - {*self.labels})
+        ]
+        if strangers:
+            raise DataError(strangers)
 
     def facts(self) -> dict[str, Any]:
         return {"labels": list(self.labels)}
@@ -76,7 +84,8 @@ class Tag(Task):
         if unknown := [i for i, tag in enumerate(example.tags) if tag not in self.labels]:
             known = listed(self.labels)
             raise DataError([f"{example.where}: the tag of {quoted(example.words[i])}, {quoted(example.tags[i])}, is "
-                             f"not one the adapter knows: {known}." for i in unknown])  # fmt: skip
+                             f"not one the adapter knows: {known}; correct it, or leave the row out."
+                             for i in unknown])  # fmt: skip
         encoded = self._encoded(example.words, self.space)
         whole = len(encoded["input_ids"])
         if whole > self.max_length:
