@@ -149,7 +149,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_from_the_beginning(tmp_path
 def test_of_many_checkpoints_the_newest_three_and_the_best_stay(tmp_path, folder, monkeypatch):
     rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
     found = iter([5.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0])
-    monkeypatch.setattr(train.losses, "of_rows", lambda *_: SimpleNamespace(mean=next(found)))
+    monkeypatch.setattr(train.losses, "of_rows", lambda *_, **__: SimpleNamespace(mean=next(found)))
     stop = StopAt(28, signal.SIGINT)
     settings = {"steps": 40, "eval_steps": 4, "batch_size": 4}
     fit(tmp_path / "run", folder, rows, held_out, callbacks=[stop], **settings)
@@ -253,7 +253,7 @@ def test_a_step_saved_again_is_never_without_its_checkpoint(tmp_path, folder, mo
     rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
     settings = {"steps": 6, "eval_steps": 3, "batch_size": 4}
     _, weights = fit(tmp_path / "whole", folder, rows, held_out, **settings)
-    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    stop = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(train.losses, "of_rows", stop)
         fit(tmp_path / "run", folder, rows, held_out, **settings)

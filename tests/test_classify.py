@@ -427,7 +427,11 @@ def test_a_class_without_a_training_row_is_named_with_its_place() -> None:
 @pytest.mark.parametrize(
     ("problem", "label", "told"),
     [
-        ("single_label_classification", "never", "a:9: label 'never' is not one the adapter knows: bad, good, plain; correct it."),
+        (
+            "single_label_classification",
+            "never",
+            "a:9: label 'never' is not one the adapter knows: bad, good, plain; correct it.",
+        ),
         ("single_label_classification", ("bad",), "a:9: label is ('bad',); the adapter learned one class a row"),
         ("single_label_classification", 1.5, "a:9: label is 1.5; the adapter learned one class a row"),
         ("multi_label_classification", ("bad", "never"), "a:9: label 'never' is not one the adapter knows"),

@@ -243,11 +243,11 @@ class StopInEvaluation(TrainerCallback):
     def __init__(self, monkeypatch, times: int = 1) -> None:
         real = train.losses.of_rows
 
-        def stopped(*args):
+        def stopped(*args, **kwargs):
             if self.times > 0:
                 self.times -= 1
                 os.kill(os.getpid(), signal.SIGTERM)
-            return real(*args)
+            return real(*args, **kwargs)
 
         self.times = times
         monkeypatch.setattr(train.losses, "of_rows", stopped)

@@ -139,7 +139,7 @@ def evaluated(folder: Path, count: int) -> Tally:
     ended = place.run(whole)
     assert ended.status == 0, ended.said
     expected, final = fingerprints(whole), (whole / "adapter_model.safetensors").read_bytes()
-    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    stop = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with mock.patch.object(train.losses, "of_rows", stop):
         ended = place.run(begun)
     assert ended.status == 130, ended.said

@@ -50,7 +50,7 @@ def faults(folder: Path) -> list[str]:
         target = (train.TaskLoss, "compute_loss") if where == "a step" else (train.losses, "of_rows")
 
         def action(words=words, target=target, step_s=step_s) -> int:
-            replaced = slow(step_s) if target[1] == "compute_loss" else lambda *args: time.sleep(step_s)
+            replaced = slow(step_s) if target[1] == "compute_loss" else lambda *args, **kwargs: time.sleep(step_s)
             with mock.patch.object(*target, replaced):
                 return cli.main(words)
 
