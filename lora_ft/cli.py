@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_ft import __version__, locks, processes, redaction
+from lora_ft import __version__, locks, processes
 from lora_ft.config import RunConfig, cli
 from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
@@ -32,7 +29,7 @@ from lora_ft.options import (
     ServeConfig,
     VerifyConfig,
 )
-from lora_ft.redaction import redacted
+from lora_ft.terminal import ask, quiet, say, table
 
 
 def quickstart(config: QuickstartConfig) -> None:
@@ -45,7 +42,7 @@ def train(config: RunConfig) -> None:
     if config.dry_run:
         from lora_ft import runs
 
-        _say(json.dumps(runs.dry_run(config), indent=2))
+        say(json.dumps(runs.dry_run(config), indent=2))
         return
     # Before torch is imported, which takes seconds.
     with locks.run_folder(config.out) if processes.is_first() else nullcontext():
@@ -53,8 +50,8 @@ def train(config: RunConfig) -> None:
 
         finished = runs.run(config)
         finished.prove()
-    _say(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
-    _say(finished.summary())
+    say(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
+    say(finished.summary())
 
 
 def plan(config: PlanConfig) -> None:
@@ -69,7 +66,7 @@ def plan(config: PlanConfig) -> None:
         told |= {"device": asdict(found.device), "fits": found.fits, "options": found.options()}
         told |= {"accumulate": found.accumulate}
         told |= {"tokens_per_epoch": found.tokens_per_epoch, "seconds_per_epoch": found.seconds_per_epoch}
-        _say(json.dumps(told))
+        say(json.dumps(told))
     else:
         _show_plan(found)
     if found.fitting is None:
@@ -87,18 +84,18 @@ def _show_plan(found: Any) -> None:
     rows.append(["at the peak, GiB", *[f"{step.peak_bytes / 2**30:.2f}" for step in shown.values()]])
     rows.append(["rows in a pass", *[str(step.rows) for step in shown.values()]])
     rows.append(["tokens in a pass", *[str(step.tokens) for step in shown.values()]])
-    _table(["", *shown], rows)
-    _say(f"{found.device.name} has {found.device.usable_bytes / 2**30:.2f} GiB for tensors.")
+    table(["", *shown], rows)
+    say(f"{found.device.name} has {found.device.usable_bytes / 2**30:.2f} GiB for tensors.")
     if found.fitting is None:
         return
     if found.seconds_per_epoch is not None:
-        _say(f"An epoch of {found.tokens_per_epoch:,} tokens takes about {found.seconds_per_epoch / 60:.1f} minutes.")
+        say(f"An epoch of {found.tokens_per_epoch:,} tokens takes about {found.seconds_per_epoch / 60:.1f} minutes.")
     if not found.options():
-        _say("It fits.")
+        say("It fits.")
     elif found.fits:
-        _say(f"It fits. The largest passes of the same global batch that do: {found.options()}")
+        say(f"It fits. The largest passes of the same global batch that do: {found.options()}")
     else:
-        _say(f"It does not fit. With the same global batch this does: {found.options()}")
+        say(f"It does not fit. With the same global batch this does: {found.options()}")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -115,12 +112,12 @@ def evaluate(config: EvaluateConfig) -> None:
         loaded.task, loaded.model, examples, rows, names=config.metrics, batch_size=config.batch_size
     )
     if config.json:
-        _say(json.dumps({**found.adapter, "base": found.base}))
+        say(json.dumps({**found.adapter, "base": found.base}))
         return
     plain = {key: value for key, value in found.adapter.items() if key not in class_metrics.TABLES}
-    _table(["", "base", "adapter"], [[key, found.base.get(key), value] for key, value in plain.items()])
+    table(["", "base", "adapter"], [[key, found.base.get(key), value] for key, value in plain.items()])
     if per_class := found.adapter.get("per_class"):
-        _table(
+        table(
             ["class", "precision", "recall", "f1", "rows"], [[name, *row.values()] for name, row in per_class.items()]
         )
 
@@ -146,11 +143,11 @@ def chat(config: ChatConfig) -> None:
         return reply[0]
 
     if config.prompt is not None:
-        _say(answer(config.prompt))
+        say(answer(config.prompt))
         return
     print("Type a message; an empty line or Ctrl-D ends the conversation.", file=sys.stderr)
-    while text := _ask():
-        _say(answer(text))
+    while text := ask():
+        say(answer(text))
 
 
 def _opening(asked: str | None, trained: str | None) -> list[dict[str, Any]]:
@@ -166,10 +163,10 @@ def verify(config: VerifyConfig) -> None:
 
     verdict = seal.verify(config.adapter, model_folder=config.model, base_name=config.base)
     if config.json:
-        _say(json.dumps(verdict.as_dict()))
+        say(json.dumps(verdict.as_dict()))
     else:
         for check in verdict.checks:
-            _say(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}; {check.rule}")
+            say(f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.found}; {check.rule}")
     verdict.require(config.model or config.adapter)
 
 
@@ -179,8 +176,8 @@ def merge(config: MergeConfig) -> None:
     done = merge_adapter(config.adapter, config.out, onto=config.onto, dtype=config.dtype, base_name=config.base)
     for name, candidate in done["candidates"].items():
         distance = "not a number" if candidate["kl"] is None else f"{candidate['kl']:.3g} nats"
-        _say(f"onto {name}: KL to the adapter {distance}")
-    _say(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
+        say(f"onto {name}: KL to the adapter {distance}")
+    say(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
 
 
 def data_check(config: DataCheckConfig) -> None:
@@ -211,7 +208,7 @@ def data_check(config: DataCheckConfig) -> None:
         "rules": list(task.rules),
     }
     if config.json:
-        _say(json.dumps(found))
+        say(json.dumps(found))
         return
     console = Console()
     for example, row in list(zip(examples, rows, strict=True))[: config.show]:
@@ -223,11 +220,11 @@ def data_check(config: DataCheckConfig) -> None:
             console.print(tokenizer.decode(row["input_ids"]), markup=False, highlight=False)
             console.print(Text.assemble("-> ", (answer, TRAINED_STYLE)))
     for rule in task.rules:
-        _say(f"the chat template {rule}")
+        say(f"the chat template {rule}")
     cut = f", {task.cut_rows} cut at {task.max_length}" if task.cut_rows else ""
     masked = f"; mask found by {' and '.join(task.ways)}" if task.ways else ""
     counted = f"{len(rows)} {config.task} rows, {found['tokens']} tokens, longest {found['longest_row']}"
-    _say(f"{found['file']}: {counted}{cut}{masked}; all good")
+    say(f"{found['file']}: {counted}{cut}{masked}; all good")
 
 
 def data_prepare(config: DataPrepareConfig) -> None:
@@ -236,17 +233,17 @@ def data_prepare(config: DataPrepareConfig) -> None:
     def agree(question: str) -> bool:
         if config.yes or config.json:
             if not config.json:
-                _say(f"{question}: yes")
+                say(f"{question}: yes")
             return config.yes
-        _say(f"{question}? [Y/n]")
+        say(f"{question}? [Y/n]")
         try:
             return input("> ").strip().lower() in ("", "y", "yes")
         except EOFError:
             raise LoraFtError("Nobody answers: add --yes to agree to all that is advised.") from None
 
-    done = prepare(config.file, config.base, agree=agree, say=(lambda text: None) if config.json else _say)
+    done = prepare(config.file, config.base, agree=agree, say=(lambda text: None) if config.json else say)
     if config.json:
-        _say(json.dumps(asdict(done)))
+        say(json.dumps(asdict(done)))
 
 
 def serve(config: ServeConfig) -> None:
@@ -272,10 +269,10 @@ def doctor(config: DoctorConfig) -> None:
 
     found = examine()
     if config.json:
-        _say(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
         return
     for key, value in found.items():
-        _say(f"{key:<20} {json.dumps(value) if isinstance(value, dict | list) else value}")
+        say(f"{key:<20} {json.dumps(value) if isinstance(value, dict | list) else value}")
 
 
 def bench_kernels(config: BenchConfig) -> None:
@@ -289,14 +286,14 @@ def bench_kernels(config: BenchConfig) -> None:
     if config.json:
         found: dict[str, Any] = {"checks": [asdict(one) for one in checks], "tuned": written}
         found |= {"operations": [asdict(one) for one in rated], "times": [asdict(one) for one in timed]}
-        _say(json.dumps(found))
+        say(json.dumps(found))
     else:
-        _table(
+        table(
             ["operation", "error", "its twin's", "allowed", ""],
             [[one.op, one.error, one.plain, one.allowed, "" if one.passed else "WRONG"] for one in checks],
         )
         rivals = list(dict.fromkeys(name for op in rated for name in op.rivals))
-        _table(
+        table(
             ["operation", "ms", "GB/s", "TFLOP/s", "of roofline", *[f"{name} takes" for name in rivals]],
             [
                 [op.op, 1e3 * op.seconds, op.gigabytes_per_s, op.teraflops, f"{op.share:.0%}"]
@@ -305,7 +302,7 @@ def bench_kernels(config: BenchConfig) -> None:
             ],
         )
         rivals = list(timed[0].rivals)
-        _table(
+        table(
             ["rows", "weight", "dtype", "ms", "of matmul", *[f"{name} takes" for name in rivals]],
             [
                 [one.rows, f"{one.weight}", one.dtype, 1e3 * one.seconds, f"{one.share:.0%}"]
@@ -314,7 +311,7 @@ def bench_kernels(config: BenchConfig) -> None:
             ],
         )
         if written:
-            _say(f"The fastest way of each shape is in {written}, and used from now on.")
+            say(f"The fastest way of each shape is in {written}, and used from now on.")
     wrong = [one.op for one in checks if not one.passed]
     if wrong:
         raise ProofError(f"{', '.join(wrong)}: further from float64 than {twins.WORST} times the plain way.")
@@ -373,7 +370,7 @@ def run_recipe(recipe: type[RunConfig], argv: Sequence[str] | None = None) -> in
 
 def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
     """Returns the exit status of `action`, having printed what the user should know of its failure."""
-    _quiet()
+    quiet()
     try:
         with _terminated_as_interrupted():
             action()
@@ -414,46 +411,6 @@ def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in COMMANDS.items()]
     return "\n".join(["usage: lora-ft COMMAND [options]", "", *lines, "", "lora-ft COMMAND --help lists its options."])
-
-
-def _quiet() -> None:
-    """Lets our own messages through, and of the libraries' only errors.
-
-    Of several processes only the first tells what is so in all.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    redaction.install()
-    logging.basicConfig(format="%(message)s", level=logging.ERROR, stream=sys.stderr)
-    logging.getLogger("lora_ft").setLevel(logging.INFO if processes.is_first() else logging.ERROR)
-    for name in ("lora_ft.halving", "lora_ft.losses"):
-        logging.getLogger(name).setLevel(logging.INFO)  # what one alone may be short of
-    warnings.simplefilter("ignore")
-
-
-def _say(text: str) -> None:
-    """Prints a line of the answer, without the secrets that a path or a library's words may have brought in."""
-    print(redacted(text))
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head)
-    for row in rows:
-        table.add_row(
-            *[f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in row]
-        )
-    # A label may look like markup.
-    Console(markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

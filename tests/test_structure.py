@@ -16,11 +16,11 @@ LIBRARY = ROOT / "lora_ft"
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
     {"redaction", "disk"},
-    {"errors", "heap", "processes", "__init__"},
+    {"errors", "heap", "processes", "terminal", "__init__"},
     {"verdict"},
     {"foreign"},
     {"hub"},
-    {"config", "options", "manifest", "atomicio"},
+    {"flags", "config", "options", "manifest", "atomicio"},
     {"sources", "four_bits", "base", "data"},
     {"tuning", "modes", "locks", "ledger", "devices"},
     {"sharding"},

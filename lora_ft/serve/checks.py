@@ -71,11 +71,11 @@ def _found(home: Path, what: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> int:
     """Returns the exit status of the process, which has written what it found."""
-    from lora_ft.cli import _quiet
     from lora_ft.serve import trial
     from lora_ft.serve.worker import explained
+    from lora_ft.terminal import quiet
 
-    _quiet()
+    quiet()
     what = json.load(sys.stdin)
     try:
         plan = trial.examine(what["row"], what["source"], Path(what["parent"]) if what["parent"] else None)

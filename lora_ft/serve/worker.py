@@ -245,9 +245,9 @@ def run(store: Store, job_id: str, attempt: int, whole: bool) -> int:
 
 def main() -> int:
     """Returns the exit status of the process."""
-    from lora_ft.cli import _quiet
+    from lora_ft.terminal import quiet
 
-    _quiet()
+    quiet()
     job_id, attempt, mode = sys.argv[1:]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with_server, daemon=True).start()
