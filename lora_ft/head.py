@@ -66,6 +66,18 @@ class Head:
         ]
         return torch.stack(sums).sum()
 
+    def log_probs(self, h_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        """Returns the log-probability of each label, float32 [N]; unlike that of `loss`, each has its own gradient."""
+        module: Any = self.module
+        if self.is_matrix and not any(p.requires_grad for p in module.parameters()):
+            made = (module.weight, module.bias, self.scale, self.softcap)
+            return _LogProbs.apply(h_NK.to(module.weight.dtype), labels_N, *made)  # type: ignore[no-any-return]
+        parts = [
+            checkpoint(self._chunk_log_probs, h, labels, use_reentrant=False)
+            for h, labels in zip(h_NK.split(ROWS), labels_N.split(ROWS), strict=True)
+        ]
+        return torch.cat(parts)
+
     def logits(self, h_NK: torch.Tensor) -> torch.Tensor:
         """Returns the logits [N, V] of hidden states."""
         z_NV = self.module(h_NK)
@@ -75,6 +87,40 @@ class Head:
 
     def _chunk_loss(self, h_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(self.logits(h_NK).float(), labels_N, reduction="sum")
+
+    def _chunk_log_probs(self, h_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        return -nn.functional.cross_entropy(self.logits(h_NK).float(), labels_N, reduction="none")
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probabilities by the kernel that sums them.
+
+    That computes the gradient of its sum with the loss, and in it a hidden state has a part of its own: multiplied by
+    what is asked of its token, that is the gradient of any other sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_NK: torch.Tensor,
+        labels_N: torch.Tensor,
+        weight_VK: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(wanted):
+            h = h_NK.detach().requires_grad_(wanted)
+            loss, nll_N = linear_cross_entropy(h, weight_VK, labels_N, bias=bias_V, scale=scale, softcap=softcap)
+            if wanted:
+                ctx.save_for_backward(*torch.autograd.grad(loss, h))
+        return -nll_N.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *asked: torch.Tensor) -> Any:
+        (dh_NK,) = ctx.saved_tensors
+        return -asked[0][:, None].to(dh_NK.dtype) * dh_NK, None, None, None, None, None
 
 
 # Not a field of the model: that would be saved and copied with it.

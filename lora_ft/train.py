@@ -1,4 +1,4 @@
-"""Train the adapter: `transformers.Trainer` with our loss, optimizer and proofs as mixins."""
+"""Train the adapter: the rows, the Trainer that the task names, and the proofs around it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,21 @@ from typing import Any
 
 import peft
 import torch
-from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import attention, four_bits, heap, losses, optimizer, processes, sharding
+from lora_ft import attention, four_bits, heap, optimizer, processes, sharding, trainers
 from lora_ft.base import Base
-from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig, TrainConfig
 from lora_ft.data import pack
-from lora_ft.data.mask import IGNORE
 from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, UnsupportedModelError
 from lora_ft.frozen import Frozen
-from lora_ft.guard import GuardedSteps
 from lora_ft.halving import Halving
-from lora_ft.modes import mixed_precision
-from lora_ft.optimizer import ChosenOptimizer
 from lora_ft.replicas import Replicas
-from lora_ft.tasks import Batch, Features, Task, tokens
-from lora_ft.watch import Clock, EvaluationStopped, GradientProof, Interrupt, MetricsFile, peak_bytes
+from lora_ft.tasks import Batch, Features, Task
+from lora_ft.trainers import Proven
+from lora_ft.watch import Clock, GradientProof, Interrupt, MetricsFile, peak_bytes
 
 log = logging.getLogger(__name__)
 
@@ -56,118 +51,6 @@ class Fit:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
-
-
-class TaskLoss:
-    """Mixin for a Trainer: the loss is the task's, per scored token of the whole global batch.
-
-    Accumulating over small batches so gives the gradient of the big one (transformers#34191).
-    """
-
-    task: Task
-    eval_rows: Sequence[Features]
-    interrupt: Interrupt
-    sharded: bool = False
-    """Whether the base is spread over several processes."""
-    tokens_seen: int = 0
-    kept: tuple[str, ...] = ("tokens_seen",)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        trainer: Any = self
-        filler = trainer.fills_in()
-        if filler:
-            # It has no labels, by which the batch is counted; a loss that is multiplied by nothing may have any.
-            inputs = {**inputs, "labels": torch.zeros_like(inputs["labels"])}
-        else:
-            self.tokens_seen += tokens(inputs)
-        # Of the Trainer's own only the outermost forward is under autocast, and a task may call what lies inside.
-        with mixed_precision(model):
-            nll = self.task.loss(trainer.model, inputs)
-        if filler:
-            nll = nll * 0
-        if num_items_in_batch is None:
-            num_items_in_batch = (inputs["labels"] != IGNORE).sum()
-        # The count is that of all processes, and their gradients are averaged. Where it is zero, so is the sum.
-        count = torch.as_tensor(num_items_in_batch, device=nll.device).clamp(min=1)
-        loss = nll / count * trainer.accelerator.num_processes
-        return (loss, {}) if return_outputs else loss
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        trainer: Any = self
-        rows = self.eval_rows if eval_dataset is None else eval_dataset
-        with self.interrupt.evaluation(), attention.unpacked(trainer.model):
-            # Of a base that is spread over processes, all have to make the same passes.
-            alike = self.sharded or processes.count() == 1
-            share = rows if alike else rows[processes.rank() :: processes.count()]
-            size = trainer.args.per_device_eval_batch_size
-            found = losses.of_rows(self.task, trainer.model, share, size, halves=not self.sharded)
-        if alike:
-            mean = processes.told(found.mean)
-        else:
-            of_each = processes.gathered([found.nll.sum(), found.count.sum()])
-            nll, count = (sum(numbers) for numbers in zip(*of_each, strict=True))
-            mean = nll / count
-        metrics = {f"{metric_key_prefix}_loss": mean}
-        trainer.log(metrics)
-        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-        return metrics
-
-
-class AdapterTrainer(TaskLoss, ChosenOptimizer, Replicas, Checkpoints, GuardedSteps, Halving, Trainer):
-    """The Trainer that `fit` runs."""
-
-    kept: tuple[str, ...] = ("evaluation_due", "began_on")
-    frozen: Frozen
-    began_on: dict[str, str]
-    """What the run was started on, as `Frozen` tells it."""
-    clock: Clock
-    longest: Batch | None = None
-    """The batch that takes the most memory, to be tried before the first step."""
-    evaluation_due: bool = False
-    """Whether a signal stopped the evaluation of the step last made, which a resumed run makes first."""
-
-    def __init__(
-        self, task: Task, eval_rows: Sequence[Features], plus_ratio: float | None, interrupt: Interrupt, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.task, self.eval_rows, self.plus_ratio, self.interrupt = task, eval_rows, plus_ratio, interrupt
-        # Our loss divides by the global count itself; the Trainer must not divide by the accumulation again.
-        self.model_accepts_loss_kwargs = True
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Returns 0: the Trainer's estimate looks at each parameter in every step, and nothing here reads it."""
-        return 0
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-        except EvaluationStopped:
-            self.evaluation_due = True
-            self.control.should_evaluate = self.control.should_save = False
-            self._stop()
-            self._save_checkpoint(self.model)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self.began_on = self.frozen.compared(self.began_on)
-        if self.longest is not None:
-            began = time.perf_counter()
-            self.try_longest(self.longest)
-            self.longest = None
-            self.clock.began += time.perf_counter() - began
-        if self.evaluation_due:
-            try:
-                metrics = self._evaluate(None, None)
-            except EvaluationStopped:
-                return self._stop()
-            self.evaluation_due = False
-            self._determine_best_metric(metrics=metrics, trial=None)
-            self._save_checkpoint(self.model)
-        return super()._run_epoch(*args, **kwargs)
-
-    def _stop(self) -> None:
-        self.interrupt.stopped = self.control.should_training_stop = True
 
 
 class Rows(Dataset):
@@ -266,13 +149,14 @@ def fit(
         chosen.append(EarlyStoppingCallback(train.patience))
     for reason in optimizer.choose(train.optimizer, base.device.type)[1]:
         log.warning(reason)
-    trainer = AdapterTrainer(
+    kind = trainers.of(task)
+    trainer: Any = kind(
         task,
         eval_rows,
         config.lora.plus_ratio,
         interrupt,
         model=model,
-        args=arguments(train, out, base, evaluated=bool(eval_rows)),
+        args=arguments(config, base, evaluated=bool(eval_rows), kind=kind),
         train_dataset=data,
         eval_dataset=Rows(eval_rows) if eval_rows else None,
         data_collator=collate,
@@ -284,12 +168,15 @@ def fit(
     trainer.clock = clock
     trainer.row_names = row_names
     trainer.sharded = train.shard_base and processes.count() > 1
-    if isinstance(data, Rows):
+    if isinstance(data, Rows) and issubclass(kind, Halving):
         trainer.longest = collate(data.longest(task, train.batch_size))
     trainer.frozen = Frozen(model, base, changes_allowed=bool(config.allow_changed))
     trainer.began_on = trainer.frozen.told
     four_bits.choose_cache(model, train.base_cache)
-    trainer.begin_alike(trainer.frozen.told["sha256"])
+    if issubclass(kind, Replicas):
+        trainer.begin_alike(trainer.frozen.told["sha256"])
+    elif processes.count() > 1:
+        raise ConfigError(f"the task {task.name} trains in one process: start it without torchrun.")
     if trainer.sharded:
         sharding.shard(model)
         trainer.frozen.look()
@@ -372,49 +259,51 @@ def _tensorboard(out: Path) -> TrainerCallback:
     return callback
 
 
-def arguments(train: TrainConfig, out: Path, base: Base, *, evaluated: bool) -> TrainingArguments:
-    """Returns the Trainer's arguments for ours; nothing is reported anywhere unless it was named."""
+def arguments(config: RunConfig, base: Base, *, evaluated: bool, kind: type[Proven]) -> TrainingArguments:
+    """Returns the arguments of a kind of Trainer for ours; nothing is reported anywhere unless it was named."""
+    train = config.train
     evaluates = evaluated and train.eval_steps is not None
     save_steps = train.save_steps or (train.eval_steps if evaluates else None)
     if base.dtype == torch.float16 and base.device.type == "cpu":
         raise ConfigError("train.dtype float16 trains on a GPU only; on a processor use bfloat16 or float32.")
-    made = TrainingArguments(
-        output_dir=str(out / CHECKPOINTS),
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulate,
-        num_train_epochs=train.epochs,
-        max_steps=train.steps or -1,
-        learning_rate=train.lr,
-        lr_scheduler_type=SCHEDULES[train.schedule],
-        warmup_steps=train.warmup,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.clip,
-        seed=train.seed,
-        data_seed=train.seed,
-        bf16=base.dtype == torch.bfloat16,
-        fp16=base.dtype == torch.float16,
-        use_cpu=base.device.type == "cpu",
-        dataloader_pin_memory=base.device.type == "cuda",
-        gradient_checkpointing=train.checkpoint_activations,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if train.checkpoint_activations else None,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=train.eval_steps if evaluates else None,
-        save_strategy="steps" if save_steps else "no",
-        save_steps=save_steps or 500,
-        save_total_limit=3,
-        load_best_model_at_end=evaluates,
-        metric_for_best_model="eval_loss" if evaluates else None,
-        greater_is_better=False if evaluates else None,
-        logging_steps=train.log_steps,
+    settings: dict[str, Any] = {
+        "output_dir": str(config.out / CHECKPOINTS),
+        "per_device_train_batch_size": train.batch_size,
+        "per_device_eval_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.accumulate,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.steps or -1,
+        "learning_rate": train.lr,
+        "lr_scheduler_type": SCHEDULES[train.schedule],
+        "warmup_steps": train.warmup,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.clip,
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "bf16": base.dtype == torch.bfloat16,
+        "fp16": base.dtype == torch.float16,
+        "use_cpu": base.device.type == "cpu",
+        "dataloader_pin_memory": base.device.type == "cuda",
+        "gradient_checkpointing": train.checkpoint_activations,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.checkpoint_activations else None,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": train.eval_steps if evaluates else None,
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 500,
+        "save_total_limit": 3,
+        "load_best_model_at_end": evaluates,
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "greater_is_better": False if evaluates else None,
+        "logging_steps": train.log_steps,
         # The default writes the running mean over a loss that is not a number.
-        logging_nan_inf_filter=False,
+        "logging_nan_inf_filter": False,
         # The callback for TensorBoard is ours: the Trainer's takes its folder from the environment.
-        report_to=[name for name in train.report_to if name != "tensorboard"] or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        log_level="error",
-    )
+        "report_to": [name for name in train.report_to if name != "tensorboard"] or "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    made = kind.arguments_class(**settings | kind.own_arguments(config))
     # One device a process: the Trainer would copy a quantized model to every GPU it sees.
     made._n_gpu = min(made.n_gpu, 1)
     return made

@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from lora_ft import adapters, atomicio, checkpoints, exact, manifest, optimizer, train
+from lora_ft import adapters, atomicio, checkpoints, exact, manifest, optimizer, train, trainers
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, LoraFtError, StorageError
 from tests import tiny
 from tests.reliability.disks import Failing
@@ -149,7 +149,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_from_the_beginning(tmp_path
 def test_of_many_checkpoints_the_newest_three_and_the_best_stay(tmp_path, folder, monkeypatch):
     rows, held_out = tiny.rows("complete", 8), tiny.rows("complete", 6, seed=9)
     found = iter([5.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0])
-    monkeypatch.setattr(train.losses, "of_rows", lambda *_, **__: SimpleNamespace(mean=next(found)))
+    monkeypatch.setattr(trainers.losses, "of_rows", lambda *_, **__: SimpleNamespace(mean=next(found)))
     stop = StopAt(28, signal.SIGINT)
     settings = {"steps": 40, "eval_steps": 4, "batch_size": 4}
     fit(tmp_path / "run", folder, rows, held_out, callbacks=[stop], **settings)
@@ -255,7 +255,7 @@ def test_a_step_saved_again_is_never_without_its_checkpoint(tmp_path, folder, mo
     _, weights = fit(tmp_path / "whole", folder, rows, held_out, **settings)
     stop = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(train.losses, "of_rows", stop)
+        patch.setattr(trainers.losses, "of_rows", stop)
         fit(tmp_path / "run", folder, rows, held_out, **settings)
 
     class Dies(atomicio.Disk):
@@ -356,7 +356,7 @@ def test_a_lost_best_checkpoint_is_told_and_never_replaced_unasked(tmp_path, fol
         (Path(self.state.best_model_checkpoint) / checkpoints.ADAPTER).write_bytes(b"")
         real(self)
 
-    monkeypatch.setattr(train.AdapterTrainer, "_load_best_model", damaged)
+    monkeypatch.setattr(trainers.AdapterTrainer, "_load_best_model", damaged)
     with pytest.raises(StorageError, match=r"The adapter of the best evaluation, checkpoint-\d+\.corrupt, is lost"):
         fit(tmp_path / "run", folder, rows, held_out, steps=4, eval_steps=2, batch_size=4)
 

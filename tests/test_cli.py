@@ -442,13 +442,13 @@ def test_a_folder_with_other_files_is_never_written_into(place, tmp_path, capsys
 def test_a_failing_training_gives_the_cursor_back(place, tmp_path, monkeypatch):
     from rich.console import Console
 
-    from lora_ft import train, watch
+    from lora_ft import trainers, watch
     from lora_ft.config import from_yaml
 
     def fail(*args, **kwargs):
         raise LoraFtError("the training fails")
 
-    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", fail)
+    monkeypatch.setattr(trainers.AdapterTrainer, "compute_loss", fail)
     screen = Console(file=io.StringIO(), force_terminal=True)
     config = from_yaml(RunConfig, place / "adapter" / "config.yaml")
     local = {"base": str(place / "base"), "out": tmp_path / "run"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from lora_ft import checkpoints, exact, train
+from lora_ft import checkpoints, exact, train, trainers
 from lora_ft.errors import ConfigError
 from lora_ft.watch import Clock
 from lora_kernels import new_seed
@@ -83,7 +83,7 @@ class Read(TrainerCallback):
 def test_the_rows_of_a_step_are_those_it_reads(tmp_path, folder, monkeypatch, batch, accumulate):
     rows, read, told = tiny.rows("complete", 11), Read(), []
     number = {id(row["input_ids"]): i for i, row in enumerate(rows)}
-    init = train.AdapterTrainer.__init__
+    init = trainers.AdapterTrainer.__init__
 
     def remember(self, task, *args, **kwargs):
         collate = kwargs["data_collator"]
@@ -95,7 +95,7 @@ def test_the_rows_of_a_step_are_those_it_reads(tmp_path, folder, monkeypatch, ba
         init(self, task, *args, **{**kwargs, "data_collator": noted})
         read.trainer = self
 
-    monkeypatch.setattr(train.AdapterTrainer, "__init__", remember)
+    monkeypatch.setattr(trainers.AdapterTrainer, "__init__", remember)
     fit(tmp_path / "run", folder, rows, epochs=2, batch_size=batch, accumulate=accumulate, callbacks=[read])
     assert read.seen == told
     assert sorted(row for seen in told[: len(told) // 2] for row in seen) == list(range(11))
@@ -241,7 +241,7 @@ class StopInEvaluation(TrainerCallback):
     """Sends a signal once the held-out rows are read."""
 
     def __init__(self, monkeypatch, times: int = 1) -> None:
-        real = train.losses.of_rows
+        real = trainers.losses.of_rows
 
         def stopped(*args, **kwargs):
             if self.times > 0:
@@ -250,7 +250,7 @@ class StopInEvaluation(TrainerCallback):
             return real(*args, **kwargs)
 
         self.times = times
-        monkeypatch.setattr(train.losses, "of_rows", stopped)
+        monkeypatch.setattr(trainers.losses, "of_rows", stopped)
 
 
 def test_a_signal_in_an_evaluation_ends_it_and_the_resumed_run_makes_it_first(tmp_path, folder, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ft import train
+from lora_ft import train, trainers
 from lora_ft.errors import DivergedError
 from tests import tiny
 from tests.test_train import fit, same
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def broken(monkeypatch, steps, value=math.nan, where="loss"):
     """Makes the loss, or a gradient, of the steps given, counted from 1, something that is not finite."""
-    real = train.AdapterTrainer.compute_loss
+    real = trainers.AdapterTrainer.compute_loss
 
     def compute(self, model, inputs, *args, **kwargs):
         loss = real(self, model, inputs, *args, **kwargs)
@@ -32,7 +32,7 @@ def broken(monkeypatch, steps, value=math.nan, where="loss"):
             return loss
         return loss * value
 
-    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", compute)
+    monkeypatch.setattr(trainers.AdapterTrainer, "compute_loss", compute)
 
 
 def lines(out):
@@ -78,20 +78,20 @@ def test_a_skipped_step_leaves_the_adapter_and_its_momentum_alone(tmp_path, fold
 
 def test_without_the_guard_one_step_would_spoil_the_adapter(tmp_path, folder, monkeypatch):
     broken(monkeypatch, {2})
-    monkeypatch.setattr(train.AdapterTrainer, "_reason", lambda self, norm: None)
+    monkeypatch.setattr(trainers.AdapterTrainer, "_reason", lambda self, norm: None)
     _, weights = fit(tmp_path / "run", folder, tiny.rows("complete", 12), steps=3, batch_size=2)
     assert not all(torch.isfinite(weight).all() for weight in weights.values())
 
 
 def test_only_the_micro_step_that_broke_is_named(tmp_path, folder, monkeypatch):
     rows = tiny.rows("complete", 12)
-    real, calls = train.AdapterTrainer.compute_loss, []
+    real, calls = trainers.AdapterTrainer.compute_loss, []
 
     def compute(self, *args, **kwargs):
         calls.append(1)
         return real(self, *args, **kwargs) * (math.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", compute)
+    monkeypatch.setattr(trainers.AdapterTrainer, "compute_loss", compute)
     fit(tmp_path / "run", folder, rows, steps=1, batch_size=2, accumulate=3)
     (event,) = [line for line in lines(tmp_path / "run") if "event" in line]
     assert len(event["rows"]) == 2
@@ -102,14 +102,14 @@ def test_three_in_a_row_stop_the_run_and_bring_the_last_good_adapter_back(tmp_pa
     _, good = fit(tmp_path / "good", folder, rows, steps=2, batch_size=2, schedule="constant")
     broken(monkeypatch, {2, 4, 5, 6})
     kept = {}
-    back = train.AdapterTrainer.back_to_last_good
+    back = trainers.AdapterTrainer.back_to_last_good
 
     def remember(self):
         step = back(self)
         kept.update({n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad})
         return step
 
-    monkeypatch.setattr(train.AdapterTrainer, "back_to_last_good", remember)
+    monkeypatch.setattr(trainers.AdapterTrainer, "back_to_last_good", remember)
     settings = {"steps": 9, "batch_size": 2, "schedule": "constant"}
     with pytest.raises(DivergedError) as caught:
         fit(tmp_path / "run", folder, rows, save_steps=1, **settings)

@@ -102,3 +102,32 @@ def test_logits_never_exist_all_at_once(watched: bool) -> None:
         Head(matrix).loss(h_NK, labels_N).backward()
     assert h_NK.grad is not None
     assert largest <= 256 * vocabulary < tokens * vocabulary
+
+
+@pytest.mark.parametrize("kind", ["LoRA in the head", "matrix"])
+def test_each_log_probability_has_its_own_gradient(kind: str, tmp_path: Any) -> None:
+    loaded = base.load(str(tiny.model_folder(tmp_path, "llama-untied")), quant="none", dtype="float32", device="cpu")
+    targets = ("q_proj", "lm_head") if kind == "LoRA in the head" else ("q_proj",)
+    model = adapters.attach(loaded, config.LoraConfig(rank=4, targets=targets), peft_task="CAUSAL_LM")
+    for name, parameter in adapters.trained(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    inner, made = modes.unwrapped(model), batch()
+    inputs = {key: value for key, value in made.items() if key != "labels"}
+    targets_BT = made["labels"][:, 1:]
+    row_N, column_N = (targets_BT != -100).nonzero(as_tuple=True)
+    labels_N = targets_BT[row_N, column_N]
+    found = Head.of(inner)
+    assert found is not None
+    logp_N = found.log_probs(head.states(inner, inputs)[row_N, column_N], labels_N)
+    plain_N = model(**inputs).logits[:, :-1].log_softmax(-1)[row_N, column_N, labels_N]
+    torch.testing.assert_close(logp_N, plain_N)
+    # Each its own weight: of one for all of them the gradient is known from the sum.
+    weight_N = torch.linspace(-1, 2, len(labels_N))
+    learned = list(adapters.trained(model).values())
+    ours, theirs = (torch.autograd.grad((one * weight_N).sum(), learned) for one in (logp_N, plain_N))
+    for one, other in zip(ours, theirs, strict=True):
+        assert bool(other.any())
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+    with torch.no_grad():
+        assert not found.log_probs(head.states(inner, inputs)[row_N, column_N], labels_N).requires_grad

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_ft import checkpoints, optimizer, train
+from lora_ft import checkpoints, optimizer, train, trainers
 from lora_ft.config import TrainConfig
 from lora_ft.errors import AdapterError
 from tests import tiny
@@ -168,14 +168,14 @@ def test_embeddings_and_small_tensors_keep_32_bits(tmp_path, folder, caplog):
 
 def test_a_step_that_is_skipped_leaves_moments_of_8_bits_alone(tmp_path, folder, monkeypatch):
     look, calls = Look(), []
-    real = train.AdapterTrainer.compute_loss
+    real = trainers.AdapterTrainer.compute_loss
 
     def compute(self, *args, **kwargs):
         calls.append(1)
         # The first is the trial of the longest batch.
         return real(self, *args, **kwargs) * (math.nan if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(train.AdapterTrainer, "compute_loss", compute)
+    monkeypatch.setattr(trainers.AdapterTrainer, "compute_loss", compute)
     settings = {"steps": 3, "batch_size": 4, "optimizer": "adamw-8bit", "lora": WIDE}
     fit(tmp_path / "run", folder, tiny.rows("complete", 12), callbacks=[look], **settings)
     first, skipped, third = look.states

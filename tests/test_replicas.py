@@ -110,18 +110,18 @@ def test_a_packed_base_is_not_spread(place, capsys):
 
 
 def test_a_run_stopped_with_one_process_goes_on_with_two(place, whole, monkeypatch):
-    from lora_ft import train
+    from lora_ft import trainers
 
     out = place / "more"
     # As a signal would, but at a step that is known.
-    save = train.AdapterTrainer._save_checkpoint
+    save = trainers.AdapterTrainer._save_checkpoint
 
     def stopping(trainer, *args, **kwargs):
         save(trainer, *args, **kwargs)
         if trainer.state.global_step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train.AdapterTrainer, "_save_checkpoint", stopping)
+    monkeypatch.setattr(trainers.AdapterTrainer, "_save_checkpoint", stopping)
     assert main(options(place, "more", "--train.accumulate", "2")) == 130
     monkeypatch.undo()
     done(launched(options(place, "more", "--resume")))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, atomicio, base, checkpoints, frozen, losses, manifest, tasks, train
+from lora_ft import adapters, atomicio, base, checkpoints, frozen, losses, manifest, tasks, train, trainers
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from tests import tiny
@@ -89,9 +89,9 @@ def test_accumulating_gives_the_step_of_the_big_batch(tmp_path, folder, batch, a
 def test_a_mean_of_means_would_be_another_step(tmp_path, folder, monkeypatch):
     rows = uneven_rows()
     _, big = fit(tmp_path / "big", folder, rows, batch_size=8, steps=2, lr=1e-3)
-    right = train.TaskLoss.compute_loss
+    right = trainers.TaskLoss.compute_loss
     monkeypatch.setattr(
-        train.TaskLoss, "compute_loss", lambda self, model, inputs, *_, **__: right(self, model, inputs) / 8
+        trainers.TaskLoss, "compute_loss", lambda self, model, inputs, *_, **__: right(self, model, inputs) / 8
     )
     _, wrong = fit(tmp_path / "wrong", folder, rows, batch_size=1, accumulate=8, steps=2, lr=1e-3)
     assert any(not torch.allclose(wrong[name], big[name], rtol=1e-2, atol=1e-5) for name in big)

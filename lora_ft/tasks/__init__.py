@@ -53,6 +53,8 @@ class Task:
     """Metrics on the classes predicted, by name; `compared` gives what they take."""
     shares_rows: bool = False
     """Whether several rows of the task can lie in one."""
+    trainer: str = "trainers.AdapterTrainer"
+    """The room of the library and the class in it that trains the task: a `trainers.Proven`."""
     tokenizer: Any = None
     """Set by `prepare`, as what follows is."""
     max_length: int

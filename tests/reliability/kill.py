@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lora_ft import adapters, checkpoints, tasks, train
+from lora_ft import adapters, checkpoints, tasks, train, trainers
 from lora_ft import base as bases
 from lora_ft.config import LoraConfig
 from lora_ft.started import is_trained
@@ -140,7 +140,7 @@ def evaluated(folder: Path, count: int) -> Tally:
     assert ended.status == 0, ended.said
     expected, final = fingerprints(whole), (whole / "adapter_model.safetensors").read_bytes()
     stop = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-    with mock.patch.object(train.losses, "of_rows", stop):
+    with mock.patch.object(trainers.losses, "of_rows", stop):
         ended = place.run(begun)
     assert ended.status == 130, ended.said
     while tally.kills < count:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from lora_ft import cli, train
+from lora_ft import cli, train, trainers
 from lora_ft.checkpoints import found, newest, step_of
 from tests.reliability.forks import MEMORY, Place, fingerprints, start, wait
 
@@ -24,7 +24,7 @@ MOST_S = 5.0
 
 def slow(seconds: float) -> Callable:
     """Returns a loss that takes so long."""
-    real = train.TaskLoss.compute_loss
+    real = trainers.TaskLoss.compute_loss
 
     def slowly(*args, **kwargs):
         until = time.perf_counter() + seconds
@@ -47,7 +47,7 @@ def faults(folder: Path) -> list[str]:
         if more:  # every second checkpoint is evaluated
             words[words.index("--train.save-steps") + 1] = "2"
         step_s = 0.3 if where == "a step" else 30.0
-        target = (train.TaskLoss, "compute_loss") if where == "a step" else (train.losses, "of_rows")
+        target = (trainers.TaskLoss, "compute_loss") if where == "a step" else (trainers.losses, "of_rows")
 
         def action(words=words, target=target, step_s=step_s) -> int:
             replaced = slow(step_s) if target[1] == "compute_loss" else lambda *args, **kwargs: time.sleep(step_s)
@@ -73,7 +73,7 @@ def faults(folder: Path) -> list[str]:
     out = folder / "twice"
 
     def stuck() -> int:
-        with mock.patch.object(train.TaskLoss, "compute_loss", slow(60)):
+        with mock.patch.object(trainers.TaskLoss, "compute_loss", slow(60)):
             return cli.main(place.words(out))
 
     pid = start(stuck, said)
