@@ -66,6 +66,34 @@ def append(path: Path, line: str) -> None:
         disk.write(path, f"{line}\n".encode(), append=True)
 
 
+@contextmanager
+def growing(path: Path) -> Iterator[Callable[[str], None]]:
+    """Yields what writes text at the end of a new file, which is at `path` once the block succeeds, else nowhere.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    fresh = _beside(path)
+
+    def more(text: str) -> None:
+        with _told(path):
+            disk.write(fresh, text.encode("utf-8"), append=True)
+
+    try:
+        with _told(path):
+            _make_folder(path.parent)
+        more("")
+        yield more
+        with _told(path):
+            disk.sync(fresh)
+            disk.rename(fresh, path)
+    except BaseException:
+        _forget(fresh)
+        raise
+    with _told(path):
+        disk.sync(path.parent)
+
+
 class Draft:
     """A folder that is being written. It is nothing to anybody until `commit` gives it its name.
 

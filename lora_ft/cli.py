@@ -25,6 +25,7 @@ from lora_ft.options import (
     EvaluateConfig,
     MergeConfig,
     PlanConfig,
+    PredictConfig,
     QuickstartConfig,
     ServeConfig,
     VerifyConfig,
@@ -120,6 +121,15 @@ def evaluate(config: EvaluateConfig) -> None:
         table(
             ["class", "precision", "recall", "f1", "rows"], [[name, *row.values()] for name, row in per_class.items()]
         )
+
+
+def predict(config: PredictConfig) -> None:
+    from rich.console import Console
+
+    from lora_ft.predict import predict as answer
+
+    done = answer(config, Console(stderr=True))
+    say(f"{config.out}: {done.rows:,} rows, {done.rows / done.seconds:.1f} rows/s")
 
 
 def chat(config: ChatConfig) -> None:
@@ -322,6 +332,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (RunConfig, train),
     "plan": (PlanConfig, plan),
     "evaluate": (EvaluateConfig, evaluate),
+    "predict": (PredictConfig, predict),
     "chat": (ChatConfig, chat),
     "verify": (VerifyConfig, verify),
     "merge": (MergeConfig, merge),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,11 +78,29 @@ def generate(
     sampling: Sampling = Sampling(),
     stop_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Returns the text generated after each prompt, in the order of the prompts, special tokens left out.
+    """Returns the text generated after each prompt, as `replies` does."""
+    return [text for text, _ in replies(model, tokenizer, prompts, sampling=sampling, stop_ids=stop_ids)]
+
+
+def replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling = Sampling(),
+    stop_ids: Sequence[int] = (),
+    most_rows: int = sys.maxsize,
+    note: Callable[[int], None] = lambda rows: None,
+) -> list[tuple[str, bool]]:
+    """Returns the text generated after each prompt, in the order of the prompts, and whether it came to its end.
+
+    Special tokens are left out.
 
     Args:
         prompts: token ids of each prompt; encoder-decoder models take them as the source.
         stop_ids: tokens that end a reply besides the model's own end of text.
+        most_rows: prompts answered together.
+        note: told of how many more prompts there are replies, for a progress display.
 
     Raises:
         LoraFtError: a prompt has more tokens than the model has positions; replies that reach them end there, which is
@@ -98,25 +117,26 @@ def generate(
     in_place = can_share(model)
     shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    replies = [""] * len(prompts)
+    made: list[tuple[str, bool]] = [("", False)] * len(prompts)
     with evaluating(model), four_bits.dequantized(model), _without_rules(model), contiguous_head(model):
         cache = _prefilled(model, prompts[0][:shared]) if in_place else None
         while order:
             # The longest first: the memory of the whole run is known after one batch.
-            rows = max(1, BATCH_TOKENS // (len(prompts[order[-1]]) + sampling.max_new_tokens))
+            rows = min(most_rows, max(1, BATCH_TOKENS // (len(prompts[order[-1]]) + sampling.max_new_tokens)))
             room = _room(model, held, len(prompts[order[-1]]))
             limits = sampling
             if room is not None and room < sampling.max_new_tokens:
                 # Alone, or what is left for this one would be all that others get.
                 rows, limits = 1, replace(sampling, max_new_tokens=room)
             order, chosen = order[:-rows], order[-rows:]
-            made, ended = _batch(model, tokenizer, [prompts[i] for i in chosen], shared, cache, limits, stop_ids)
-            cut += limits is not sampling and not ended
-            for i, reply in zip(chosen, made, strict=True):
-                replies[i] = reply
+            batch = [prompts[i] for i in chosen]
+            for i, reply in zip(chosen, _batch(model, tokenizer, batch, shared, cache, limits, stop_ids), strict=True):
+                made[i] = reply
+                cut += limits is not sampling and not reply[1]
+            note(len(chosen))
     if cut:
         log.warning("%d replies were cut at the last of the %d positions that the model has", cut, held)
-    return replies
+    return made
 
 
 def _room(model: Any, held: int | None, prompt: int) -> int | None:
@@ -206,7 +226,7 @@ def _batch(
     cache: DynamicCache | None,
     sampling: Sampling,
     stop_ids: Sequence[int],
-) -> tuple[list[str], bool]:
+) -> list[tuple[str, bool]]:
     """Returns the replies, and whether each of them came to its end."""
     longest = max(map(len, prompts))
     # Padding stands between the shared beginning and the rest, so that the cache fits every row.
@@ -232,9 +252,10 @@ def _batch(
         eos_token_id=ends,
         **({"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {}),
     )
-    new = out if model.config.is_encoder_decoder else out[:, longest:]
-    ended = bool(torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1).all())
-    return tokenizer.batch_decode(new, skip_special_tokens=True), ended
+    # A decoder begins with a token of its own, which may be that of an end.
+    new = out[:, 1:] if model.config.is_encoder_decoder else out[:, longest:]
+    ended = torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1).tolist()
+    return list(zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended, strict=True))
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:

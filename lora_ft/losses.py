@@ -73,7 +73,7 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
     def take(chosen: list[int], batch: Batch) -> None:
         sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
 
-    _each_batch(task, model, rows, batch_size, take, halves=halves)
+    each_batch(task, model, rows, batch_size, take, halves=halves)
     return Losses(*sums)
 
 
@@ -89,11 +89,11 @@ def answers(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
         for row, place in enumerate(chosen):
             logits[place] = logits_NV[row_N == row]
 
-    _each_batch(task, model, rows, batch_size, take)
+    each_batch(task, model, rows, batch_size, take)
     return Losses(*sums), logits
 
 
-def _each_batch(
+def each_batch(
     task: Task,
     model: nn.Module,
     rows: Sequence[Features],

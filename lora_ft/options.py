@@ -49,6 +49,32 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Write what an adapter says to each row of a file, beside the fields of the row."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    input: str
+    """Rows, which need no label or answer: a file or a hub data set."""
+    out: Path
+    """The file to write: .jsonl, or .csv, where what is a list or an object is written as JSON."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Names the rows use for known fields: `--columns prompt ask`."""
+    batch_size: int = 8
+    """Rows in one forward pass."""
+    max_new_tokens: int = 512
+    """Longest reply in tokens, where the task writes text."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+
+    def __post_init__(self) -> None:
+        at_least("batch-size", self.batch_size, 1)
+        at_least("max-new-tokens", self.max_new_tokens, 1)
+        if self.out.suffix.lower() not in (".jsonl", ".csv"):
+            raise ValueError(f"out must end in .jsonl or .csv, got {self.out.name}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """Talk to an adapter."""
 

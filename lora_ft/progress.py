@@ -1,7 +1,9 @@
-"""The live view of a training run: step, loss, tokens per second, time left and memory."""
+"""The live view of a training run: step, loss, tokens per second, time left and memory; and of rows being answered."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -52,3 +54,25 @@ class Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()
+
+
+@contextmanager
+def of_rows(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what is told of how many more rows are done: a bar on a terminal, elsewhere a line every tenth."""
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True)
+    bar, done = progress.add_task("rows", total=total), 0
+
+    def note(rows: int) -> None:
+        nonlocal done
+        before, done = done, done + rows
+        progress.update(bar, completed=done)
+        if not console.is_terminal and 10 * before // total < 10 * done // total:
+            console.print(f"row {done}/{total}")
+
+    if console.is_terminal:
+        progress.start()
+    try:
+        yield note
+    finally:
+        progress.stop()

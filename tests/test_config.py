@@ -83,6 +83,7 @@ OF_OTHERS = {
     "plan": "device json",
     "evaluate": "adapter data columns metrics batch_size base json",
     "chat": "adapter prompt system base max_new_tokens temperature",
+    "predict": "adapter input out columns batch_size max_new_tokens base",
     "verify": "adapter model base json",
     "merge": "adapter out onto dtype base",
     "data check": "file task base columns max_length show json",

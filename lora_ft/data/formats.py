@@ -43,6 +43,7 @@ class Pair:
     where: str
     prompt: str
     completion: str
+    """Empty where it is asked for, as `label` is; `tags` are none then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,15 @@ def stream(source: str, columns: Mapping[str, str] | None = None) -> Iterator[Ex
 
 def each(source: str, columns: Mapping[str, str], streaming: bool) -> Iterator[Example | DataError]:
     """Yields an example for each row, or what is wrong with it. Raises DataError where there is no reading on."""
-    formats = _formats_for(columns)
+    for made in with_rows(source, columns, FORMATS, streaming):
+        yield made if isinstance(made, DataError) else made[1]
+
+
+def with_rows(
+    source: str, columns: Mapping[str, str], known: tuple[Format, ...], streaming: bool
+) -> Iterator[tuple[Row, Example] | DataError]:
+    """Yields what `each` does by other formats, an example beside the row that it was made of."""
+    formats = _formats_for(columns, known)
     form: Format | None = None
     began = ""
     for row in rows(source, streaming):
@@ -115,7 +124,7 @@ def each(source: str, columns: Mapping[str, str], streaming: bool) -> Iterator[E
         try:
             fields = Fields(row.where, _renamed(row, columns), columns, Faults(row.where))
             if form is None:
-                form, began = _recognised(row, fields, formats), row.where
+                form, began = _recognised(row, fields, formats, known), row.where
             _refuse_mixture(fields, form, began, formats)
             example = form.parse(fields, *form.needs)
             fields.faults.raise_if_any()
@@ -124,14 +133,14 @@ def each(source: str, columns: Mapping[str, str], streaming: bool) -> Iterator[E
                 raise
             yield error
         else:
-            yield example
+            yield row, example
 
 
 def problems(row: Row) -> tuple[str, ...]:
     """Returns what is wrong with one row by itself, nothing where an example can be made of it."""
     fields = Fields(row.where, row.fields, {}, Faults(row.where))
     try:
-        form = _recognised(row, fields, FORMATS)
+        form = _recognised(row, fields, FORMATS, FORMATS)
         form.parse(fields, *form.needs)
         fields.faults.raise_if_any()
     except DataError as error:
@@ -190,21 +199,22 @@ def _chat(row: Fields, messages: str) -> Chat:
 def _sharegpt(row: Fields, conversations: str) -> Chat:
     said = conversation(row.get(conversations), row.place(conversations), SHAREGPT, row.faults)
     tools = toolbox(row.get("tools"), row.place("tools"), row.faults)
-    return Chat(row.where, _after(row.optional("system"), said), tools)
+    return Chat(row.where, after(row.optional("system"), said), tools)
 
 
 def _pair(row: Fields, prompt: str, completion: str) -> Pair:
     return Pair(row.where, row.text(prompt), row.text(completion))
 
 
-def _alpaca(row: Fields, instruction: str, output: str) -> Pair | Chat:
-    """Returns a Pair, or a Chat where the row has a system prompt or earlier turns."""
+def alpaca(row: Fields, instruction: str, output: str | None) -> Pair | Chat:
+    """Returns a Pair, or a Chat where the row has a system prompt or earlier turns; without `output`, of no reply."""
     ask = "\n\n".join(filter(None, (row.text(instruction), row.optional("input"))))
-    reply, system, earlier = row.text(output), row.optional("system"), _history(row)
+    reply = row.text(output) if output else ""
+    system, earlier = row.optional("system"), _history(row)
     if not system and not earlier:
         return Pair(row.where, ask, reply)
-    turns = (*earlier, {"role": "user", "content": ask}, {"role": "assistant", "content": reply})
-    return Chat(row.where, _after(system, turns))
+    last = ({"role": "assistant", "content": reply},) if output else ()
+    return Chat(row.where, after(system, (*earlier, {"role": "user", "content": ask}, *last)))
 
 
 def _history(row: Fields) -> tuple[dict[str, Any], ...]:
@@ -223,7 +233,8 @@ def _history(row: Fields) -> tuple[dict[str, Any], ...]:
     return tuple(messages)
 
 
-def _after(system: str, messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+def after(system: str, messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Returns the messages after a system turn, where there is one."""
     return ({"role": "system", "content": system}, *messages) if system else messages
 
 
@@ -267,7 +278,7 @@ def _text(row: Fields, text: str) -> Text:
 FORMATS = (
     Format(("messages",), _chat, takes=("tools", "functions")),
     Format(("conversations",), _sharegpt, takes=("system", "tools")),
-    Format(("instruction", "output"), _alpaca, takes=("input", "system", "history")),
+    Format(("instruction", "output"), alpaca, takes=("input", "system", "history")),
     Format(("prompt", "completion"), _pair),
     Format(("question", "answer"), _pair),
     Format(("source", "target"), _pair),
@@ -285,14 +296,15 @@ FORMATS = (
 PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 
 
-def _formats_for(columns: Mapping[str, str]) -> tuple[Format, ...]:
-    """Returns the formats that have every field `columns` names. Raises DataError where there is none."""
-    known = dict.fromkeys(name for form in FORMATS for name in (*form.needs, *form.takes))
+def _formats_for(columns: Mapping[str, str], formats: tuple[Format, ...]) -> tuple[Format, ...]:
+    """Returns those of the formats that have every field `columns` names. Raises DataError where there is none."""
+    known = dict.fromkeys(name for form in formats for name in (*form.needs, *form.takes))
     if unknown := [bare(name) for name in columns if name not in known]:
         raise DataError([f"data.columns: {name} is no known field; use {', '.join(known)}." for name in unknown])
-    fitting = tuple(form for form in FORMATS if columns.keys() <= {*form.needs, *form.takes})
+    fitting = tuple(form for form in formats if columns.keys() <= {*form.needs, *form.takes})
     if not fitting:
-        raise DataError([f"data.columns: no format has {listed(list(columns))} together; formats are {_offer()}."])
+        together = listed(list(columns))
+        raise DataError([f"data.columns: no format has {together} together; formats are {_offer(formats)}."])
     return fitting
 
 
@@ -316,17 +328,16 @@ def _detected(fields: Fields, formats: tuple[Format, ...]) -> Format | None:
     return next((form for form in formats if fields.values.keys() >= set(form.needs)), None)
 
 
-def _recognised(row: Row, fields: Fields, formats: tuple[Format, ...]) -> Format:
-    """Returns the format of the first row. Raises DataError where it has none."""
+def _recognised(row: Row, fields: Fields, formats: tuple[Format, ...], known: tuple[Format, ...]) -> Format:
+    """Returns the format of the first row. Raises DataError where it has none, offering those that are known."""
     for better, worse in PREFERENCES:
-        if {better, worse} <= row.fields.keys():
+        if known is FORMATS and {better, worse} <= row.fields.keys():
             raise DataError([f"{row.where}: is preference data ({better}, {worse}); no task here trains on it."])
     form = _detected(fields, formats)
     if form is None:
         what = f"has the fields {listed(list(row.fields))}, which fit no format" if row.fields else "has no fields"
-        raise DataError(
-            [f"{row.where}: {what}; use {_offer()}, or map yours, as in --data.columns prompt ask completion reply."]
-        )
+        mapped = "--data.columns prompt ask completion reply" if known is FORMATS else "--columns prompt ask"
+        raise DataError([f"{row.where}: {what}; use {_offer(known)}, or map yours, as in {mapped}."])
     return form
 
 
@@ -337,5 +348,5 @@ def _refuse_mixture(fields: Fields, form: Format, began: str, formats: tuple[For
         raise DataError([f"{fields.where}: is {other}, but {began} is {form}; keep one format in a file."])
 
 
-def _offer() -> str:
-    return f"{', '.join(map(str, FORMATS[:-1]))} or {FORMATS[-1]}"
+def _offer(formats: tuple[Format, ...]) -> str:
+    return f"{', '.join(map(str, formats[:-1]))} or {formats[-1]}"

@@ -227,6 +227,17 @@ def render_completion(tokenizer: Any, example: Pair | Text, max_length: int) -> 
     return rendered
 
 
+def render_prompt(tokenizer: Any, prompt: str, where: str) -> list[int]:
+    """Token ids of plain text to be continued, as those of a Pair begin. Raises MaskError where BOS stands wrong."""
+    begins = adds_bos(tokenizer)
+    ids = [*([tokenizer.bos_token_id] if begins else []), *_plain(tokenizer, prompt)]
+    if not ids:
+        raise MaskError([f"{where}: the tokenizer makes no token of the prompt; remove the row."])
+    if wrong := wrong_bos(tokenizer, ids, 1 if begins else None):
+        raise MaskError([f"{where}: {wrong}"])
+    return ids
+
+
 def _order(template: Template) -> tuple[str, ...]:
     """The ways in order of preference. Two are used, and the second is one that knows each turn's span."""
     return ("generation tags", "prefixes", "sentinels") if template.has_tags else ("sentinels", "prefixes")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
-from lora_ft.data.formats import Example
+from lora_ft.data.formats import Example, Format
 from lora_ft.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 Features = dict[str, Any]
 """One row for the model: `input_ids`, `labels` and what else the task needs, as lists."""
 Batch = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq", "tag": "Tag"}
 
@@ -35,6 +37,16 @@ class Scores:
     """The right class at each position, int64; where there is a single one, the number it should be, float32."""
     row_N: torch.Tensor
     """The row of the batch that each position belongs to, int64."""
+
+
+class Answering(Protocol):
+    """A model that answers rows however many they are: it batches them by length, and gives back their order."""
+
+    def of_rows(self, rows: Sequence[Features], compute: Callable[[nn.Module, Batch], Sequence[T]]) -> list[T]:
+        """Returns what `compute` gives for each row; it is handed the model and one collated batch after another."""
+
+    def texts(self, prompts: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
+        """Returns the greedy reply to each prompt of token ids, and whether it came to its end."""
 
 
 class Task:
@@ -51,6 +63,8 @@ class Task:
     """Name in `class_metrics.MEASURES` of what measures the answers, for a task with a single one to each row."""
     own_metrics: tuple[str, ...] = ()
     """Metrics on the classes predicted, by name; `compared` gives what they take."""
+    questions: tuple[Format, ...] = ()
+    """Formats of rows that ask for an answer, of which `asked` takes what they make."""
     shares_rows: bool = False
     """Whether several rows of the task can lie in one."""
     trainer: str = "trainers.AdapterTrainer"
@@ -110,6 +124,14 @@ class Task:
         """Returns the prompt of a row as token ids, and the reply it should get. Raises DataError if it has none."""
         raise DataError([f"{example.where}: {self.name} rows have no reply to generate; evaluate their loss."])
 
+    def asked(self, example: Example) -> Features:
+        """Returns what `predict` takes of a row without an answer. Raises DataError where it does not suit the task."""
+        raise DataError([f"{example.where}: {self.name} makes no predictions."])
+
+    def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
+        """Returns what the model says to each row of `asked`: values of JSON by name, first of all `prediction`."""
+        raise NotImplementedError
+
     def compared(self, example: Example, classes: Sequence[int]) -> tuple[Any, Any]:
         """Returns what the likeliest classes at a row's scored positions say, and what is right, for `own_metrics`."""
         raise NotImplementedError
@@ -133,6 +155,12 @@ class Task:
         """Returns the logits at the scored positions only, so that those of a whole batch never exist."""
         raise NotImplementedError
 
+    def logits(self, model: nn.Module, batch: Batch) -> list[np.ndarray]:
+        """Returns the logits at the scored positions of each row, float32 [N, V]."""
+        scores = self.score(model, batch)
+        logits_NV, row_N = scores.logits_NV.float().cpu().numpy(), scores.row_N.cpu().numpy()
+        return [logits_NV[row_N == row] for row in range(len(batch["labels"]))]
+
     def errors(self, scores: Scores) -> torch.Tensor:
         """Returns the loss of each scored position, float32 [N]: by default its negative log-likelihood."""
         return nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="none")
@@ -141,6 +169,13 @@ class Task:
         """Returns the negative log-likelihood summed over the scored positions of a batch, 0-d float32, to train on."""
         scores = self.score(model, batch)
         return nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="sum")
+
+
+def replied(model: Answering, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Returns the prediction of a task that writes text: it, and `finish_reason`, `stop` or `length` if it was cut."""
+    return [
+        {"prediction": text, "finish_reason": "stop" if ended else "length"} for text, ended in model.texts(prompts)
+    ]
 
 
 def get(name: str, facts: dict[str, Any] | None = None) -> Task:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_ft.data.formats import Chat as Conversation
-from lora_ft.data.formats import Example, Pair
+from lora_ft.data.formats import Example, Pair, Text
+from lora_ft.data.questions import CONVERSATIONS
 from lora_ft.data.render import ChatRenderer
-from lora_ft.errors import DataError
-from lora_ft.tasks import Features
+from lora_ft.errors import DataError, MaskError
+from lora_ft.tasks import Answering, Features, replied
 from lora_ft.tasks.causal import Causal
 
 
@@ -17,6 +18,7 @@ class Chat(Causal):
     """Conversations, or prompts with an answer, through the model's chat template."""
 
     name = "chat"
+    questions = CONVERSATIONS
 
     def __init__(self, system: str | None = None) -> None:
         if not isinstance(system, str | None):
@@ -52,6 +54,25 @@ class Chat(Causal):
             raise DataError([f"{example.where}: the row does not end in a reply in words to compare with."])
         *asked, reply = example.messages
         return self.renderer.prompt(asked, example.tools), reply["content"]
+
+    def asked(self, example: Example) -> Features:
+        tools: Sequence[Mapping[str, Any]] = ()
+        if isinstance(example, Conversation):
+            messages, tools = list(example.messages), example.tools
+        elif isinstance(example, Pair | Text):
+            # Such a row cannot say how a conversation opens; the rows trained on did.
+            messages = [{"role": "system", "content": self.system}] if self.system else []
+            messages.append({"role": "user", "content": example.prompt if isinstance(example, Pair) else example.text})
+        else:
+            return super().asked(example)
+        try:
+            return {"input_ids": self.renderer.prompt(messages, tools)}
+        except MaskError as error:
+            told = (problem.removeprefix("prompt: ") for problem in error.problems)
+            raise DataError([f"{example.where}: {problem}" for problem in told]) from None
+
+    def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
+        return replied(model, [row["input_ids"] for row in rows])
 
     def end_ids(self) -> list[int]:
         return [self.renderer.end_id]

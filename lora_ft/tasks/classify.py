@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from lora_ft.data import labels as known
-from lora_ft.data.formats import Example, Labelled
+from lora_ft.data.formats import Example, Labelled, Text
 from lora_ft.data.labels import MULTI, REGRESSION, SINGLE, Problem
+from lora_ft.data.questions import TEXTS
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.foreign.strictjson import shown
 from lora_ft.modes import unwrapped
-from lora_ft.tasks import Batch, Features, Scores, Task, pad
+from lora_ft.tasks import Answering, Batch, Features, Scores, Task, pad
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class Classify(Task):
     name = "classify"
     model_class = AutoModelForSequenceClassification
     peft_task = "SEQ_CLS"
+    questions = TEXTS
 
     def __init__(self, labels: Sequence[str] = (), problem_type: Problem = "single_label_classification") -> None:
         if problem_type not in (SINGLE, MULTI, REGRESSION):
@@ -98,15 +101,19 @@ class Classify(Task):
         if not isinstance(example, Labelled):
             raise DataError([f"{example.where}: the row has no label; classify takes text/label rows."])
         target = self._target(example)
-        encoded = self.tokenizer(example.text, example.text_pair, verbose=False)
+        return {**self._encoded(example, example.text_pair), "labels": target}
+
+    def _encoded(self, example: Labelled | Text, text_pair: str | None) -> Any:
+        """Returns the tokens of a row. Raises DataError where the tokenizer knows nothing of it."""
+        encoded = self.tokenizer(example.text, text_pair, verbose=False)
         whole = len(encoded["input_ids"])
         if whole > self.max_length:
-            encoded = self.tokenizer(example.text, example.text_pair, truncation=True, max_length=self.max_length)
+            encoded = self.tokenizer(example.text, text_pair, truncation=True, max_length=self.max_length)
         if all(token == self.tokenizer.pad_token_id for token in encoded["input_ids"]):
             # A decoder would be read at a place that says nothing.
             raise DataError([f"{example.where}: the base's tokenizer knows nothing of the text; leave the row out."])
         self.count_cut(whole - len(encoded["input_ids"]))
-        return {**encoded, "labels": target}
+        return encoded
 
     def _target(self, example: Labelled) -> int | list[int] | float:
         """Returns what the row teaches. Raises DataError where its label is unknown or of another kind."""
@@ -132,8 +139,36 @@ class Classify(Task):
         return [int(name in label) for name in self.labels]
 
     def longest(self) -> Features:
-        target = {SINGLE: 0, MULTI: [0] * len(self.labels), REGRESSION: 0.0}[self.problem_type]
-        return super().longest() | {"labels": target}
+        return super().longest() | {"labels": self._unknown()}
+
+    def _unknown(self) -> int | list[int] | float:
+        """Returns a target of the right kind for a row whose own nobody asks for."""
+        kinds: dict[str, int | list[int] | float] = {SINGLE: 0, MULTI: [0] * len(self.labels), REGRESSION: 0.0}
+        return kinds[self.problem_type]
+
+    def asked(self, example: Example) -> Features:
+        if not isinstance(example, Labelled | Text):
+            return super().asked(example)
+        pair = example.text_pair if isinstance(example, Labelled) else None
+        return {**self._encoded(example, pair), "labels": self._unknown()}
+
+    def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
+        return [self._said(logits_NV) for logits_NV in model.of_rows(rows, self.logits)]
+
+    def _said(self, logits_NV: np.ndarray) -> dict[str, Any]:
+        """Returns the prediction of a row: a number, or its class or classes with the probability of each there is."""
+        if self.problem_type == REGRESSION:
+            return {"prediction": float(logits_NV[0, 0])}
+        logits_NV = logits_NV.astype(np.float64)
+        p_NV = np.exp(logits_NV - logits_NV.max(axis=-1, keepdims=True))
+        p_NV /= p_NV.sum(axis=-1, keepdims=True)
+        # Where a row may have several classes, each has a position of its own.
+        p_V = p_NV[:, 1] if self.problem_type == MULTI else p_NV[0]
+        likely = [label for label, p in zip(self.labels, p_V, strict=True) if p > 0.5]
+        return {
+            "prediction": likely if self.problem_type == MULTI else self.labels[int(p_V.argmax())],
+            "probabilities": dict(zip(self.labels, p_V.tolist(), strict=True)),
+        }
 
     def answer(self, row: Features) -> str:
         target = row["labels"]

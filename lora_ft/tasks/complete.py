@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from lora_ft.data.formats import Example, Pair, Text
-from lora_ft.data.render import IGNORE, render_completion
+from lora_ft.data.questions import PROMPTS
+from lora_ft.data.render import IGNORE, render_completion, render_prompt
 from lora_ft.errors import DataError
-from lora_ft.tasks import Features
+from lora_ft.tasks import Answering, Features, replied
 from lora_ft.tasks.causal import Causal
 
 
@@ -13,6 +17,7 @@ class Complete(Causal):
     """Texts learned whole, or completions learned after their prompts, both up to the end of text."""
 
     name = "complete"
+    questions = PROMPTS
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Text | Pair):
@@ -28,3 +33,12 @@ class Complete(Causal):
         rendered = render_completion(self.tokenizer, example, self.max_length)
         trained = next(i for i, label in enumerate(rendered.labels) if label != IGNORE)
         return rendered.input_ids[:trained], example.completion
+
+    def asked(self, example: Example) -> Features:
+        if not isinstance(example, Text | Pair):
+            return super().asked(example)
+        prompt = example.prompt if isinstance(example, Pair) else example.text
+        return {"input_ids": render_prompt(self.tokenizer, prompt, example.where)}
+
+    def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
+        return replied(model, [row["input_ids"] for row in rows])

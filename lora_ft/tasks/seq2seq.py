@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
-from lora_ft.data.formats import Example, Pair
+from lora_ft.data.formats import Example, Pair, Text
+from lora_ft.data.questions import PROMPTS
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError
 from lora_ft.modes import unwrapped
-from lora_ft.tasks import Batch, Features, Scores, Task, pad
+from lora_ft.tasks import Answering, Batch, Features, Scores, Task, pad, replied
 
 
 class Seq2Seq(Task):
     """Every token of the target is learned, its end included, unless that was cut off: then no stop is taught."""
 
     name = "seq2seq"
+    questions = PROMPTS
     model_class = AutoModelForSeq2SeqLM
     peft_task = "SEQ_2_SEQ_LM"
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Pair):
             raise DataError([f"{example.where}: the row has no source and target; seq2seq takes source/target rows."])
-        source, cut = self._source(example)
+        source, cut = self._source(example.prompt)
         target = list(self.tokenizer(text_target=example.completion, verbose=False)["input_ids"])
         eos = self.tokenizer.eos_token_id
         if eos is not None and target[-1:] != [eos]:
@@ -33,12 +36,12 @@ class Seq2Seq(Task):
         self.count_cut(cut + len(target) - len(labels))
         return {"input_ids": source, "labels": labels}
 
-    def _source(self, example: Pair) -> tuple[list[int], int]:
+    def _source(self, text: str) -> tuple[list[int], int]:
         """Returns the source's token ids and how many were cut off; the end that the encoder is used to stays."""
-        whole = self.tokenizer(example.prompt, verbose=False)["input_ids"]
+        whole = self.tokenizer(text, verbose=False)["input_ids"]
         if len(whole) <= self.max_length:
             return whole, 0
-        kept = self.tokenizer(example.prompt, truncation=True, max_length=self.max_length)["input_ids"]
+        kept = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
         return kept, len(whole) - len(kept)
 
     def answer(self, row: Features) -> str:
@@ -50,7 +53,17 @@ class Seq2Seq(Task):
     def question(self, example: Example) -> tuple[list[int], str]:
         if not isinstance(example, Pair):
             return super().question(example)
-        return self._source(example)[0], example.completion
+        return self._source(example.prompt)[0], example.completion
+
+    def asked(self, example: Example) -> Features:
+        if not isinstance(example, Pair | Text):
+            return super().asked(example)
+        source, cut = self._source(example.prompt if isinstance(example, Pair) else example.text)
+        self.count_cut(cut)
+        return {"input_ids": source}
+
+    def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
+        return replied(model, [row["input_ids"] for row in rows])
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         return {

@@ -9,12 +9,14 @@ from torch import nn
 from transformers import AutoModelForTokenClassification
 
 from lora_ft.data.faults import listed
-from lora_ft.data.formats import Example, Tagged
+from lora_ft.data.formats import Example, Tagged, Text
+from lora_ft.data.questions import WORDS as QUESTIONS
 from lora_ft.data.render import IGNORE
-from lora_ft.data.tagged import OUTSIDE
+from lora_ft.data.tagged import OUTSIDE, WORD
+from lora_ft.entities import spans
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.foreign.strictjson import quoted
-from lora_ft.tasks import Batch, Features, Scores, Task, pad
+from lora_ft.tasks import Answering, Batch, Features, Scores, Task, pad
 
 PROBE = ("One", "two", "three")
 
@@ -26,6 +28,7 @@ class Tag(Task):
     model_class = AutoModelForTokenClassification
     peft_task = "TOKEN_CLS"
     accuracy_name = "accuracy"
+    questions = QUESTIONS
     own_metrics = ("entities",)
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
@@ -86,17 +89,63 @@ class Tag(Task):
             raise DataError([f"{example.where}: the tag of {quoted(example.words[i])}, {quoted(example.tags[i])}, is "
                              f"not one the adapter knows: {known}; correct it, or leave the row out."
                              for i in unknown])  # fmt: skip
-        encoded = self._encoded(example.words, self.space)
+        encoded, first = self._kept(example.words, example.where)
+        labels = [IGNORE] * len(encoded["input_ids"])
+        for word, at in first.items():
+            labels[at] = self.labels.index(example.tags[word])
+        return {**encoded, "labels": labels}
+
+    def _kept(self, words: Sequence[str], where: str) -> tuple[Any, dict[int, int]]:
+        """Returns words as tokens, cut where they are too many, and the first token of each word that has one left.
+
+        Raises:
+            DataError: none has.
+        """
+        encoded = self._encoded(words, self.space)
         whole = len(encoded["input_ids"])
         if whole > self.max_length:
-            encoded = self._encoded(example.words, self.space, truncation=True, max_length=self.max_length)
+            encoded = self._encoded(words, self.space, truncation=True, max_length=self.max_length)
         self.count_cut(whole - len(encoded["input_ids"]))
+        first = _first_tokens(encoded)
+        if not first:
+            raise DataError([f"{where}: the tokenizer makes no token of its words; remove the row."])
+        return encoded, first
+
+    def asked(self, example: Example) -> Features:
+        if isinstance(example, Text):
+            found = list(WORD.finditer(example.text))
+            words, beside = (
+                [word[0] for word in found],
+                {"text": example.text, "places": [word.span() for word in found]},
+            )
+        elif isinstance(example, Tagged):
+            words, beside = list(example.words), {}
+        else:
+            return super().asked(example)
+        encoded, first = self._kept(words, example.where)
         labels = [IGNORE] * len(encoded["input_ids"])
-        for word, at in _first_tokens(encoded).items():
-            labels[at] = self.labels.index(example.tags[word])
-        if all(label == IGNORE for label in labels):
-            raise DataError([f"{example.where}: the tokenizer makes no token of its words; remove the row."])
-        return {**encoded, "labels": labels}
+        for at in first.values():
+            labels[at] = 0
+        return {**encoded, "labels": labels, "words": words, "tagged": list(first), **beside}
+
+    def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
+        """Returns the tag of each word, and the entities: `start` and `end` in characters of a text, else in words.
+
+        Of a text the words are said too. A word that was cut off, or has no token, gets `O`.
+        """
+        said = [logits_NV.argmax(axis=-1).tolist() for logits_NV in model.of_rows(rows, self.logits)]
+        return [self._said(row, classes) for row, classes in zip(rows, said, strict=True)]
+
+    def _said(self, row: Features, classes: Sequence[int]) -> dict[str, Any]:
+        told, words = dict(zip(row["tagged"], classes, strict=True)), row["words"]
+        tags = [self.labels[told[i]] if i in told else OUTSIDE for i in range(len(words))]
+        places = row.get("places")
+        entities = []
+        for kind, first, end in spans(tags):
+            start, stop = (places[first][0], places[end - 1][1]) if places else (first, end)
+            text = row["text"][start:stop] if places else " ".join(words[first:end])
+            entities.append({"label": kind, "text": text, "start": start, "end": stop})
+        return {"prediction": tags, "entities": entities} | ({"words": words} if places else {})
 
     def answer(self, row: Features) -> str:
         return " ".join(self.labels[label] for label in row["labels"] if label != IGNORE)
