@@ -28,6 +28,7 @@ from lora_ft.options import (
     PredictConfig,
     QuickstartConfig,
     ServeConfig,
+    TwinConfig,
     VerifyConfig,
 )
 from lora_ft.terminal import ask, quiet, say, table
@@ -40,6 +41,11 @@ def quickstart(config: QuickstartConfig) -> None:
 
 
 def train(config: RunConfig) -> None:
+    if config.twin:
+        from lora_ft.rehearsal import rehearse
+
+        rehearse(config, say)
+        return
     if config.dry_run:
         from lora_ft import runs
 
@@ -363,6 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-ft has no command {name!r}.\n\n{_usage()}", file=sys.stderr)
         return 2
     options, command = COMMANDS[name]
+    if command is train and "--twin" in words:
+        options = TwinConfig
     return _finish(
         lambda: command(cli(options, words[len(name.split()) :], prog=f"lora-ft {name}")), [_program(), *words]
     )

@@ -236,6 +236,9 @@ class RunConfig:
     """Keys, such as `train.lr`, that may differ from how the run that is resumed was started."""
     dry_run: bool = False
     """Check the rows, the loss mask and the plan, then stop before any weight is loaded."""
+    twin: bool = False
+    """Try the recipe out in seconds: train, reload and merge a random model, two layers deep, of the base's kind on a
+    few rows. Nothing is fetched, and nothing kept in `out`."""
 
     def __post_init__(self) -> None:
         if self.lora.init in ("pissa", "olora") and self.quant != "none":
@@ -252,6 +255,8 @@ class RunConfig:
             raise ValueError(f"lora.init=loftq corrects the error of nf4, but quant is {self.quant}.")
         if self.allow_changed and not self.resume:
             raise ValueError("allow-changed needs resume: a run that starts anew is compared with nothing.")
+        if self.twin and (self.resume or self.dry_run):
+            raise ValueError("twin is a whole run that keeps nothing: leave out resume and dry-run.")
         if self.data.streaming and self.train.steps is None:
             raise ValueError("data.streaming needs train.steps: the number of rows is not known.")
 
@@ -312,6 +317,7 @@ def to_yaml(config: RunConfig) -> str:
         resume=False,
         allow_changed=(),
         dry_run=False,
+        twin=False,
     )
     return redacted(yaml.safe_dump(plain(fresh), sort_keys=False))
 

@@ -73,6 +73,17 @@ def fetch(name: str, repo: str, revision: str | None, *, weights: bool = True) -
     return Path(folder)
 
 
+def kept(repo: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of a commit of a repository in the local cache, None where it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
 def metric(name: str) -> Any:
     """Returns the metric module called `name`, such as `meteor` or `ORG/NAME`: its code is fetched, and run.
 

@@ -24,6 +24,16 @@ class QuickstartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TwinConfig(RunConfig):
+    """The options of `train` where `--twin` is among them: what is not made needs no name."""
+
+    base: str = ""
+    """Base model; unset, an architecture that is usual for the task."""
+    out: Path = Path("runs/twin")
+    """Nothing is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Measure an adapter and its base on rows."""
 

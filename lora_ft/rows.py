@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from lora_ft.train import Streamed
 
 log = logging.getLogger(__name__)
 
+# Of the rows named, so many are looked at for a few, and so many of them are those few.
+LOOKED_AT, FEW = 2000, 24
+FEW_HELD_OUT = 0.25
+MOST_CLASSES = 6
 # What the directions of EVA are estimated from.
 EVA_BATCHES = 8
 
@@ -63,6 +69,46 @@ def read(
     held_out = held_out or []
     _refuse_rows_trained_on(config, examples, held_out)
     return examples, held_out
+
+
+def few(config: RunConfig, task: Task) -> tuple[list[Example], list[Example]]:
+    """Returns a few rows to train on, and some held out where the configuration holds some out.
+
+    They are spread over the first of those that config.data names, or made up by the task where it names none.
+
+    Raises:
+        DataError: with all problems of the rows looked at.
+    """
+    data = config.data
+    found = _first(data.train, data.columns) if data.train is not None else task.made_up()
+    kinds = Counter(row.label for row in found if isinstance(row, Labelled) and isinstance(row.label, str))
+    if len(kinds) > MOST_CLASSES and labels.problem_of([r for r in found if isinstance(r, Labelled)]) == labels.SINGLE:
+        usual = {label for label, _ in kinds.most_common(MOST_CLASSES)}
+        found = [row for row in found if isinstance(row, Labelled) and row.label in usual]
+    # Of tags all that is learned is where the entities are.
+    found = [row for row in found if not isinstance(row, Tagged) or {*row.tags} - {OUTSIDE}] or found
+    chosen = [found[i * len(found) // FEW] for i in range(FEW)] if len(found) > FEW else found
+    if data.eval is None:
+        return chosen, []
+    try:
+        return _split(chosen, FEW_HELD_OUT, config.train.seed, config.task)
+    except DataError as error:
+        log.info("none of the few rows are held out: %s", error)
+        return chosen, []
+
+
+def _first(source: str, columns: Mapping[str, str]) -> list[Example]:
+    """Returns the first rows of a file or hub data set. Raises DataError with all their problems."""
+    examples: list[Example] = []
+    problems: list[str] = []
+    for example in itertools.islice(formats.each(source, columns, streaming=True), LOOKED_AT):
+        if isinstance(example, DataError):
+            problems += example.problems
+        else:
+            examples.append(example)
+    if problems:
+        raise DataError(problems)
+    return examples
 
 
 def prepare(

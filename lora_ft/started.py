@@ -23,7 +23,8 @@ LOST = (
 )
 # What may change when a run is resumed: none of it changes the adapter, as the digests of rows and base may not.
 FREE_ON_RESUME = {
-    "out", "resume", "allow_changed", "dry_run", "base", "data.train", "data.eval", "train.log_steps", "train.report_to"
+    "out", "resume", "allow_changed", "dry_run", "twin", "base", "data.train", "data.eval", "train.log_steps",
+    "train.report_to",
 }  # fmt: skip
 
 

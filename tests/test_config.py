@@ -25,6 +25,7 @@ OPTIONS = [
     "resume",
     "allow_changed",
     "dry_run",
+    "twin",
     "lora.rank",
     "lora.alpha",
     "lora.dropout",

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from lora_ft import changes, cli, config, miniature, saved, sources, tasks, train
+from lora_ft import rows as of_runs
+from lora_ft.data.formats import Labelled
 from tests import tiny
 from tests.test_cli import write_rows
 
@@ -53,6 +58,132 @@ def assert_adapter(folder: Path, base: Path | None = None, task: str = "CausalLM
             changed = model(**ids).logits
             with model.disable_adapter():
                 assert not torch.allclose(model(**ids).logits, changed)
+
+
+RECIPE_NAMES = sorted(file.stem for file in RECIPES.glob("*.py") if "run_recipe(" in file.read_text(encoding="utf-8"))
+
+
+def recipe(name: str) -> type[config.RunConfig]:
+    """Returns the configuration class of a recipe, which is the last that it defines."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look annotations up
+    spec.loader.exec_module(module)
+    own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == spec.name]
+    return [thing for thing in own if isinstance(thing, type) and issubclass(thing, config.RunConfig)][-1]
+
+
+def twin(name: str, *words: str) -> int:
+    return cli.run_recipe(recipe(name), ["--twin", *words])
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder on a machine that holds no base and reaches nothing."""
+    for name in ("LORA_FT_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"something was fetched: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(sources, "_download_wheel", refused)
+    return here
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_the_twin_of_a_recipe_goes_the_whole_way(alone: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert twin(name) == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    told = [line for line in shown.splitlines() if line.startswith("ok  ")]
+    for what in ("changes what the model says", "loaded anew it says the same", "merged onto the"):
+        assert any(what in line for line in told), shown
+    assert "Nothing was fetched for it, and nothing is kept." in shown.splitlines()[-1]
+    assert not list(alone.iterdir())
+
+
+def test_a_twin_needs_no_recipe_and_no_names(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "complete", "--twin", "--quant", "none"]) == 0
+    assert "twin of complete: a random llama of 2 layers" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "complete", "--twin", "--resume"])
+    assert ended.value.code == 2
+    assert "leave out resume and dry-run" in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_the_twin_of_a_base_at_hand_is_made_of_its_files_and_of_the_rows(
+    base: Path, alone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(alone / "rows.jsonl", 40)
+    assert twin("chat", "--base", str(base), "--data.train", "rows.jsonl", "--data.packing", "--quant", "none") == 0
+    shown = capsys.readouterr().out
+    assert "a random llama of 2 layers" in shown
+    assert "its configuration made small, its tokenizer" in shown
+    assert "rows: 18 to train on and 6 held out, of data.train" in shown
+    assert cli.main(["train", "chat", "--twin", "--base", "./nowhere"]) == 1
+    assert "there is no such folder" in capsys.readouterr().err
+    (alone / "rows.jsonl").write_text('{"messages": []}\n{"messages": 3}\n')
+    assert twin("chat", "--data.train", "rows.jsonl") == 1
+    assert capsys.readouterr().err.count("rows.jsonl:") == 2
+
+
+@pytest.mark.parametrize("fault", ["untrained", "reload", "merge"])
+def test_a_twin_fails_where_the_way_does(
+    fault: str, alone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"untrained": "The adapter has no effect", "reload": "Failed: replay", "merge": "is not proven: KL"}[fault]
+    if fault == "untrained":
+        fit = train.fit
+
+        def undone(task: Any, base: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            done = fit(task, base, model, *args, **kwargs)
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(before[name])
+            return done
+
+        monkeypatch.setattr(train, "fit", undone)
+    elif fault == "reload":
+        monkeypatch.setattr(saved, "fill", lambda *args, **kwargs: None)
+    else:
+        monkeypatch.setattr(changes.LowRank, "rows", lambda self, before, rows: before)
+    assert twin("complete", "--quant", "none") == 3
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind", ["bart", "deberta-v2", "deepseek_v3", "gemma2", "gpt2", "mixtral", "phi3", "qwen3_next", "t5"]
+)
+def test_any_architecture_can_be_made_small(kind: str) -> None:
+    settings: Any = transformers.AutoConfig.for_model(kind)
+    settings.vocab_size, settings.use_cache = 300, False
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        setattr(settings, name, 1)
+    miniature._shrink(settings)
+    assert settings.num_hidden_layers == 2
+    model = miniature._maker(settings).from_config(settings).eval()
+    assert model.num_parameters() < 3e7
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        said = model(input_ids=ids, **({"decoder_input_ids": ids} if settings.is_encoder_decoder else {}))
+    assert said[0].isfinite().all()
+
+
+def test_a_few_rows_hold_few_classes_and_some_of_each() -> None:
+    made = [Labelled(f"a:{n}", f"text {n}", f"class {n % 50}") for n in range(500)]
+    settings = config.RunConfig(task="classify", base="b", out=Path("o"), data=config.DataConfig(train="a", eval="b"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_runs.formats, "each", lambda *args, **kwargs: iter(made))
+        chosen, held_out = of_runs.few(settings, tasks.get("classify"))
+    assert len(chosen) + len(held_out) == of_runs.FEW
+    assert {row.label for row in held_out} <= {row.label for row in chosen}
+    assert len({row.label for row in chosen}) == of_runs.MOST_CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ LAYERS = [
     {"attention"},
     {"head"},
     {"environment", "tasks"},
-    {"losses", "metrics", "class_metrics", "weights", "twins"},
+    {"miniature", "losses", "metrics", "class_metrics", "weights", "twins"},
     {"rates"},
     {"fused"},
     {"blocks"},
@@ -47,7 +47,7 @@ LAYERS = [
     {"started", "rows"},
     {"memory"},
     {"runs", "doctor", "bench"},
-    {"quickstart", "prepare", "cli", "serve"},
+    {"quickstart", "rehearsal", "prepare", "cli", "serve"},
 ]
 
 

@@ -25,6 +25,8 @@ Features = dict[str, Any]
 Batch = dict[str, torch.Tensor]
 T = TypeVar("T")
 
+MADE_UP = 24
+"""Rows that a task makes up."""
 NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq", "tag": "Tag"}
 
 
@@ -102,6 +104,10 @@ class Task:
     def count_cut(self, tokens: int) -> None:
         """Counts a row where it lost tokens."""
         self.cut_rows += tokens > 0
+
+    def made_up(self) -> list[Example]:
+        """Returns a few rows of the kind that the task learns, for whoever tries a recipe out without any."""
+        raise NotImplementedError
 
     def features(self, example: Example) -> Features:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_ft.data import meetings
 from lora_ft.data.formats import Chat as Conversation
 from lora_ft.data.formats import Example, Pair, Text
 from lora_ft.data.questions import CONVERSATIONS
 from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import DataError, MaskError
-from lora_ft.tasks import Answering, Features, replied
+from lora_ft.tasks import MADE_UP, Answering, Features, replied
 from lora_ft.tasks.causal import Causal
 
 
@@ -37,6 +38,9 @@ class Chat(Causal):
         super().prepare(tokenizer, max_length)
         self.renderer = ChatRenderer(tokenizer, max_length)
         self.rules, self.ways = self.renderer.rules, self.renderer.ways
+
+    def made_up(self) -> list[Example]:
+        return list(meetings.rows(MADE_UP, "train"))
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Conversation | Pair):

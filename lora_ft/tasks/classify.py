@@ -19,7 +19,7 @@ from lora_ft.data.questions import TEXTS
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.foreign.strictjson import shown
 from lora_ft.modes import unwrapped
-from lora_ft.tasks import Answering, Batch, Features, Scores, Task, pad
+from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Scores, Task, pad
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,10 @@ class Classify(Task):
             "label2id": {label: i for i, label in enumerate(names)},
             "problem_type": self.problem_type,
         }
+
+    def made_up(self) -> list[Example]:
+        texts = [f"the number {'no. ' * (n % 4)}{n * n}" for n in range(MADE_UP)]
+        return [Labelled(f"made up:{n + 1}", text, ("even", "odd", "square")[n % 3]) for n, text in enumerate(texts)]
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Labelled):

@@ -9,7 +9,7 @@ from lora_ft.data.formats import Example, Pair, Text
 from lora_ft.data.questions import PROMPTS
 from lora_ft.data.render import IGNORE, render_completion, render_prompt
 from lora_ft.errors import DataError
-from lora_ft.tasks import Answering, Features, replied
+from lora_ft.tasks import MADE_UP, Answering, Features, replied
 from lora_ft.tasks.causal import Causal
 
 
@@ -18,6 +18,9 @@ class Complete(Causal):
 
     name = "complete"
     questions = PROMPTS
+
+    def made_up(self) -> list[Example]:
+        return [Pair(f"made up:{n + 1}", f"{n} plus {n * n} is", f" {n + n * n}") for n in range(MADE_UP)]
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Text | Pair):

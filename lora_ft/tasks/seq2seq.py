@@ -13,7 +13,7 @@ from lora_ft.data.questions import PROMPTS
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError
 from lora_ft.modes import unwrapped
-from lora_ft.tasks import Answering, Batch, Features, Scores, Task, pad, replied
+from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Scores, Task, pad, replied
 
 
 class Seq2Seq(Task):
@@ -23,6 +23,9 @@ class Seq2Seq(Task):
     questions = PROMPTS
     model_class = AutoModelForSeq2SeqLM
     peft_task = "SEQ_2_SEQ_LM"
+
+    def made_up(self) -> list[Example]:
+        return [Pair(f"made up:{n + 1}", f"add: {n} and {n * n}", str(n + n * n)) for n in range(MADE_UP)]
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Pair):

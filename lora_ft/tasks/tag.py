@@ -16,7 +16,7 @@ from lora_ft.data.tagged import OUTSIDE, WORD
 from lora_ft.entities import spans
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.foreign.strictjson import quoted
-from lora_ft.tasks import Answering, Batch, Features, Scores, Task, pad
+from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Scores, Task, pad
 
 PROBE = ("One", "two", "three")
 
@@ -79,6 +79,18 @@ class Tag(Task):
                 "so that their tags would be learned of what no text holds; choose another base."
             )
         self.space = fitting[0]
+
+    def made_up(self) -> list[Example]:
+        names, places = ("Anna Lie", "Ben", "Carla Moe"), ("Oslo", "New York", "Rome", "Lima")
+        rows: list[Example] = []
+        for n in range(MADE_UP):
+            name, place = names[n % 3].split(), places[n % 4].split()
+            words = (*name, "went", "to", *place, "on", "day", str(n))
+            tags = ["O"] * len(words)
+            for start, kind, count in ((0, "PER", len(name)), (len(name) + 2, "LOC", len(place))):
+                tags[start : start + count] = [f"B-{kind}", *[f"I-{kind}"] * (count - 1)]
+            rows.append(Tagged(f"made up:{n + 1}", words, tuple(tags)))
+        return rows
 
     def features(self, example: Example) -> Features:
         if not isinstance(example, Tagged):
