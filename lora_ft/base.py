@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from lora_ft import four_bits, heap, processes
+from lora_ft import allowance, four_bits, heap, processes
 from lora_ft.config import Quant
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
 from lora_ft.foreign import growth
 from lora_ft.foreign.model import check_tokenizer, open_config
 from lora_ft.foreign.reading import first_line, opened
-from lora_ft.sources import Source, resolve, safetensors_files, safetensors_header
+from lora_ft.sources import Source, count_numbers, resolve
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +110,8 @@ def load(
     """
     source = name if isinstance(name, Source) else resolve(name, revision)
     device = device or processes.gpu() or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        allowance.allot(torch.get_num_threads, torch.set_num_threads)
     compute_dtype, why = choose_dtype(dtype, device)
     log.info("computing in %s: %s", str(compute_dtype).removeprefix("torch."), why if dtype == "auto" else why_dtype)
     config = text_config(source, model_class)
@@ -310,8 +311,7 @@ def _compare_size(source: Source, skeleton: PreTrainedModel) -> None:
     configuration says.
     """
     called_for = sum(parameter.numel() for parameter in skeleton.parameters())
-    specs = [s for file in safetensors_files(source.folder) for s in safetensors_header(file)[1].values()]
-    held = sum(math.prod(spec["shape"]) * (2 if spec["dtype"] == "U8" else 1) for spec in specs)
+    held = count_numbers(source.folder)
     if called_for > 2 * held + MADE_ANEW:
         raise SourceError(
             f"{source.name}: config.json calls for {called_for:,} numbers, but the weight files hold {held:,}: they "

@@ -174,9 +174,11 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype; `auto` takes what the device multiplies fastest and logs why."""
     checkpoint_activations: bool = False
-    """Recompute activations in the backward pass: a third slower, far less memory."""
+    """Recompute activations in the backward pass: a third slower, far less memory. Unset, a run does so where its plan
+    says that not even one row fits otherwise."""
     base_cache: BaseCache = "auto"
-    """Hold 4-bit weights dense while training: quicker, more memory. `auto`: on a processor, up to 1 GiB."""
+    """Hold 4-bit weights dense while training: quicker, more memory. `auto`: on a processor, up to 1 GiB if the plan
+    says that it fits."""
     shard_base: bool = False
     """Spread a base that is not quantized over the processes of `torchrun` (FSDP2), instead of holding it in each."""
     eval_steps: int | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from lora_ft import allowance
 from lora_ft.errors import ConfigError
 
 GIB = 2**30
@@ -121,7 +122,7 @@ def _own_processor(held: int | None) -> Device:
 
     dtype = str(choose_dtype("auto", "cpu")[0]).removeprefix("torch.")
     # What the program and its libraries take is this process's, which has imported them.
-    usable = psutil.virtual_memory().available if held is None else max(held - psutil.Process().memory_info().rss, 0)
+    usable = allowance.memory_bytes() if held is None else max(held - psutil.Process().memory_info().rss, 0)
     return Device("this processor", "cpu", usable, dtype)
 
 

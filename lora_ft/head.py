@@ -71,7 +71,7 @@ class Head:
         module: Any = self.module
         if self.is_matrix and not any(p.requires_grad for p in module.parameters()):
             made = (module.weight, module.bias, self.scale, self.softcap)
-            return _LogProbs.apply(h_NK.to(module.weight.dtype), labels_N, *made)  # type: ignore[no-any-return]
+            return _LogProbs.apply(h_NK.to(module.weight.dtype), labels_N, *made)
         parts = [
             checkpoint(self._chunk_log_probs, h, labels, use_reentrant=False)
             for h, labels in zip(h_NK.split(ROWS), labels_N.split(ROWS), strict=True)

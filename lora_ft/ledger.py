@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -18,6 +19,8 @@ from torch.utils.flop_counter import flop_registry
 from lora_kernels import operators
 
 ACTIVATIONS, LOGITS, WORKSPACE = "activations", "logits", "workspace"
+ELSEWHERE = "elsewhere"
+"""Kind of what lies outside of the memory that is counted."""
 
 
 def _of_whole_rows(q_BHTD: Any, k_BJLD: Any, *_: Any, out_val: Any, **kwargs: Any) -> int:
@@ -77,6 +80,7 @@ class Ledger(TorchDispatchMode):
         self._entries: dict[int, tuple[int, str, int]] = {}
         """Size and kind of each storage that is held, and how many were made before it."""
         self._made = self._made_by_peak = 0
+        self._leaving: torch.Tensor | None = None
 
     @contextmanager
     def counting(self, kind: str) -> Iterator[None]:
@@ -93,12 +97,34 @@ class Ledger(TorchDispatchMode):
         self._made_by_peak = self._made
 
     def call(self, tensor: torch.Tensor, kind: str) -> None:
-        """Counts a tensor as `kind`, at the peak too if it was held then and is yet."""
+        """Counts a tensor as `kind`, at the peak too if it was held then and is yet; `ELSEWHERE` as none."""
         size, before, made = self._entries[tensor.untyped_storage()._cdata]
         self._recount(tensor.untyped_storage(), kind)
         if made < self._made_by_peak:
-            self.peak[before] -= size
-            self.peak[kind] += size
+            self._count(self.peak, before, -size)
+            self._count(self.peak, kind, size)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Keeps what is saved for the backward pass in the block elsewhere, as one that is in the host's memory.
+
+        A tensor leaves when the next one is saved, for until then it is computed with.
+        """
+        with saved_tensors_hooks(self._leave, self._return):
+            yield
+
+    def _leave(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._leaving is not None:
+            self._recount(self._leaving.untyped_storage(), ELSEWHERE)
+        self._leaving = tensor
+        return tensor
+
+    def _return(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._leaving is not tensor:
+            self._recount(tensor.untyped_storage(), ACTIVATIONS)
+            self._see()
+        self._leaving = None
+        return tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -135,18 +161,26 @@ class Ledger(TorchDispatchMode):
         self._entries[key] = storage.nbytes(), self.kind, self._made
         self._made += 1
         self.held[self.kind] += storage.nbytes()
+        self._see()
+        weakref.finalize(storage, self._freed, key)
+
+    def _see(self) -> None:
         if self.held.total() > self.peak.total():
             self.peak, self._made_by_peak = +self.held, self._made
-        weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
         size, kind, _ = self._entries.pop(key)
-        self.held[kind] -= size
+        self._count(self.held, kind, -size)
 
     def _recount(self, storage: torch.UntypedStorage, kind: str) -> None:
         entry = self._entries.get(storage._cdata)
         if entry is not None:
             size, before, made = entry
             self._entries[storage._cdata] = size, kind, made
-            self.held[before] -= size
-            self.held[kind] += size
+            self._count(self.held, before, -size)
+            self._count(self.held, kind, size)
+
+    @staticmethod
+    def _count(counter: Counter[str], kind: str, size: int) -> None:
+        if kind != ELSEWHERE:
+            counter[kind] += size

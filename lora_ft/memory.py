@@ -7,46 +7,72 @@ For a GPU the forms of the operators are those of processors, with a weight dequ
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 
-from lora_ft import adapters, attention, blocks, devices, four_bits, rows, sources, tasks
+from lora_ft import (
+    activations,
+    adapters,
+    attention,
+    blocks,
+    devices,
+    four_bits,
+    outline,
+    processes,
+    rows,
+    sources,
+    tasks,
+    trainers,
+)
 from lora_ft import base as bases
 from lora_ft import optimizer as optimizers
-from lora_ft.base import Base
+from lora_ft.activations import Checkpointing
 from lora_ft.config import BaseCache, RunConfig
-from lora_ft.devices import Device
+from lora_ft.devices import GIB, Device
 from lora_ft.errors import ConfigError, UnsupportedModelError
-from lora_ft.ledger import ACTIVATIONS, LOGITS, WORKSPACE, Ledger
+from lora_ft.foreign.reading import first_line
+from lora_ft.halving import Halving
+from lora_ft.ledger import ACTIVATIONS, ELSEWHERE, LOGITS, WORKSPACE, Ledger
 from lora_ft.modes import mixed_precision
+from lora_ft.outline import ADAPTERS, WEIGHTS
 from lora_ft.rates import matmul_rate
 from lora_ft.sources import Source
 from lora_ft.tasks import Batch, Features, Task
-from lora_ft.train import Packs, Rows
-from lora_kernels import slabs
+from lora_ft.train import Packs, Passes, Rows, Streamed
 
-WEIGHTS, DENSE, ADAPTERS, GRADIENTS, OPTIMIZER = "weights", "dense weights", "adapters", "gradients", "optimizer"
+log = logging.getLogger(__name__)
+
+DENSE, GRADIENTS, OPTIMIZER = "dense weights", "gradients", "optimizer"
 KINDS = (WEIGHTS, DENSE, ADAPTERS, OPTIMIZER, GRADIENTS, ACTIVATIONS, LOGITS, WORKSPACE)
-# What lies outside of the memory that is planned.
-PAGED = "paged"
 # Of the rate of matrix products alone, about what a step reaches: SmolLM2-135M on two cores. No GPU was measured.
 REACHED = 0.35
-# Scales that share one of their own in NF4.
-NESTED = 256
+# What torch and the libraries beside it take of a process's memory, about.
+LIBRARIES = 5e8
+# How many times as much as a rough guess there must be for it to be enough.
+SURE = 4
+# From the one that takes most memory to the one that takes most time.
+FRUGAL: tuple[Checkpointing, ...] = ("off", "on", "offload")
+# What a model raises that asks for numbers where there are shapes only.
+NO_NUMBERS = (
+    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +81,7 @@ class Step:
 
     rows: int
     """Rows in a forward pass, packs where rows are packed."""
-    checkpointing: bool
+    checkpointing: Checkpointing
     cache: BaseCache
     bytes: dict[str, int]
     """At the peak, by `KINDS`."""
@@ -66,6 +92,10 @@ class Step:
     @property
     def peak_bytes(self) -> int:
         return sum(self.bytes.values())
+
+    def passes(self, asked_rows: int) -> Passes:
+        """Returns how a training makes such steps of batches of `asked_rows` rows."""
+        return Passes(asked_rows // self.rows, self.checkpointing, self.cache)
 
 
 @dataclass(frozen=True)
@@ -99,7 +129,7 @@ class Plan:
         if self.fitting is None or self.fitting is self.asked:
             return ""
         words = f"--train.batch-size {self.fitting.rows} --train.accumulate {self.accumulate}"
-        words += " --train.checkpoint-activations" if self.fitting.checkpointing else ""
+        words += " --train.checkpoint-activations" if self.fitting.checkpointing != "off" else ""
         return words + (" --train.base-cache off" if self.fitting.cache != self.asked.cache else "")
 
 
@@ -126,7 +156,7 @@ class Planner:
         # Other starts are made of numbers. They leave adapters of the same shapes, but for EVA's, which moves ranks.
         settings = dataclasses.replace(config.lora, init="default")
         self.model = adapters.attach(
-            outline(config, task, source, device),
+            outline.made(config, task, source, device),
             settings,
             peft_task=task.peft_task,
             special_tokens=config.data.special_tokens,
@@ -142,32 +172,33 @@ class Planner:
         self.shared = against is None
         if config.data.packing and not self.shared:
             raise UnsupportedModelError(f"data.packing: several rows cannot share one here: {against}; leave it out.")
-        self._steps: dict[tuple[int, int, bool, BaseCache], Step] = {}
+        self.checkpointing: Checkpointing = "on" if config.train.checkpoint_activations else "off"
+        self._steps: dict[tuple[int, int, Checkpointing, BaseCache], Step] = {}
 
     def asked(self) -> Step:
         """Returns the step that the configuration asks for."""
         train = self.config.train
-        return self.step(train.batch_size, train.accumulate, train.checkpoint_activations, self.cache)
+        return self.step(train.batch_size, train.accumulate, self.checkpointing, self.cache)
 
-    def step(self, rows: int, accumulate: int, checkpointing: bool, cache: BaseCache) -> Step:
+    def step(self, rows: int, accumulate: int, checkpointing: Checkpointing, cache: BaseCache) -> Step:
         """Returns what a step holds whose forward passes have so many rows, the state of the optimizer included."""
         key = (rows, accumulate, checkpointing, cache)
         if key not in self._steps:
             self._steps[key] = self._measured(*key)
         return self._steps[key]
 
-    def _measured(self, rows: int, accumulate: int, checkpointing: bool, cache: BaseCache) -> Step:
+    def _measured(self, rows: int, accumulate: int, checkpointing: Checkpointing, cache: BaseCache) -> Step:
         ledger = Ledger()
         batch = self._batch(rows)
         model: Any = self.model
         four_bits.choose_cache(model, cache)
         with ExitStack() as inside:
             if self.on_gpu:
-                inside.enter_context(_weights_whole())
+                inside.enter_context(outline.weights_whole())
             inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             inside.enter_context(ledger)
-            inside.enter_context(_filled(model, ledger))
-            inside.enter_context(_checkpointed(model) if checkpointing else nullcontext())
+            inside.enter_context(outline.filled(model, ledger))
+            inside.enter_context(activations.kept(model, checkpointing, away=ledger.away))
             with ledger.counting(DENSE):
                 inside.enter_context(four_bits.dequantized(model))
             inside.enter_context(attention.packed(model) if self.shared else nullcontext())
@@ -184,7 +215,7 @@ class Planner:
                 optimizer.step()
             # A GPU gives them up while a pass needs the memory.
             for moments in optimizer.paged() if isinstance(optimizer, optimizers.BlockwiseAdamW) else ():
-                ledger.call(moments, PAGED)
+                ledger.call(moments, ELSEWHERE)
             if accumulate == 1:
                 optimizer.zero_grad()
             ledger.begin()
@@ -202,16 +233,17 @@ class Planner:
         members = [row for item in items for row in item]
         return self.task.end_to_end(members) if self.shared else self.task.collate(members)
 
-    def fitting(self) -> Step | None:
-        """Returns the step with the most rows that fits, of the same global batch.
+    def fitting(self, of: int) -> Step | None:
+        """Returns the step with the most rows that fits; None where not even one row does.
 
-        Without the dense copy of 4-bit weights only if it must be, and with checkpointing only if even that does not
-        suffice, which costs more time. None where not even one row fits.
+        Without the dense copy of 4-bit weights only if it must be, with checkpointing only if even that does not
+        suffice, which costs more time, and with what that keeps in the host's memory if nothing else does.
+
+        Args:
+            of: what the number of rows divides.
         """
-        train, asked = self.config.train, self.asked()
-        of = train.batch_size * train.accumulate
-        caches: list[BaseCache] = [self.cache, "off"] if asked.bytes[DENSE] else [self.cache]
-        for checkpointing, cache in itertools.product(dict.fromkeys((train.checkpoint_activations, True)), caches):
+        asked = self.asked()
+        for checkpointing, cache in self._ways():
             least = self._fits(1, checkpointing, cache)
             if least is None:
                 continue
@@ -229,7 +261,18 @@ class Planner:
                     return found
         return None
 
-    def _fits(self, rows: int, checkpointing: bool, cache: BaseCache) -> Step | None:
+    def smallest(self) -> Step:
+        """Returns the step of a single row that takes the least memory."""
+        checkpointing, cache = self._ways()[-1]
+        return self.step(1, self.config.train.batch_size * self.config.train.accumulate, checkpointing, cache)
+
+    def _ways(self) -> list[tuple[Checkpointing, BaseCache]]:
+        """Returns the ways of checkpointing and caching from what is asked for on, the quicker ones first."""
+        caches: list[BaseCache] = [self.cache, "off"] if self.asked().bytes[DENSE] else [self.cache]
+        ways = [way for way in FRUGAL[FRUGAL.index(self.checkpointing) :] if way != "offload" or self.on_gpu]
+        return list(itertools.product(ways, caches))
+
+    def _fits(self, rows: int, checkpointing: Checkpointing, cache: BaseCache) -> Step | None:
         accumulate = self.config.train.batch_size * self.config.train.accumulate // rows
         found = self.step(rows, accumulate, checkpointing, cache)
         return found if found.peak_bytes <= self.device.usable_bytes else None
@@ -257,10 +300,95 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
         device = dataclasses.replace(device, flops_per_s=matmul_rate(dtype, torch.device(device.kind)))
     planner = Planner(config, task, source, device, items)
     train = config.train
-    asked = planner.asked()
-    fitting = planner.fitting()
-    accumulate = train.accumulate if fitting is None else train.batch_size * train.accumulate // fitting.rows
-    return Plan(device, asked, fitting, accumulate, in_epoch)
+    asked, of = planner.asked(), train.batch_size * train.accumulate
+    fitting = planner.fitting(of)
+    return Plan(device, asked, fitting, train.accumulate if fitting is None else of // fitting.rows, in_epoch)
+
+
+def of_training(config: RunConfig, task: Task, source: Source, found: rows.Rows) -> Step | None:
+    """Returns the step that a training which is about to begin makes: as asked, where that fits, else one that does.
+
+    Its rows are as many as asked or a share of them, so that the global batch stays. What is planned, and what of it
+    was changed, is logged; None where it cannot be planned, or need not be, which is logged with the reason.
+
+    Args:
+        task, found: as `rows.prepare` leaves them.
+    """
+    features: Any = found.train_features
+    if not issubclass(trainers.of(task), Halving):
+        log.info("memory is not planned: the task %s has no batches that could be made in parts", task.name)
+        return None
+    try:
+        device = devices.find(None)
+        if device.kind == "cpu":
+            device = dataclasses.replace(device, usable_bytes=device.usable_bytes // processes.count())
+        items = [[task.longest()]] if isinstance(features, Streamed) else _longest_items(config, task, features)
+        if device.kind == "cpu" and (reason := _is_small(config, task, source, device, items)):
+            log.info("memory is not planned: %s", reason)
+            return None
+        planner = Planner(config, task, source, device, items)
+        step = asked = planner.asked()
+        if asked.peak_bytes > device.usable_bytes:
+            step = planner.fitting(config.train.batch_size) or planner.smallest()
+    except (ConfigError, *NO_NUMBERS) as error:
+        log.info("memory is not planned: %s", first_line(error))
+        return None
+    usable = device.usable_bytes / GIB
+    log.info("a step takes %.2f GiB at its largest; %.2f are free", step.peak_bytes / GIB, usable)
+    if step is not asked:
+        fits = "fits" if step.peak_bytes <= device.usable_bytes else "comes closest"
+        told = "the step asked for takes %.2f GiB, and %.2f are free: %s, which %s (%.2f)"
+        log.warning(told, asked.peak_bytes / GIB, usable, _words(step, asked), fits, step.peak_bytes / GIB)
+    return step
+
+
+def _is_small(
+    config: RunConfig, task: Task, source: Source, device: Device, items: Sequence[Sequence[Features]]
+) -> str | None:
+    """Returns that a training takes a small part of a device, if a rough guess is that sure of it; None if not.
+
+    On a processor the plan of a small model would take as long as some of its steps.
+    """
+    told = bases.text_config(source, task.model_class)
+    longest = max(sum(task.lengths(row)) for item in items for row in item)
+    dtype = getattr(torch, device.dtype if config.train.dtype == "auto" else config.train.dtype)
+    guess = roughly(sources.count_numbers(source.folder), told, config.train.batch_size, longest, dtype)
+    if guess is None or guess * SURE > device.usable_bytes:
+        return None
+    return f"a step takes about {guess / GIB:.2g} GiB of the {device.usable_bytes / GIB:.3g} that are free"
+
+
+def roughly(numbers: int, told: Any, rows: int, length: int, dtype: torch.dtype) -> float | None:
+    """Returns about how many bytes training takes; None where the configuration does not say how large a layer is.
+
+    Weights, and what layers keep for the backward pass: 34 bytes a token and column in 16 bits, and 5 a score of
+    attention (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1).
+
+    Args:
+        numbers: in the weights.
+        told: the model's configuration.
+        length: tokens of the longest row.
+    """
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    sizes = [size for name in names if isinstance(size := getattr(told, name, None), int)]
+    if len(sizes) < len(names):
+        return None
+    layers, width, heads = sizes
+    kept = layers * rows * length * (34 * width + 5 * heads * length) * dtype.itemsize / 2
+    return numbers * dtype.itemsize + kept + LIBRARIES
+
+
+def _words(step: Step, asked: Step) -> str:
+    """Returns what of a step is not as asked."""
+    words = [f"each batch is made in {asked.rows // step.rows} passes"] if step.rows < asked.rows else []
+    if step.cache != asked.cache:
+        words.append("4-bit weights are not held dense")
+    if step.checkpointing != asked.checkpointing:
+        words.append(
+            "activations are computed again"
+            + (" from inputs in host memory" if step.checkpointing == "offload" else "")
+        )
+    return " and ".join(words) or "there is no smaller one"
 
 
 def _items(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Features]], int | None]:
@@ -269,9 +397,14 @@ def _items(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Fea
         return [[_longest(config, task, source)]], None
     features: Any = rows.prepare(config, task, source, *rows.read(config)).train_features
     in_epoch = sum(length for row in features for length in task.lengths(row))
+    return _longest_items(config, task, features), in_epoch
+
+
+def _longest_items(config: RunConfig, task: Task, features: Sequence[Features]) -> list[list[Features]]:
+    """Returns the longest of what batches are made of, as many as a step of the optimizer takes."""
     items = Packs(features, config.data.max_length) if config.data.packing else Rows(features)
     longest = items.longest(task, config.train.batch_size * config.train.accumulate)
-    return [item if config.data.packing else [item] for item in longest], in_epoch
+    return [item if config.data.packing else [item] for item in longest]
 
 
 def _longest(config: RunConfig, task: Task, source: Source) -> Features:
@@ -283,139 +416,3 @@ def _longest(config: RunConfig, task: Task, source: Source) -> Features:
         padding = getattr(bases.text_config(source, task.model_class), "pad_token_id", None) or 0
         task.tokenizer = SimpleNamespace(pad_token_id=padding, unk_token_id=None, convert_tokens_to_ids=lambda _: [])
     return task.longest()
-
-
-def outline(config: RunConfig, task: Task, source: Source, device: Device) -> Base:
-    """Returns a base as `base.load` makes it, on the meta device: shapes and dtypes of weights, and none of them."""
-    dtype = getattr(torch, device.dtype if config.train.dtype == "auto" else config.train.dtype)
-    told = bases.text_config(source, task.model_class)
-    for key, value in task.config_changes().items():
-        setattr(told, key, value)
-    if getattr(told, "pad_token_id", None) is None:
-        told.pad_token_id = task.tokenizer.pad_token_id
-    told.dtype = dtype
-    quant = config.quant
-    stored = bases.stored_quant(told, source, quant)
-    if stored:
-        del told.quantization_config
-    model = bases.skeleton(source.name, told, task.model_class)
-    output, task_heads = bases.heads(model)
-    if quant != "none":
-        misread = four_bits.misread(model, but=output + task_heads) if quant == "nf4" and device.kind == "cpu" else ()
-        in_float32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-        settings: Any = bases.quantization(quant, dtype, output + task_heads + misread + in_float32)
-        replace_with_bnb_linear(
-            model, modules_to_not_convert=settings.llm_int8_skip_modules, quantization_config=settings
-        )
-        for module in model.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                _pack(module, dtype)
-            elif isinstance(module, bnb.nn.Linear8bitLt):
-                _narrow(module)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    four_bits.keep_in_place(model)
-    return Base(model, task.tokenizer, source, quant, dtype, (), task_heads)
-
-
-def _pack(layer: Any, dtype: torch.dtype) -> None:
-    """Gives a 4-bit layer on the meta device the weight and the scales that loading gives it."""
-    n, k = layer.out_features, layer.in_features
-    scales = -(-n * k // four_bits.BLOCK)
-    with torch.device("meta"):
-        groups = QuantState(
-            absmax=torch.empty(-(-scales // NESTED)), code=torch.empty(256), blocksize=NESTED, dtype=torch.float32
-        )
-        weight: Any = nn.Parameter(torch.empty(-(-n * k // 2), 1, dtype=torch.uint8), requires_grad=False)
-        absmax, offset = torch.empty(scales, dtype=torch.uint8), torch.empty(())
-    # Numbers, by which the operators know what kind of weight it is.
-    code = bnb.functional.get_4bit_type("nf4", device="cpu")
-    weight.quant_state = layer.quant_state = QuantState(
-        absmax=absmax, shape=torch.Size((n, k)), code=code, blocksize=four_bits.BLOCK, quant_type="nf4", dtype=dtype,
-        offset=offset, state2=groups,
-    )  # fmt: skip
-    weight.compress_statistics, weight.quant_type, weight.blocksize = True, "nf4", four_bits.BLOCK
-    weight.quant_storage, weight.bnb_quantized = torch.uint8, True
-    layer.weight, layer.compute_type_is_set = weight, True
-
-
-def _narrow(layer: Any) -> None:
-    """Gives an 8-bit layer on the meta device the weight and the scales that loading gives it."""
-    with torch.device("meta"):
-        weight = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8)
-        layer.state.SCB = torch.empty(layer.out_features)
-    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-
-
-@contextmanager
-def _filled(model: nn.Module, ledger: Ledger) -> Iterator[None]:
-    """Runs the block with fake tensors in the place of those on the meta device, each counted as what it is."""
-    places: list[tuple[dict[str, Any], str, torch.Tensor]] = [
-        (owned, name, tensor)
-        for module in model.modules()
-        for owned in (module._parameters, module._buffers)
-        for name, tensor in owned.items()
-        if tensor is not None
-    ]
-    made: dict[int, torch.Tensor] = {}
-
-    def filled(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_meta:
-            return tensor
-        if id(tensor) not in made:
-            with ledger.counting(ADAPTERS if tensor.requires_grad else WEIGHTS):
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-            if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                vars(fake).update({key: _with(value, filled) for key, value in vars(tensor).items()})
-            made[id(tensor)] = fake
-        return made[id(tensor)]
-
-    states = [(m, m.quant_state) for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    narrow: list[Any] = [(m, m.state) for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
-    try:
-        for owned, name, tensor in places:
-            owned[name] = filled(tensor)
-        for layer, _ in states:
-            layer.quant_state = layer.weight.quant_state
-        for layer, state in narrow:
-            layer.state = copy.copy(state)
-            layer.state.CB, layer.state.SCB = layer.weight.data, filled(state.SCB)
-        yield
-    finally:
-        for owned, name, tensor in places:
-            owned[name] = tensor
-        for layer, state in states:
-            layer.quant_state = state
-        for layer, state in narrow:
-            layer.state = state
-
-
-def _with(value: Any, change: Any) -> Any:
-    """Returns how a weight is packed, with its tensors changed; anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, QuantState):
-        value = copy.copy(value)
-        vars(value).update({key: _with(part, change) for key, part in vars(value).items()})
-    return value
-
-
-@contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
-
-
-@contextmanager
-def _weights_whole() -> Iterator[None]:
-    """Runs the block as a GPU does: a weight is dequantized whole, and decoder layers are computed whole."""
-    before = slabs.SLAB, blocks.ON_CPU
-    slabs.SLAB, blocks.ON_CPU = sys.maxsize, True
-    try:
-        yield
-    finally:
-        slabs.SLAB, blocks.ON_CPU = before

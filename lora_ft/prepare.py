@@ -6,7 +6,7 @@ import json
 import random
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def estimate(path: Path, kind: Kind, base: str) -> dict[str, float]:
     import torch
 
     from lora_ft import base as bases
-    from lora_ft import sources, tasks
+    from lora_ft import memory, sources, tasks
     from lora_ft.config import TrainConfig
     from lora_ft.data import formats
 
@@ -199,35 +199,21 @@ def estimate(path: Path, kind: Kind, base: str) -> dict[str, float]:
     rows = tasks.featurize(task, examples)
     lengths = [len(row["input_ids"]) for row in rows]
     config = bases.read_config(source.folder)
-    weights = _weights(source.folder)
+    weights = sources.count_numbers(source.folder)
     usual = TrainConfig()
     tokens = sum(lengths)
     # Forward twice the weights, backward as much: the frozen weights get no gradient of their own.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speed = _products_per_s(device)
-    dtype_bytes = bases.choose_dtype("auto", device)[0].itemsize
-    longest = max(lengths) * usual.batch_size
-    # Bytes a token, layer and column are kept for the backward pass in 16 bits (Korthikanti et al. 2022, arXiv
-    # 2205.05198, section 4.1).
-    kept = 34 * longest * config.num_hidden_layers * config.hidden_size * dtype_bytes / 2
+    held = memory.roughly(weights, config, usual.batch_size, max(lengths), bases.choose_dtype("auto", device)[0])
+    if held is None:
+        raise LoraFtError(f"{base}: its configuration does not say how many layers of which size it has.")
     return {
         "tokens": float(tokens),
         "steps": float(-(-len(rows) // usual.batch_size) * int(usual.epochs)),
         "seconds": 2 * 4 * weights * tokens * usual.epochs / speed,
-        "bytes": weights * dtype_bytes + kept + 5e8,
+        "bytes": held,
     }
-
-
-def _weights(folder: Path) -> int:
-    """Returns how many numbers the weights of a base are."""
-    from math import prod
-
-    from lora_ft import sources
-
-    headers: Sequence[dict[str, Any]] = [
-        sources.safetensors_header(file)[1] for file in sources.safetensors_files(folder)
-    ]
-    return sum(prod(spec["shape"]) for header in headers for spec in header.values())
 
 
 def _products_per_s(device: str) -> float:

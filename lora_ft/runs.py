@@ -25,6 +25,7 @@ from lora_ft import (
     evaluate,
     heap,
     locks,
+    memory,
     processes,
     recorded,
     replies,
@@ -215,6 +216,7 @@ def _train(
     config: RunConfig, task: Task, source: sources.Source, rows: Rows, console: Console, watch: Watch
 ) -> tuple[Base, Any, train.Fit]:
     """Returns base, model and what training did, the adapter saved by the first process."""
+    planned = memory.of_training(config, task, source, rows)
     base = bases.load(
         source,
         quant=config.quant,
@@ -237,7 +239,10 @@ def _train(
     try:
         with Bar(console) as bar:
             watching = [bar, *watch(task, base, model, rows)]
-            fit = train.fit(task, base, model, rows.train_features, rows.held_out_features, config, watching, names)
+            passes = planned.passes(config.train.batch_size) if planned else None
+            fit = train.fit(
+                task, base, model, rows.train_features, rows.held_out_features, config, watching, names, passes
+            )
     except DataError as error:
         raise DataError([*error.problems, _after_bad_row(config.out, rows.facts["train"])]) from None
     except OutOfMemoryError as error:
@@ -253,7 +258,7 @@ def _train(
     if fit.interrupted:
         raise _stopped(config.out, fit.steps)
     if processes.is_first():
-        _save(config, task, base, model, rows, fit)
+        _save(config, task, base, model, rows, fit, planned)
     return base, model, fit
 
 
@@ -307,7 +312,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     return plan
 
 
-def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit: train.Fit) -> None:
+def _save(
+    config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit: train.Fit, planned: memory.Step | None
+) -> None:
     """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost.
 
     All of it is committed beside the checkpoints first. Wherever the moving into the run's folder is cut short, a
@@ -323,6 +330,7 @@ def _save(config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit
             task=task.facts(),
             data=rows.facts,
             fit=dataclasses.asdict(fit),
+            plan=planned and dataclasses.asdict(planned) | {"peak_bytes": planned.peak_bytes},
             adapter_sha256=environment.file_sha256(draft.path / saved.WEIGHTS),
             tokenizer_sha256=environment.tokenizer_sha256(bases.load_tokenizer(draft.path)),
         )

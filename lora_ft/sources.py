@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -298,6 +299,12 @@ def safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
         SourceError: it is no such file, or not all of one.
     """
     return tensors.header(file, SourceError)
+
+
+def count_numbers(folder: Path) -> int:
+    """Returns how many numbers the weights in `folder` stand for, two to a byte where they are packed in 4 bits."""
+    specs = [spec for file in safetensors_files(folder) for spec in safetensors_header(file)[1].values()]
+    return sum(math.prod(spec["shape"]) * (2 if spec["dtype"] == "U8" else 1) for spec in specs)
 
 
 def check_files(folder: Path) -> None:

@@ -17,9 +17,10 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import attention, four_bits, heap, optimizer, processes, sharding, trainers
+from lora_ft import activations, attention, four_bits, heap, optimizer, processes, sharding, trainers
+from lora_ft.activations import Checkpointing
 from lora_ft.base import Base
-from lora_ft.config import RunConfig, TrainConfig
+from lora_ft.config import BaseCache, RunConfig, TrainConfig
 from lora_ft.data import pack
 from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, UnsupportedModelError
 from lora_ft.frozen import Frozen
@@ -51,6 +52,16 @@ class Fit:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the forward and backward passes of a batch are made; what is learned is the same."""
+
+    parts: int
+    """Passes that the rows of a batch are dealt to, to begin with."""
+    checkpointing: Checkpointing
+    cache: BaseCache
 
 
 class Rows(Dataset):
@@ -123,11 +134,13 @@ def fit(
     config: RunConfig,
     callbacks: Iterable[TrainerCallback] = (),
     row_names: Sequence[str] = (),
+    passes: Passes | None = None,
 ) -> Fit:
     """Returns what training the adapter did; `model` holds the result, the best one where it was evaluated.
 
     Args:
         row_names: where each of `rows` came from, to name those of a step that could not be made.
+        passes: how each batch is computed; unset, as `config` says.
 
     Raises:
         ProofError: no gradient reached the adapter, or a frozen weight changed.
@@ -138,6 +151,7 @@ def fit(
         StorageError: the folder cannot be written to, or the best checkpoint is damaged.
     """
     out, train = config.out, config.train
+    passes = passes or Passes(1, "on" if train.checkpoint_activations else "off", train.base_cache)
     data, collate, shared = _batches(task, model, rows, config)
     if isinstance(data, Packs):
         row_names = data.names(row_names)
@@ -168,11 +182,13 @@ def fit(
     trainer.clock = clock
     trainer.row_names = row_names
     trainer.sharded = train.shard_base and processes.count() > 1
+    if issubclass(kind, Halving):
+        trainer.parts = passes.parts
     if isinstance(data, Rows) and issubclass(kind, Halving):
         trainer.longest = collate(data.longest(task, train.batch_size))
     trainer.frozen = Frozen(model, base, changes_allowed=bool(config.allow_changed))
     trainer.began_on = trainer.frozen.told
-    four_bits.choose_cache(model, train.base_cache)
+    four_bits.choose_cache(model, passes.cache)
     if issubclass(kind, Replicas):
         trainer.begin_alike(trainer.frozen.told["sha256"])
     elif processes.count() > 1:
@@ -184,7 +200,11 @@ def fit(
         torch.cuda.reset_peak_memory_stats()
     clock.began = time.perf_counter()
     try:
-        with four_bits.dequantized(model), attention.packed(model) if shared else nullcontext():
+        with (
+            activations.kept(model, passes.checkpointing),
+            four_bits.dequantized(model),
+            attention.packed(model) if shared else nullcontext(),
+        ):
             trainer.train(resume_from_checkpoint=config.resume)
     except DivergedError as diverged:
         if not processes.is_first():
@@ -284,8 +304,8 @@ def arguments(config: RunConfig, base: Base, *, evaluated: bool, kind: type[Prov
         "fp16": base.dtype == torch.float16,
         "use_cpu": base.device.type == "cpu",
         "dataloader_pin_memory": base.device.type == "cuda",
-        "gradient_checkpointing": train.checkpoint_activations,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if train.checkpoint_activations else None,
+        # That is `activations`; the arguments of TRL would turn it on.
+        "gradient_checkpointing": False,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": train.eval_steps if evaluates else None,
         "save_strategy": "steps" if save_steps else "no",

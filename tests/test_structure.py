@@ -15,7 +15,7 @@ LIBRARY = ROOT / "lora_ft"
 
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
-    {"redaction", "disk"},
+    {"redaction", "disk", "allowance"},
     {"errors", "heap", "processes", "terminal", "__init__"},
     {"verdict"},
     {"foreign"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"flags", "config", "options", "manifest", "atomicio"},
     {"sources", "four_bits", "base", "data"},
     {"tuning", "modes", "locks", "ledger", "devices", "entities"},
-    {"sharding"},
+    {"sharding", "activations"},
     {"attention"},
     {"head"},
     {"environment", "tasks"},
@@ -45,6 +45,7 @@ LAYERS = [
     {"curves"},
     {"report"},
     {"started", "rows"},
+    {"outline"},
     {"memory"},
     {"runs", "doctor", "bench"},
     {"quickstart", "rehearsal", "prepare", "cli", "serve"},
