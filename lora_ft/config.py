@@ -232,6 +232,8 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    init_from: Path | None = None
+    """Adapter folder to go on from: its weights, rank, alpha and targets; the base must be the one it was made on."""
     resume: bool = False
     """Go on from the newest checkpoint in the adapter folder."""
     allow_changed: tuple[str, ...] = ()
@@ -247,6 +249,11 @@ class RunConfig:
             raise ValueError(
                 f"lora.init={self.lora.init} rewrites the base weights, which a {self.quant} base cannot hold: "
                 "use --quant none, or --lora.init eva or loftq."
+            )
+        if self.init_from is not None and self.lora.init != "default":
+            raise ValueError(
+                f"lora.init={self.lora.init} starts an adapter anew, and init-from goes on with one: leave one of them "
+                "out."
             )
         if self.train.shard_base and self.quant != "none":
             raise ValueError(
@@ -311,6 +318,7 @@ def to_yaml(config: RunConfig) -> str:
         config,
         out=Path(_portable(str(config.out))),
         base=_portable(config.base),
+        init_from=Path(_portable(str(config.init_from))) if config.init_from else None,
         data=dataclasses.replace(
             config.data,
             train=_portable(config.data.train) if config.data.train else None,

@@ -33,6 +33,7 @@ from lora_ft import (
     blocks,
     devices,
     four_bits,
+    origin,
     outline,
     processes,
     rows,
@@ -292,7 +293,8 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
         DataError: with all problems of the rows.
     """
     device = devices.find(asked_device)
-    task = tasks.get(config.task)
+    config, from_adapter = origin.adopted(config)
+    task = from_adapter.task_of(config) if from_adapter else tasks.get(config.task)
     source = sources.describe(config.base, config.revision)
     items, in_epoch = _items(config, task, source)
     if in_epoch is not None and (device.kind == "cpu" or asked_device is None):

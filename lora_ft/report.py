@@ -205,6 +205,7 @@ def _view(summary: Summary) -> dict[str, Any]:
         "dtype": environment.get("dtype"),
         "system": environment.get("task", {}).get("system"),
         "versions": environment.get("versions", {}),
+        "init_from": environment.get("init_from"),
         "quant": summary.config["quant"],
         "data": data,
         "held_out": data.get("eval"),

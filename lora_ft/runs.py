@@ -38,11 +38,12 @@ from lora_ft import (
     train,
 )
 from lora_ft import base as bases
+from lora_ft import origin as origins
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, plain, to_yaml
 from lora_ft.data import formats, pack
 from lora_ft.data.formats import Example
-from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, LoraFtError, OutOfMemoryError
+from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, OutOfMemoryError
 from lora_ft.foreign.strictjson import bare, shown
 from lora_ft.progress import Bar
 from lora_ft.rows import Rows, check_stream, first_batches, prepare, read
@@ -168,6 +169,7 @@ def _run(
 ) -> Run:
     first = processes.is_first()
     with processes.in_turn():
+        config, origin = origins.adopted(config)
         if first:
             started.sweep(config.out)
             started.refuse_to_overwrite(config)
@@ -176,15 +178,13 @@ def _run(
         trained = config.resume and started.is_trained(config.out)
         if first and config.resume and not trained:
             checkpoints.newest(config.out / train.CHECKPOINTS)
-        task = tasks.get(config.task)
-        # Before the base, which may be gigabytes to fetch.
-        found = read(config, examples, held_out)
-        source = sources.resolve(config.base, config.revision)
-        rows = prepare(config, task, source, *found)
+        task, source, rows = _prepared(config, origin, examples, held_out)
         if first:
-            started.keep_or_compare(config, rows.facts, environment.tokenizer_sha256(task.tokenizer), source.record())
+            came_from = origin.facts() if origin else {}
+            digest = environment.tokenizer_sha256(task.tokenizer)
+            started.keep_or_compare(config, rows.facts, digest, source.record(), came_from)
     if not trained:
-        base, model, fit = _train(config, task, source, rows, console, watch)
+        base, model, fit = _train(config, task, source, rows, origin, console, watch)
     processes.leave()
     if not first:
         raise SystemExit(0)
@@ -212,8 +212,33 @@ def _run(
     return _finish(config, task, base, model, rows, fit, sealed, measured)
 
 
+def _prepared(
+    config: RunConfig,
+    origin: origins.Origin | None,
+    examples: Sequence[Example] | None = None,
+    held_out: Sequence[Example] | None = None,
+) -> tuple[Task, sources.Source, Rows]:
+    """Returns task, base and rows of a run, held to the adapter that it goes on from; no weight is loaded."""
+    task = origin.task_of(config) if origin else tasks.get(config.task)
+    # Before the base, which may be gigabytes to fetch.
+    found = read(config, examples, held_out)
+    source = sources.resolve(config.base, config.revision)
+    if origin:
+        origin.require_base(source)
+    rows = prepare(config, task, source, *found)
+    if origin:
+        origin.require_fit(task)
+    return task, source, rows
+
+
 def _train(
-    config: RunConfig, task: Task, source: sources.Source, rows: Rows, console: Console, watch: Watch
+    config: RunConfig,
+    task: Task,
+    source: sources.Source,
+    rows: Rows,
+    origin: origins.Origin | None,
+    console: Console,
+    watch: Watch,
 ) -> tuple[Base, Any, train.Fit]:
     """Returns base, model and what training did, the adapter saved by the first process."""
     planned = memory.of_training(config, task, source, rows)
@@ -233,6 +258,8 @@ def _train(
         special_tokens=config.data.special_tokens,
         batches=first_batches(task, rows, config) if config.lora.init == "eva" else (),
     )
+    if origin:
+        saved.fill(model, origin.folder)
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
     names = [example.where for example in rows.train]
@@ -244,7 +271,7 @@ def _train(
                 task, base, model, rows.train_features, rows.held_out_features, config, watching, names, passes
             )
     except DataError as error:
-        raise DataError([*error.problems, _after_bad_row(config.out, rows.facts["train"])]) from None
+        raise DataError([*error.problems, started.after_bad_row(config.out, rows.facts["train"])]) from None
     except OutOfMemoryError as error:
         steps = [checkpoints.step_of(place) for place in checkpoints.found(config.out / train.CHECKPOINTS)]
         if not steps:
@@ -256,48 +283,18 @@ def _train(
         log.warning("%d of the %d rows read have more than %d tokens, and were cut", facts["cut_rows"],
                     facts["rows_read"], task.max_length)  # fmt: skip
     if fit.interrupted:
-        raise _stopped(config.out, fit.steps)
+        raise started.interrupted(config.out, fit.steps)
     if processes.is_first():
-        _save(config, task, base, model, rows, fit, planned)
+        _save(config, task, base, model, rows, fit, planned, origin)
     return base, model, fit
-
-
-def _stopped(out: Path, steps: int) -> LoraFtError:
-    """Returns what to say of an interrupted training: the step to go on from need not be the last, on a full disk."""
-    saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / train.CHECKPOINTS)]
-    if not saved_steps:
-        return LoraFtError(f"Stopped at step {steps}, and no checkpoint could be saved: start anew.")
-    saved_at = (
-        "a checkpoint is saved" if saved_steps[-1] == steps else f"the last checkpoint is of step {saved_steps[-1]}"
-    )
-    return Interrupted(f"Stopped at step {steps}; {saved_at}. To go on:")
-
-
-def _after_bad_row(out: Path, facts: dict[str, Any]) -> str:
-    """Returns what to do where a row that was streamed ended the training."""
-    saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / train.CHECKPOINTS)]
-    if not saved_steps:
-        return (
-            "No checkpoint was saved before it: mend the row and start anew. --dry-run reads all rows and names each "
-            "problem."
-        )
-    # The digest of the file is then another, which a resumed run asks about.
-    digest = started.digest_of(facts)
-    allowed = f" --allow-changed rows.train.{digest}" if digest else ""
-    return (
-        f"A checkpoint of step {saved_steps[-1]} is saved: mend the row in its place, leaving those before it as they "
-        f"are, and go on with --resume{allowed}."
-    )
 
 
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """Returns what a run would do, having checked its rows and loss mask; loads no weights."""
     started.refuse_to_overwrite(config)
     train.require_trackers(config.train)
-    task = tasks.get(config.task)
-    found = read(config)
-    source = sources.resolve(config.base, config.revision)
-    rows = prepare(config, task, source, *found)
+    config, origin = origins.adopted(config)
+    task, source, rows = _prepared(config, origin)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
     if isinstance(rows.train_features, Streamed):
         plan |= check_stream(config, task)
@@ -313,7 +310,14 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 
 
 def _save(
-    config: RunConfig, task: Task, base: Base, model: Any, rows: Rows, fit: train.Fit, planned: memory.Step | None
+    config: RunConfig,
+    task: Task,
+    base: Base,
+    model: Any,
+    rows: Rows,
+    fit: train.Fit,
+    planned: memory.Step | None,
+    origin: origins.Origin | None = None,
 ) -> None:
     """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost.
 
@@ -333,6 +337,7 @@ def _save(
             plan=planned and dataclasses.asdict(planned) | {"peak_bytes": planned.peak_bytes},
             adapter_sha256=environment.file_sha256(draft.path / saved.WEIGHTS),
             tokenizer_sha256=environment.tokenizer_sha256(bases.load_tokenizer(draft.path)),
+            **({"init_from": origin.facts()} if origin else {}),
         )
         draft.write_json(environment.FILE, record)
     started.move_in_adapter(out)

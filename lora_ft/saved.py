@@ -220,6 +220,16 @@ def find_base(folder: Path, record: dict[str, Any], base_name: str | None = None
         SourceError: the base cannot be found; the message says how to name it.
     """
     source = sources.recall(record) if base_name is None else sources.resolve(base_name)
+    require_base(folder, record, source)
+    return source
+
+
+def require_base(folder: Path, record: dict[str, Any], source: sources.Source) -> None:
+    """Raises AdapterError where a base is not the one that the adapter in `folder` was trained on, saying what differs.
+
+    Args:
+        record: the part `base` of the record in `folder`.
+    """
     digest = sources.weights_digest(source.folder)
     if digest != record["weights_sha256"]:
         differing = "".join(f"\n  {line}" for line in _differences(folder, source.folder))
@@ -229,7 +239,6 @@ def find_base(folder: Path, record: dict[str, Any], base_name: str | None = None
             f"an adapter works on its own base only. What differs:{differing}"
         )
     _compare_configs(record, source)
-    return source
 
 
 def _compare_configs(record: dict[str, Any], source: sources.Source) -> None:

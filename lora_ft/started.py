@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_ft import atomicio, checkpoints, environment, manifest, processes, saved
 from lora_ft.config import RunConfig, plain
-from lora_ft.errors import ConfigError, StorageError
+from lora_ft.errors import ConfigError, Interrupted, LoraFtError, StorageError
 from lora_ft.train import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,8 @@ LOST = (
 )
 # What may change when a run is resumed: none of it changes the adapter, as the digests of rows and base may not.
 FREE_ON_RESUME = {
-    "out", "resume", "allow_changed", "dry_run", "twin", "base", "data.train", "data.eval", "train.log_steps",
-    "train.report_to",
+    "out", "resume", "allow_changed", "dry_run", "twin", "base", "init_from", "data.train", "data.eval",
+    "train.log_steps", "train.report_to",
 }  # fmt: skip
 
 
@@ -88,11 +88,18 @@ def move_in_adapter(out: Path) -> None:
     atomicio.move_in(out / CHECKPOINTS / saved.STAGED, out, last=environment.FILE)
 
 
-def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: str, base: dict[str, Any]) -> None:
+def keep_or_compare(
+    config: RunConfig,
+    facts: dict[str, Any],
+    tokenizer_sha256: str,
+    base: dict[str, Any],
+    origin: dict[str, Any] | None = None,
+) -> None:
     """Writes down what a run is started with; on resuming, raises ConfigError unless it is the same but where allowed.
 
     Args:
-        facts: of the rows; `base`: `Source.record` of the base.
+        facts: of the rows; `base`: `Source.record` of the base; `origin`: of the adapter that the run goes on from, if
+            it does.
     """
     path = config.out / CHECKPOINTS / FILE
     # Of a data set that is streamed from the hub there is no digest, only the name.
@@ -101,6 +108,7 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
     # Of all processes: as many passes make a step, whoever makes them.
     now["train.accumulate"] = config.train.accumulate * processes.count()
     now |= _flat({"rows": facts, "tokenizer": {"sha256": tokenizer_sha256}, "weights": base})
+    now |= _flat({"init_from": origin or {}})
     now |= _flat({MADE_WITH: environment.made_with()})
     now = json.loads(json.dumps(now))
     if config.resume:
@@ -130,6 +138,34 @@ def keep_or_compare(config: RunConfig, facts: dict[str, Any], tokenizer_sha256: 
                 "bit for bit:\n%s", "\n".join(told[key].replace(f"{MADE_WITH}.", "") for key in other)
             )  # fmt: skip
     atomicio.write_sealed(path, now)
+
+
+def interrupted(out: Path, steps: int) -> LoraFtError:
+    """Returns what to say of an interrupted training: the step to go on from need not be the last, on a full disk."""
+    saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / CHECKPOINTS)]
+    if not saved_steps:
+        return LoraFtError(f"Stopped at step {steps}, and no checkpoint could be saved: start anew.")
+    saved_at = (
+        "a checkpoint is saved" if saved_steps[-1] == steps else f"the last checkpoint is of step {saved_steps[-1]}"
+    )
+    return Interrupted(f"Stopped at step {steps}; {saved_at}. To go on:")
+
+
+def after_bad_row(out: Path, facts: dict[str, Any]) -> str:
+    """Returns what to do where a row that was streamed ended the training."""
+    saved_steps = [checkpoints.step_of(place) for place in checkpoints.found(out / CHECKPOINTS)]
+    if not saved_steps:
+        return (
+            "No checkpoint was saved before it: mend the row and start anew. --dry-run reads all rows and names each "
+            "problem."
+        )
+    # The digest of the file is then another, which a resumed run asks about.
+    digest = digest_of(facts)
+    allowed = f" --allow-changed rows.train.{digest}" if digest else ""
+    return (
+        f"A checkpoint of step {saved_steps[-1]} is saved: mend the row in its place, leaving those before it as they "
+        f"are, and go on with --resume{allowed}."
+    )
 
 
 def digest_of(facts: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from lora_ft import adapters, atomicio, checkpoints, exact, manifest, optimizer, train, trainers
+from lora_ft import adapters, atomicio, checkpoints, exact, manifest, optimizer, started, train, trainers
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, LoraFtError, StorageError
 from tests import tiny
 from tests.reliability.disks import Failing
@@ -322,15 +322,13 @@ def test_lines_of_the_metrics_wait_for_room(tmp_path, folder, monkeypatch, caplo
 
 
 def test_an_interrupt_on_a_full_disk_says_which_step_was_saved_last(tmp_path, folder, monkeypatch):
-    from lora_ft import runs
-
     out = tmp_path / "run"
     with pytest.raises(LoraFtError, match="Stopped at step 4, and no checkpoint could be saved: start anew") as told:
-        raise runs._stopped(out, 4)
+        raise started.interrupted(out, 4)
     assert told.value.exit_status == 1
     stopped(out, folder)
-    assert "Stopped at step 3; a checkpoint is saved. To go on:" in str(runs._stopped(out, 3))
-    assert "Stopped at step 5; the last checkpoint is of step 3. To go on:" in str(runs._stopped(out, 5))
+    assert "Stopped at step 3; a checkpoint is saved. To go on:" in str(started.interrupted(out, 3))
+    assert "Stopped at step 5; the last checkpoint is of step 3. To go on:" in str(started.interrupted(out, 5))
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path, folder, monkeypatch):

@@ -120,4 +120,4 @@ def test_after_a_bad_row_the_digest_that_the_file_has_is_named(tmp_path):
         ({"sha256": None, "sampled_sha256": "a"}, " --allow-changed rows.train.sampled_sha256."),
         ({"sha256": None}, "--resume."),
     ]:
-        assert runs._after_bad_row(tmp_path, facts).endswith(allowed)
+        assert started.after_bad_row(tmp_path, facts).endswith(allowed)

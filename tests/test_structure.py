@@ -44,7 +44,7 @@ LAYERS = [
     {"merge"},
     {"curves"},
     {"report"},
-    {"started", "rows"},
+    {"started", "rows", "origin"},
     {"outline"},
     {"memory"},
     {"runs", "doctor", "bench"},

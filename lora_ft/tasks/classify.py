@@ -82,7 +82,9 @@ class Classify(Task):
         if self.problem_type != SINGLE:
             raise DataError(["data.class-weights needs rows with one class each; leave it out."])
         counts = Counter(row.label for row in examples if isinstance(row, Labelled))
-        self.weights = tuple(counts.total() / (len(self.labels) * counts[label]) for label in self.labels)
+        # An adapter that is gone on from may know a class that no row has.
+        each = counts.total() / len(counts)
+        self.weights = tuple(each / counts[label] if label in counts else 0.0 for label in self.labels)
 
     def facts(self) -> dict[str, Any]:
         return {"labels": list(self.labels), "problem_type": self.problem_type}
