@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import adapters, class_metrics, losses, metrics
+from lora_ft import adapters, class_metrics, drift, losses, metrics
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
@@ -26,7 +26,8 @@ class Comparison:
     adapter: dict[str, Any]
     """As `base`, with `loss_change_interval`: the 95% interval of the adapter's loss less the base's.
 
-    Of classes it holds `class_metrics.TABLES` besides. The interval is None for fewer rows than `losses.FEWEST_ROWS`.
+    Of classes it holds `class_metrics.TABLES` besides, and both hold what `drift.measure` gives where the model
+    continues text. The interval is None for fewer rows than `losses.FEWEST_ROWS`.
     """
     before: list[str]
     """The base's replies, where metrics on replies were asked for."""
@@ -63,11 +64,13 @@ def compare(
     after = replies(task, model, examples) if names else []
     found = losses.difference_interval(base_losses, adapter_losses)
     interval = None if found is None else list(found)
+    note("measuring the drift on general text")
+    base_drift, adapter_drift = drift.measure(model, task.tokenizer) if task.peft_task == "CAUSAL_LM" else ({}, {})
     # Of the base that knows nothing of the classes a table of them says nothing.
     base_values = {name: value for name, value in base_values.items() if name not in class_metrics.TABLES}
     return Comparison(
-        base_values | score_replies(before, wanted, names),
-        adapter_values | score_replies(after, wanted, names) | {"loss_change_interval": interval},
+        base_values | score_replies(before, wanted, names) | base_drift,
+        adapter_values | score_replies(after, wanted, names) | {"loss_change_interval": interval} | adapter_drift,
         before,
         after,
     )

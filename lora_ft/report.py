@@ -36,7 +36,9 @@ TASKS = {
     "tag": ("token-classification", "AutoModelForTokenClassification"),
 }
 # Metrics of which less is better; of all others more is.
-FALLING = ("loss", "perplexity", "error", "wer", "cer", "ter", "brier", "mse", "mae")
+FALLING = ("loss", "perplexity", "error", "kl", "wer", "cer", "ter", "brier", "mse", "mae")
+# What is measured on general text, and not on held-out rows.
+DRIFT = "drift."
 # Settings that say where a run wrote or how it was called, not what it did.
 NOT_SETTINGS = ("task", "base", "out", "resume", "dry_run")
 
@@ -193,7 +195,8 @@ def marked(before: str, after: str) -> tuple[Markup, Markup]:
 def _view(summary: Summary) -> dict[str, Any]:
     """Returns what both templates read."""
     environment = summary.environment
-    evaluation = list(_evaluation(summary.metrics))
+    measured = list(_evaluation(summary.metrics))
+    evaluation = [row for row in measured if not row["name"].startswith(DRIFT)]
     data = {kind: {**rows, "name": _portable(str(rows["name"]))} for kind, rows in summary.data.items() if rows}
     if "eval" in data and re.fullmatch(r"0?\.\d+", data["eval"]["name"]):
         data["eval"]["name"] = f"{100 * float(data['eval']['name']):g}% of {data['train']['name']}"
@@ -215,6 +218,7 @@ def _view(summary: Summary) -> dict[str, Any]:
         "max_length": summary.config["data"].get("max_length"),
         "variants": _variants(summary.metrics),
         "evaluation": evaluation,
+        "drift": [row for row in measured if row["name"].startswith(DRIFT)],
         "loss": next((row for row in evaluation if row["name"] == "loss" and row["change"]), None),
         "unsure": [r["name"] for r in evaluation if r["interval"] and not r["verdict"]],
         "unit": _unit(summary),

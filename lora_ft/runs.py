@@ -21,6 +21,7 @@ from lora_ft import (
     adapters,
     atomicio,
     checkpoints,
+    drift,
     environment,
     evaluate,
     heap,
@@ -109,6 +110,7 @@ class Run:
             base, adapter = self.metrics["base"], self.metrics["adapter"]
             shown = [key for key in adapter if key in base and key != "rows" and "." not in key]
             parts += [f"{key} {base[key]:.4g} -> {adapter[key]:.4g}" for key in shown]
+            parts += [f"{drift.KL} {adapter[drift.KL]:.3g}"] if drift.KL in adapter else []
         return ", ".join(parts)
 
 
@@ -316,7 +318,7 @@ def _save(
     model: Any,
     rows: Rows,
     fit: train.Fit,
-    planned: memory.Step | None,
+    planned: memory.Step | None = None,
     origin: origins.Origin | None = None,
 ) -> None:
     """Writes the adapter and what it takes to load it: from here on nothing of the training can be lost.

@@ -38,7 +38,7 @@ LAYERS = [
     {"checkpoints", "guard", "halving", "replicas"},
     {"trainers"},
     {"train", "borrowed"},
-    {"evaluate", "replies", "predict"},
+    {"evaluate", "drift", "replies", "predict"},
     {"changes"},
     {"seal"},
     {"merge"},
@@ -111,6 +111,7 @@ def test_a_wheel_holds_the_two_packages_and_the_templates_only(tmp_path: Path) -
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lora_ft", "lora_kernels"}
     assert {
         "lora_ft/py.typed",
+        "lora_ft/data/general.txt",
         "lora_ft/templates/card.md.jinja",
         "lora_ft/templates/report.html.jinja",
         "lora_ft/serve/page.html",
