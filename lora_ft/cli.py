@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import __version__, locks, processes
-from lora_ft.config import RunConfig, cli
+from lora_ft.config import RunConfig, cli, from_yaml
 from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
     BenchConfig,
@@ -27,6 +28,7 @@ from lora_ft.options import (
     PlanConfig,
     PredictConfig,
     QuickstartConfig,
+    SelftestConfig,
     ServeConfig,
     TwinConfig,
     VerifyConfig,
@@ -262,6 +264,21 @@ def data_prepare(config: DataPrepareConfig) -> None:
         say(json.dumps(asdict(done)))
 
 
+def selftest(config: SelftestConfig) -> None:
+    from lora_ft import selftest as checks
+
+    # The model is made three times.
+    logging.getLogger("lora_ft").setLevel(logging.WARNING)
+    found = checks.check(from_yaml(RunConfig, config.run), twin=config.twin)
+    if config.json:
+        say(json.dumps(found.as_dict()))
+    else:
+        for answer in found.answers:
+            say(str(answer))
+        say(f"{found.rows} rows in float32, peak {found.peak_bytes / 2**30:.2f} GiB")
+    found.require(config.run)
+
+
 def serve(config: ServeConfig) -> None:
     try:
         from lora_ft.serve.serving import serve as run
@@ -345,6 +362,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "data check": (DataCheckConfig, data_check),
     "data prepare": (DataPrepareConfig, data_prepare),
     "bench kernels": (BenchConfig, bench_kernels),
+    "selftest": (SelftestConfig, selftest),
     "serve": (ServeConfig, serve),
     "doctor": (DoctorConfig, doctor),
 }

@@ -164,13 +164,13 @@ def can_share(model: Any) -> bool:
     slot. Windows count slots, recurrent layers run through the padding, and OpenAI-GPT keeps no cache at all.
     """
     inner = unwrapped(model)
-    if inner.config.is_encoder_decoder or not {"past_key_values", "position_ids"} <= _parameters(inner):
+    if inner.config.is_encoder_decoder or not {"past_key_values", "position_ids"} <= parameters(inner):
         return False
     # A cache that knows no layers yet makes plain ones.
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=inner.config).layers)
 
 
-def _parameters(model: Any) -> set[str]:
+def parameters(model: Any) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 

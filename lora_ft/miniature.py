@@ -56,8 +56,9 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Of a stand-in: its special tokens by what they are for, and how a text is put between them.
+TURN = "<|im_start|>"
 SPECIALS = {
-    "llama": {"pad": "<pad>", "eos": "<|im_end|>", "bos": "<|im_start|>"},
+    "llama": {"pad": "<pad>", "eos": "<|im_end|>"},
     "t5": {"pad": "<pad>", "eos": "</s>"},
     "bert": {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]"},
 }
@@ -187,6 +188,7 @@ def _tokenizer(kind: str, examples: Sequence[Example]) -> PreTrainedTokenizerFas
         tokenizer_object=inner, model_input_names=inputs, **{f"{what}_token": token for what, token in specials.items()}
     )
     if kind == "llama":
+        made.add_tokens([TURN], special_tokens=True)
         made.chat_template = CHATML
     return made
 

@@ -187,6 +187,18 @@ class DataPrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelftestConfig:
+    """Check on a few rows that a configuration trains what it says; takes the base in float32, else as it is stored."""
+
+    run: Adapter
+    """The configuration: `config.yaml` of a run, or one of your own."""
+    twin: bool = False
+    """Check it on a small random model of the base's kind, in seconds, with made-up rows where it names none."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Answer OpenAI's fine-tuning API on this machine: files, jobs, events, checkpoints, chat."""
 

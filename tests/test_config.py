@@ -91,6 +91,7 @@ OF_OTHERS = {
     "data check": "file task base columns max_length show json",
     "data prepare": "file base yes json",
     "bench kernels": "json",
+    "selftest": "run twin json",
     "serve": "home host port new_token results_base64",
     "doctor": "json",
 }

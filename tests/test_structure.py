@@ -47,7 +47,7 @@ LAYERS = [
     {"started", "rows", "origin"},
     {"outline"},
     {"memory"},
-    {"runs", "doctor", "bench"},
+    {"runs", "selftest", "doctor", "bench"},
     {"quickstart", "rehearsal", "prepare", "cli", "serve"},
 ]
 
