@@ -38,6 +38,8 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> None:
         small = miniature.make(base, config, task, [*train_rows, *held_out])
         say(f"twin of {config.base or config.task}: {small}")
         where = "of data.train" if config.data.train is not None else "made up by the task"
+        if config.init_from is not None:
+            say("The twin begins anew: the adapter of --init-from fits no other base.")
         say(f"rows: {len(train_rows)} to train on and {len(held_out)} held out, {where}")
         try:
             finished = runs.run(_shortened(config, base, adapter), examples=train_rows, held_out=held_out,
@@ -65,6 +67,7 @@ def _shortened(config: RunConfig, base: Path, out: Path) -> RunConfig:
         config,
         base=str(base),
         revision=None,
+        init_from=None,
         out=out,
         lora=_narrowed(config.lora),
         data=dataclasses.replace(

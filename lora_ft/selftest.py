@@ -115,6 +115,7 @@ def _plain(config: RunConfig, out: Path) -> RunConfig:
     return dataclasses.replace(
         config,
         out=out,
+        init_from=None,
         quant="none" if config.quant == "int8" else config.quant,
         lora=dataclasses.replace(config.lora, dropout=0.0),
         data=dataclasses.replace(config.data, eval=None, metrics=(), packing=False, streaming=False),
