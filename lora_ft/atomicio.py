@@ -94,6 +94,21 @@ def growing(path: Path) -> Iterator[Callable[[str], None]]:
         disk.sync(path.parent)
 
 
+def by_library(path: Path, writer: Callable[[Path], Any]) -> int:
+    """Returns the bytes of a whole new file that `writer`, a library's, writes; it is given the place to write to.
+
+    Raises StorageError.
+    """
+    with draft(path) as made:
+        made.library(lambda folder: writer(folder / path.name))
+        with _told(path):
+            disk.set_mode(made.path / path.name, made.mode)
+            disk.sync(made.path / path.name)
+            disk.rename(made.path / path.name, path)
+            disk.sync(path.parent)
+    return path.stat().st_size
+
+
 class Draft:
     """A folder that is being written. It is nothing to anybody until `commit` gives it its name.
 
@@ -107,7 +122,7 @@ class Draft:
         except BaseException:
             _forget(path)
             raise
-        self._mode = path.stat().st_mode & 0o666
+        self.mode = path.stat().st_mode & 0o666
 
     def write(self, name: str, content: str | bytes) -> None:
         """Writes one file."""
@@ -160,7 +175,7 @@ class Draft:
         with _told(place):
             for file in manifest.files_of(self.path):
                 # Some libraries make files that only their owner may read, whatever the umask.
-                disk.set_mode(file, self._mode)
+                disk.set_mode(file, self.mode)
                 disk.sync(file)
             if facts is not None:
                 disk.write(self.path / manifest.NAME, manifest.made_of(self.path, facts))

@@ -20,10 +20,13 @@ from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
     BenchConfig,
     ChatConfig,
+    CombineConfig,
     DataCheckConfig,
     DataPrepareConfig,
+    DiffConfig,
     DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
     MergeConfig,
     PlanConfig,
     PredictConfig,
@@ -33,6 +36,7 @@ from lora_ft.options import (
     TwinConfig,
     VerifyConfig,
 )
+from lora_ft.sharing import combine, diff, export
 from lora_ft.terminal import ask, quiet, say, table
 
 
@@ -359,6 +363,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "chat": (ChatConfig, chat),
     "verify": (VerifyConfig, verify),
     "merge": (MergeConfig, merge),
+    "export": (ExportConfig, export),
+    "combine": (CombineConfig, combine),
+    "diff": (DiffConfig, diff),
     "data check": (DataCheckConfig, data_check),
     "data prepare": (DataPrepareConfig, data_prepare),
     "bench kernels": (BenchConfig, bench_kernels),

@@ -76,6 +76,20 @@ def compare(
     )
 
 
+def measure(
+    task: Task,
+    model: Any,
+    examples: Sequence[Example],
+    rows: Sequence[Features],
+    *,
+    names: Sequence[str] = (),
+    batch_size: int = 4,
+) -> dict[str, Any]:
+    """Returns loss, accuracy and the metrics `names` of rows for the model as it stands."""
+    _, values = _measured(task, model, examples, rows, batch_size)
+    return values | (replies_match(task, model, examples, names) if names else {})
+
+
 def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[str]) -> dict[str, float]:
     """Returns the metrics `names` of replies generated greedily for `examples`."""
     found = replies(task, model, examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -146,6 +147,96 @@ class MergeConfig:
     """Dtype of the merged weights; unset, that of the base."""
     base: str | None = None
     """Where the base is, if it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write an adapter, or its merged model, for llama.cpp or Ollama; or say who will take it."""
+
+    source: tyro.conf.Positional[Path]
+    """An adapter folder or a merged model; with --portable also the configuration of a run to come."""
+    out: Path | None = None
+    """The file to write, or for Ollama the folder."""
+    format: Literal["gguf", "gguf-lora", "ollama"] = "gguf"
+    """`gguf` is the merged model with tokenizer and template, `gguf-lora` the adapter alone, for its base in llama.cpp,
+    `ollama` a folder of merged model and Modelfile."""
+    quant: Literal["f16", "q8_0"] = "f16"
+    """Kind of the weights. Smaller ones, such as q4_k_m, llama.cpp's llama-quantize makes of an f16 file."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    portable: bool = False
+    """Write nothing: say which of vLLM, llama.cpp, Ollama and older PEFT take the adapter, and why others do not."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        if self.portable == (self.out is not None):
+            raise ValueError("out is the file to write; with portable nothing is written, and it is left out.")
+        if self.format == "gguf-lora" and self.quant != "f16":
+            raise ValueError("quant is of merged weights; an adapter alone is always written in float32: leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineConfig:
+    """Combine adapters of one base and task into one, and measure what each keeps of its effect."""
+
+    adapters: tyro.conf.Positional[tuple[Path, ...]]
+    """Two adapter folders or more."""
+    out: Path
+    """Folder for the combined adapter."""
+    method: Literal[
+        "cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"
+    ] = "cat"
+    """PEFT's: `cat` adds up the updates B A exactly, at the sum of the ranks. `svd` and those that end in it work on
+    the updates and keep their largest directions; the others work on A and B apart, a rough but small way."""
+    weights: tuple[float, ...] = ()
+    """Weight of each adapter, in their order; unset, 1 each."""
+    rank: int | None = None
+    """Rank of the result, for `svd` and those that end in it; unset, the largest of theirs."""
+    density: float = 0.5
+    """Share of the numbers that `ties` and `dare` keep, in (0, 1]: `ties` the largest, `dare` any."""
+    seed: int = 42
+    """Seed of what `dare` drops."""
+    data: tuple[str, ...] = ()
+    """Rows for each adapter, in their order, to measure it on before and after: files or hub data sets."""
+    metrics: tuple[str, ...] = ()
+    """Metrics on replies generated for those rows, as `evaluate` has them."""
+    base: str | None = None
+    """Where the base is, if it has moved."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __post_init__(self) -> None:
+        if len(self.adapters) < 2:
+            raise ValueError(f"adapters must be at least 2, got {len(self.adapters)}.")
+        for name, given in (("weights", self.weights), ("data", self.data)):
+            if given and len(given) != len(self.adapters):
+                raise ValueError(f"{name} must be one for each adapter, {len(self.adapters)}; got {len(given)}.")
+        if not all(math.isfinite(weight) and weight for weight in self.weights):
+            raise ValueError("weights must be finite and not 0; leave such an adapter out.")
+        if self.rank is not None:
+            at_least("rank", self.rank, 1)
+            if not self.method.endswith("svd"):
+                raise ValueError(
+                    f"rank is for svd and methods that end in it; {self.method} has its own: leave it out."
+                )
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}.")
+        known_metrics("metrics", self.metrics)
+        if self.metrics and not self.data:
+            raise ValueError("metrics need rows: name them with data.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffConfig:
+    """Say in what two adapters differ: configuration, rows, base, versions, weights, effect."""
+
+    first: tyro.conf.Positional[Path]
+    """An adapter folder."""
+    second: tyro.conf.Positional[Path]
+    """Another."""
+    json: bool = False
+    """Print one JSON object."""
 
 
 @dataclass(frozen=True, kw_only=True)

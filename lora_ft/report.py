@@ -74,6 +74,8 @@ class Summary:
     """kl_effect in nats and rows; kl_live in nats and passed where the saved files were loaded and replayed."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """prompt, expected, before and after."""
+    combined: dict[str, Any] = field(default_factory=dict)
+    """Of an adapter that was combined and not trained: method, rank, and `parts`, `combine.Kept` of each."""
     adapter_bytes: int = 0
     files: dict[str, str] = field(default_factory=dict)
     """Name and sha256 of the files of the adapter folder."""
@@ -214,7 +216,9 @@ def _view(summary: Summary) -> dict[str, Any]:
         "held_out": data.get("eval"),
         "fit": summary.fit,
         "seal": {"passed": None, "kl_live": None, **summary.seal} if summary.seal else {},
-        "settings": dict(_settings(summary.config)),
+        # What a combined adapter was made by; no training of the rest made it.
+        "settings": dict(_settings({k: v for k, v in summary.combined.items() if k != "parts"} or summary.config)),
+        "parts": summary.combined.get("parts", []),
         "max_length": summary.config["data"].get("max_length"),
         "variants": _variants(summary.metrics),
         "evaluation": evaluation,

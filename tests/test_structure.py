@@ -42,12 +42,14 @@ LAYERS = [
     {"changes"},
     {"seal"},
     {"merge"},
+    {"export"},
     {"curves"},
     {"report"},
+    {"combine", "difference"},
     {"started", "rows", "origin"},
     {"outline"},
     {"memory"},
-    {"runs", "selftest", "doctor", "bench"},
+    {"runs", "selftest", "doctor", "bench", "sharing"},
     {"quickstart", "rehearsal", "prepare", "cli", "serve"},
 ]
 

@@ -1,0 +1,87 @@
+"""The commands that hand adapters on or hold them side by side: export, combine, diff."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from lora_ft.options import CombineConfig, DiffConfig, ExportConfig
+from lora_ft.terminal import say, table
+
+
+def export(config: ExportConfig) -> None:
+    """Writes an adapter for other programs, or says which take it."""
+    if config.portable:
+        _tell_who_takes(config)
+        return
+    from lora_ft.export import export as write
+
+    assert config.out is not None  # noqa: S101 - `ExportConfig` has seen to it
+    size = write(config.source, config.out, form=config.format, kind=config.quant, base_name=config.base)
+    if config.json:
+        say(json.dumps({"format": config.format, "quant": config.quant, "bytes": size}))
+        return
+    kind = "float32" if config.format == "gguf-lora" else config.quant
+    say(f"{config.out}: {config.format}, {kind}, {size / 2**20:.1f} MiB")
+    if config.format == "ollama":
+        say(f"Put it into Ollama there: ollama create NAME -f {config.out / 'Modelfile'}")
+
+
+def _tell_who_takes(config: ExportConfig) -> None:
+    from lora_ft.export import portable
+
+    answers = portable.answers(config.source, config.base)
+    if config.json:
+        say(json.dumps({answer.program: asdict(answer) | {"takes": answer.takes} for answer in answers}))
+        return
+    for answer in answers:
+        say(f"{answer.program}: {'yes' if answer.takes else 'no, ' + '; '.join(answer.why)}")
+        for line in ([f"{'' if answer.takes else 'instead: '}{answer.how}"] if answer.how else []) + answer.notes:
+            say(f"    {line}")
+
+
+def combine(config: CombineConfig) -> None:
+    """Combines adapters and shows what each keeps."""
+    from lora_ft.combine import combine as combine_adapters
+
+    done = combine_adapters(config)
+    if config.json:
+        say(json.dumps(done.as_dict()))
+        return
+    rows = []
+    for folder, part in zip(config.adapters, done.parts, strict=True):
+        measured = {name: found["loss"] for name, found in part.rows.items()} or part.loss
+        losses = [measured[name] for name in ("base", "alone", "combined")]
+        gain = "none to keep" if part.gain_kept is None else f"{part.gain_kept:.0%}"
+        rows.append([str(folder), part.weight, *losses, gain, f"{part.effect_kept:.0%}"])
+    table(["adapter", "weight", "loss of the base", "alone", "combined", "gain kept", "effect kept"], rows)
+    for folder, part in zip(config.adapters, done.parts, strict=True):
+        named = {key: value for key, value in part.rows.get("combined", {}).items() if isinstance(value, int | float)}
+        if len(named) > 1:
+            told = [[key, *(part.rows[name].get(key) for name in ("base", "alone", "combined"))] for key in named]
+            table([str(folder), "base", "alone", "combined"], told)
+    say(f"{done.folder}: {config.method} of {len(done.parts)} adapters, rank {done.rank}, loaded anew and verified")
+
+
+def diff(config: DiffConfig) -> None:
+    """Shows in what two adapters differ."""
+    from lora_ft import difference
+
+    found = difference.of(config.first, config.second)
+    if config.json:
+        say(json.dumps(found.as_dict()))
+        return
+    for name, rows in found.facts.items():
+        if not rows:
+            say(f"{name}: the same")
+            continue
+        table([name, str(config.first), str(config.second)], [[key, *pair] for key, pair in rows.items()])
+    if not found.layers:
+        say("weights: the same")
+        return
+    table(
+        ["weights", "norm of the first", "of the second", "of their difference", "cosine"],
+        [[layer.name, layer.first, layer.second, layer.difference, layer.cosine] for layer in found.layers],
+    )
+    for note in found.notes:
+        say(note)
