@@ -19,7 +19,7 @@ from lora_ft import base as bases
 from lora_ft.data import formats, questions
 from lora_ft.data.formats import Example
 from lora_ft.data.rows import Row
-from lora_ft.errors import ConfigError, DataError
+from lora_ft.errors import ConfigError, DataError, LoraFtError
 from lora_ft.foreign.strictjson import bare
 from lora_ft.modes import unwrapped
 from lora_ft.options import PredictConfig
@@ -89,6 +89,8 @@ def predict(config: PredictConfig, console: Any) -> Done:
         raise ConfigError(f"{config.out} is there already, and is not overwritten: choose another --out, or remove it.")
     # The rows are read before the base, which may be gigabytes to fetch.
     _, task = recorded.task(config.adapter, recorded.read(config.adapter))
+    if not task.questions:
+        raise LoraFtError(f"{config.adapter}: was trained for the task {task.name}, which makes no predictions.")
     total, fields = _checked(config, task, lambda row, example: None)
     loaded = saved.load(config.adapter, config.base)
     loaded.prepare_task()

@@ -18,7 +18,7 @@ from rich.console import Console
 from lora_ft import predict, tasks
 from lora_ft.cli import main
 from lora_ft.data import questions
-from lora_ft.errors import ConfigError, DataError, StorageError
+from lora_ft.errors import ConfigError, DataError, LoraFtError, StorageError
 from lora_ft.options import PredictConfig
 from tests import tiny
 
@@ -274,8 +274,17 @@ def test_a_place_that_cannot_be_written_is_said(runs: Callable[[str], tiny.Run],
         answered(runs("one"), rows, rows / "out.jsonl")
 
 
+def test_a_task_without_questions_says_so(
+    runs: Callable[[str], tiny.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs("one")
+    monkeypatch.setattr(type(run.task), "questions", ())
+    with pytest.raises(LoraFtError, match="trained for the task classify, which makes no predictions"):
+        answered(run, lines(tmp_path / "rows.jsonl", [{"text": "w1"}]), tmp_path / "out.jsonl")
+
+
 def test_every_task_predicts() -> None:
-    """A task without predictions would refuse each row with a sentence; none of ours does."""
+    """A task without them is allowed, and none of ours is one."""
     for name in tasks.NAMES:
         task = tasks.get(name)
         assert task.questions
