@@ -7,17 +7,20 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from seqeval import metrics as seqeval
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from lora_ft import evaluate, metrics, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data import formats
 from lora_ft.data.formats import Tagged, Text
+from lora_ft.data.tagged import WORD, places_of
 from lora_ft.errors import DataError, UnsupportedModelError
 from tests import tiny
 from tests.stock_templates import tokenizer_of
@@ -113,7 +116,7 @@ def test_spans_become_tags_of_words(tmp_path: Path) -> None:
         ({"words": ["a", " "], "tags": ["O", "O"]}, "words[1] is empty; give a word"),
         ({"words": ["a"], "tags": ["PER"]}, 'tags[0] is "PER"; use O, B-TYPE or I-TYPE'),
         ({"words": ["a"], "tags": ["B-"]}, 'tags[0] is "B-"; use O, B-TYPE or I-TYPE'),
-        ({"tokens": ["a"], "ner_tags": [3]}, "ner_tags[0] is 3; use O, B-TYPE or I-TYPE"),
+        ({"tokens": ["a"], "ner_tags": [3]}, "ner_tags holds whole numbers such as 3, and nothing says what they"),
         ({"text": "so it is", "spans": [{"start": 6, "end": 9, "label": "A"}]},
          "spans[0] goes from 6 to 9; the text has 8 characters, and a span at least one of them"),
         ({"text": "so it is", "spans": [{"start": 3, "end": 3, "label": "A"}]}, "spans[0] goes from 3 to 3; the text"),
@@ -145,6 +148,24 @@ def test_wrong_lines_of_conll_are_all_named(tmp_path: Path) -> None:
         'a.conll:5: the tag, in the last column, is "V"; use O, B-TYPE or I-TYPE.',
         "a.conll:6: the word, in the first column, is empty; name it.",
     ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tags_of_a_hub_data_set_have_the_names_of_its_features(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(named: bool) -> Any:
+        kind = datasets.ClassLabel(names=["O", "B-PER", "I-PER"]) if named else datasets.Value("int64")
+        features = datasets.Features({"tokens": [datasets.Value("string")], "ner_tags": [kind]})
+        made = datasets.Dataset.from_dict({"tokens": [["Anna", "left"]] * 2, "ner_tags": [[1, 0]] * 2}, features)
+        return made.to_iterable_dataset() if stream else made
+
+    read = formats.stream if stream else formats.read
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: load(True))
+    assert [row.tags for row in read("org/ner")] == [("B-PER", "O")] * 2  # type: ignore[union-attr]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: load(False))
+    with pytest.raises(DataError) as caught:
+        list(read("org/ner"))
+    (problem,) = caught.value.problems
+    assert problem.startswith("org/ner:row 1: ner_tags holds whole numbers such as 1, and nothing says what they stand")
 
 
 # Labels
@@ -237,6 +258,39 @@ def test_a_tokenizer_that_does_not_know_words_is_refused() -> None:
         prepared(tokenizer)
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama2", "gemma"])
+def test_of_a_text_its_own_tokens_are_learned(tmp_path: Path, name: str) -> None:
+    """No spaces stand before a comma there, and none are put there."""
+    tokenizer = tokenizer_of(name)
+    text = "the cat, sat  (on) it."
+    row = {"text": text, "spans": [{"start": 4, "end": 7, "label": "PER"}, {"start": 15, "end": 17, "label": "LOC"}]}
+    (example,) = read(tmp_path, "a.jsonl", json.dumps(row))
+    task = prepared(tokenizer)
+    made = task.features(example)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    assert made["input_ids"] == encoded["input_ids"]
+    assert set(made) == set(encoded) - {"offset_mapping"} | {"labels"}
+    told = {text[slice(*encoded["offset_mapping"][at])].strip(): k for at, k in enumerate(made["labels"]) if k > 0}
+    assert sorted(told.values()) == [1, 3]
+    assert task.asked(Text("a:1", text))["input_ids"] == made["input_ids"]
+
+
+def test_words_in_one_token_share_its_tag() -> None:
+    """The tokenizer knows no commas, so what is glued to one is one unknown token."""
+    text = "anna left oslo,rome now"
+    words = ("anna", "left", "oslo", ",", "rome", "now")
+    places = ((0, 4), (5, 9), (10, 14), (14, 15), (15, 19), (20, 23))
+    example = Tagged("a:1", words, ("B-PER", "O", "B-LOC", "I-LOC", "I-LOC", "O"), text, places)
+    task = prepared()
+    assert task.features(example)["labels"] == [
+        IGNORE, 3, IGNORE, IGNORE, IGNORE, 0, IGNORE, IGNORE, IGNORE, 1, 0, IGNORE, IGNORE, IGNORE,
+    ]  # fmt: skip
+    assert task.compared(example, [3, 0, 1, 0])[0] == list(example.tags)
+    assert task.compared(example, [0, 0, 0, 4])[0] == ["O", "O", "O", "O", "O", "I-PER"]
+    cut = prepared(max_length=6)
+    assert cut.compared(example, [3])[0] == ["B-PER", "O", "O", "O", "O", "O"]
+
+
 # Loss and metrics
 
 
@@ -281,6 +335,37 @@ def test_metrics_are_those_of_the_decoded_predictions(run: tiny.Run) -> None:
     labels = [label for row in rows for label in row["labels"]]
     right = sum(int(k) == label for k, label in zip(torch.cat(best), labels, strict=True))
     assert values["accuracy"] == pytest.approx(right / seen)
+
+
+def test_metrics_of_texts_are_those_of_seqeval_on_the_decoded_predictions(run: tiny.Run) -> None:
+    """Words share a token where a comma is glued to them; each row is predicted by itself, by plain transformers."""
+    task = prepared(run.base.tokenizer, 9, ("O", "B-A", "I-A"))
+    rng = random.Random(0)
+    examples, words_of_chunks = [], []
+    for number in range(19):
+        chunks = [f"w{rng.randrange(40, 200)}{rng.choice(('', '', ',', ',x'))}" for _ in range(rng.randrange(1, 12))]
+        text = "  ".join(chunks)
+        words_of_chunks.append([len(WORD.findall(chunk)) for chunk in chunks])
+        tags = tuple(rng.choices(task.labels, k=sum(words_of_chunks[-1])))
+        examples.append(Tagged(f"a:{number}", tuple(WORD.findall(text)), tags, text, places_of(text)))
+    rows = tasks.featurize(task, examples)
+    assert task.cut_rows > 2
+    found = []
+    with torch.no_grad():
+        for row, counts in zip(rows, words_of_chunks, strict=True):
+            best = run.model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0].argmax(-1).tolist()
+            firsts = [task.labels[k] for k in best] + ["O"] * (len(counts) - len(best))
+            found.append([
+                tag for first, count in zip(firsts, counts, strict=True)
+                for tag in (first, *["O" if first == "O" else f"I-{first[2:]}"] * (count - 1))
+            ])  # fmt: skip
+    wanted = [list(example.tags) for example in examples]
+    assert seqeval.f1_score(wanted, found) > 0
+    for size in (1, 4, 19):
+        values = evaluate.compare(task, run.model, examples, rows, batch_size=size).adapter
+        assert values["entity_f1"] == pytest.approx(seqeval.f1_score(wanted, found))
+        assert values["entity_precision"] == pytest.approx(seqeval.precision_score(wanted, found))
+        assert values["entity_recall"] == pytest.approx(seqeval.recall_score(wanted, found))
 
 
 # From file to folder

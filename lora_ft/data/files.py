@@ -7,6 +7,7 @@ import re
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from lora_ft.data.rows import CHUNK_BYTES, Reader, Row, Rows, first_line
 from lora_ft.data.tables import csv, parquet
@@ -73,6 +74,23 @@ def _file_rows(path: Path) -> Rows:
         raise DataError([f"{name}: cannot be read: {first_line(error.strerror or error)}."]) from None
 
 
+def _class_names(features: Any) -> dict[str, list[str]]:
+    """Returns the names of the classes that a column holds lists of, by column."""
+    # A list of one feature is how older versions of `datasets` write one of many.
+    inner: dict[str, Any] = {
+        key: value[0] if isinstance(value, list) else getattr(value, "feature", None)
+        for key, value in (features or {}).items()
+    }
+    return {key: list(feature.names) for key, feature in inner.items() if type(feature).__name__ == "ClassLabel"}
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """Returns a list of classes by name; what is none stays, for whoever reads the row to refuse."""
+    if not isinstance(value, list):
+        return value
+    return [names[item] if type(item) is int and 0 <= item < len(names) else item for item in value]
+
+
 def _hub_rows(source: str, streaming: bool) -> Rows:
     """Yields the rows of a split of a hub data set, `train` where none is named."""
     import datasets
@@ -81,8 +99,10 @@ def _hub_rows(source: str, streaming: bool) -> Rows:
     split = split or "train"
     try:
         # Iterating reaches for the network too when streaming.
-        for number, fields in enumerate(datasets.load_dataset(name, split=split, streaming=streaming), 1):
-            yield Row(f"{name}:row {number}", fields)
+        loaded = datasets.load_dataset(name, split=split, streaming=streaming)
+        names = _class_names(getattr(loaded, "features", None))
+        for number, fields in enumerate(loaded, 1):
+            yield Row(f"{name}:row {number}", fields | {key: _named(fields.get(key), names[key]) for key in names})
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             [

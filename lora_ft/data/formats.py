@@ -16,7 +16,7 @@ from lora_ft.data.chats import OPENAI, SHAREGPT, conversation, toolbox
 from lora_ft.data.faults import MISSING, Faults, found, listed
 from lora_ft.data.files import rows
 from lora_ft.data.rows import Row
-from lora_ft.data.tagged import of_spans, sentence
+from lora_ft.data.tagged import of_spans, places_of, sentence
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import bare
 
@@ -71,6 +71,10 @@ class Tagged:
     where: str
     words: tuple[str, ...]
     tags: tuple[str, ...]
+    text: str | None = None
+    """What the words stand in, where they were not given one by one."""
+    places: tuple[tuple[int, int], ...] = ()
+    """Where each word begins and ends in the text, in characters."""
 
 
 Example = Chat | Pair | Text | Labelled | Tagged
@@ -268,7 +272,9 @@ def _tagged(row: Fields, words: str, tags: str) -> Tagged:
 
 
 def _spans(row: Fields, text: str, spans: str) -> Tagged:
-    return Tagged(row.where, *of_spans(row.text(text), row.get(spans), row.place(spans), row.faults))
+    said = row.text(text)
+    words, tags = of_spans(said, row.get(spans), row.place(spans), row.faults)
+    return Tagged(row.where, words, tags, said, places_of(said))
 
 
 def _text(row: Fields, text: str) -> Text:
@@ -334,11 +340,22 @@ def _recognised(row: Row, fields: Fields, formats: tuple[Format, ...], known: tu
         if known is FORMATS and {better, worse} <= row.fields.keys():
             raise DataError([f"{row.where}: is preference data ({better}, {worse}); no task here trains on it."])
     form = _detected(fields, formats)
+    if form is not None and form.parse is _tagged:
+        _refuse_numbers(fields, form.needs[1])
     if form is None:
         what = f"has the fields {listed(list(row.fields))}, which fit no format" if row.fields else "has no fields"
         mapped = "--data.columns prompt ask completion reply" if known is FORMATS else "--columns prompt ask"
         raise DataError([f"{row.where}: {what}; use {_offer(known)}, or map yours, as in {mapped}."])
     return form
+
+
+def _refuse_numbers(fields: Fields, tags: str) -> None:
+    """Raises DataError where tags are numbers, of which nothing says what they stand for: said once, not of each."""
+    value = fields.get(tags)
+    if isinstance(value, list) and value and all(type(tag) is int for tag in value):
+        what = f"{fields.place(tags)} holds whole numbers such as {value[0]}, and nothing says what they stand for"
+        mend = "write the tags themselves (O, B-TYPE, I-TYPE), or name the hub data set, whose features may name them"
+        raise DataError([f"{fields.where}: {what}; {mend}."])
 
 
 def _refuse_mixture(fields: Fields, form: Format, began: str, formats: tuple[Format, ...]) -> None:

@@ -50,6 +50,11 @@ def sentence(words: Any, tags: Any, places: tuple[str, str], faults: Faults) -> 
     return tuple(words), tuple(tags)
 
 
+def places_of(text: str) -> tuple[tuple[int, int], ...]:
+    """Returns where each word of a text begins and ends, in characters."""
+    return tuple(word.span() for word in WORD.finditer(text))
+
+
 def is_tag(value: Any) -> bool:
     """Returns whether a value is a tag of this form."""
     return isinstance(value, str) and TAG.fullmatch(value) is not None

@@ -12,12 +12,13 @@ from lora_ft.data.faults import listed
 from lora_ft.data.formats import Example, Tagged, Text
 from lora_ft.data.questions import WORDS as QUESTIONS
 from lora_ft.data.render import IGNORE
-from lora_ft.data.tagged import OUTSIDE, WORD
+from lora_ft.data.tagged import OUTSIDE, WORD, places_of
 from lora_ft.entities import spans
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.foreign.strictjson import quoted
 from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Scores, Task, pad
 
+OFFSETS = "offset_mapping"
 PROBE = ("One", "two", "three")
 
 
@@ -72,7 +73,7 @@ class Tag(Task):
             )
         # Byte-level tokenizers know a word by the space before it, which words one by one do not have.
         text = tokenizer(" ".join(PROBE), verbose=False)["input_ids"]
-        fitting = [space for space in ("", " ") if self._encoded(PROBE, space)["input_ids"] == text]
+        fitting = [space for space in ("", " ") if self._one_by_one(PROBE, space)["input_ids"] == text]
         if not fitting:
             raise UnsupportedModelError(
                 f"the tokenizer, a {type(tokenizer).__name__}, reads words given one by one otherwise than in a text, "
@@ -101,56 +102,53 @@ class Tag(Task):
             raise DataError([f"{example.where}: the tag of {quoted(example.words[i])}, {quoted(example.tags[i])}, is "
                              f"not one the adapter knows: {known}; correct it, or leave the row out."
                              for i in unknown])  # fmt: skip
-        encoded, first = self._kept(example.words, example.where)
+        encoded, first, _ = self._kept(example)
         labels = [IGNORE] * len(encoded["input_ids"])
         for word, at in first.items():
             labels[at] = self.labels.index(example.tags[word])
         return {**encoded, "labels": labels}
 
-    def _kept(self, words: Sequence[str], where: str) -> tuple[Any, dict[int, int]]:
-        """Returns words as tokens, cut where they are too many, and the first token of each word that has one left.
+    def _kept(self, example: Tagged) -> tuple[dict[str, Any], dict[int, int], set[int]]:
+        """Returns a row's tokens, cut where they are too many, and what `_words` says of its words.
 
         Raises:
-            DataError: none has.
+            DataError: no word has a token of its own left.
         """
-        encoded = self._encoded(words, self.space)
+        encoded = self._encoded(example)
         whole = len(encoded["input_ids"])
         if whole > self.max_length:
-            encoded = self._encoded(words, self.space, truncation=True, max_length=self.max_length)
+            encoded = self._encoded(example, truncation=True, max_length=self.max_length)
         self.count_cut(whole - len(encoded["input_ids"]))
-        first = _first_tokens(encoded)
+        first, joined = _words(encoded, example)
         if not first:
-            raise DataError([f"{where}: the tokenizer makes no token of its words; remove the row."])
-        return encoded, first
+            raise DataError([f"{example.where}: the tokenizer makes no token of its words; remove the row."])
+        return {key: value for key, value in encoded.items() if key != OFFSETS}, first, joined
 
     def asked(self, example: Example) -> Features:
         if isinstance(example, Text):
-            found = list(WORD.finditer(example.text))
-            words, beside = (
-                [word[0] for word in found],
-                {"text": example.text, "places": [word.span() for word in found]},
-            )
-        elif isinstance(example, Tagged):
-            words, beside = list(example.words), {}
-        else:
+            words = tuple(word[0] for word in WORD.finditer(example.text))
+            example = Tagged(example.where, words, (), example.text, places_of(example.text))
+        elif not isinstance(example, Tagged):
             return super().asked(example)
-        encoded, first = self._kept(words, example.where)
+        encoded, first, joined = self._kept(example)
         labels = [IGNORE] * len(encoded["input_ids"])
         for at in first.values():
             labels[at] = 0
-        return {**encoded, "labels": labels, "words": words, "tagged": list(first), **beside}
+        beside = {} if example.text is None else {"text": example.text, "places": list(example.places)}
+        return {**encoded, "labels": labels, "words": list(example.words), "tagged": list(first),
+                "joined": sorted(joined), **beside}  # fmt: skip
 
     def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
         """Returns the tag of each word, and the entities: `start` and `end` in characters of a text, else in words.
 
-        Of a text the words are said too. A word that was cut off, or has no token, gets `O`.
+        Of a text the words are said too. A word that was cut off, or has no token at all, gets `O`.
         """
         said = [logits_NV.argmax(axis=-1).tolist() for logits_NV in model.of_rows(rows, self.logits)]
         return [self._said(row, classes) for row, classes in zip(rows, said, strict=True)]
 
     def _said(self, row: Features, classes: Sequence[int]) -> dict[str, Any]:
-        told, words = dict(zip(row["tagged"], classes, strict=True)), row["words"]
-        tags = [self.labels[told[i]] if i in told else OUTSIDE for i in range(len(words))]
+        words = row["words"]
+        tags = self._tags(len(words), dict(zip(row["tagged"], classes, strict=True)), set(row["joined"]))
         places = row.get("places")
         entities = []
         for kind, first, end in spans(tags):
@@ -166,10 +164,17 @@ class Tag(Task):
         """Returns the tags found and those wanted, of all words: one that was cut off, or has no token, gets `O`."""
         if not isinstance(example, Tagged):
             raise TypeError(f"a {type(example).__name__} row has no tags")
-        encoded = self._encoded(example.words, self.space, truncation=True, max_length=self.max_length)
-        told = dict(zip(_first_tokens(encoded), classes, strict=True))
-        found = [self.labels[told[i]] if i in told else OUTSIDE for i in range(len(example.words))]
-        return found, list(example.tags)
+        first, joined = _words(self._encoded(example, truncation=True, max_length=self.max_length), example)
+        return self._tags(len(example.words), dict(zip(first, classes, strict=True)), joined), list(example.tags)
+
+    def _tags(self, count: int, told: dict[int, int], joined: set[int]) -> list[str]:
+        """Returns the tag of each word: its own, or that of the one before it gone on with, whose token it shares."""
+        tags: list[str] = []
+        for word in range(count):
+            before = tags[-1] if tags and word in joined else OUTSIDE
+            own = self.labels[told[word]] if word in told else None
+            tags.append(own or (OUTSIDE if before == OUTSIDE else f"I-{before[2:]}"))
+        return tags
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         batch = {"input_ids": pad([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)}
@@ -185,16 +190,38 @@ class Tag(Task):
         row_N, column_N = (labels_BT != IGNORE).nonzero(as_tuple=True)
         return Scores(logits_BTV[row_N, column_N], labels_BT[row_N, column_N], row_N)
 
-    def _encoded(self, words: Sequence[str], space: str, **limits: Any) -> Any:
+    def _encoded(self, example: Tagged, **limits: Any) -> Any:
+        """Returns a text as the tokenizer reads it, with the place of each token, else words read one by one."""
+        if example.text is not None:
+            return self.tokenizer(example.text, return_offsets_mapping=True, verbose=False, **limits)
+        return self._one_by_one(example.words, self.space, **limits)
+
+    def _one_by_one(self, words: Sequence[str], space: str, **limits: Any) -> Any:
         """Returns words as the tokenizer reads them one by one, all but the first with `space` before them."""
         spaced = [f"{space if i else ''}{word}" for i, word in enumerate(words)]
         return self.tokenizer(spaced, is_split_into_words=True, verbose=False, **limits)
 
 
-def _first_tokens(encoded: Any) -> dict[int, int]:
-    """Returns the place of the first token of each word that has one, in their order."""
+def _words(encoded: Any, example: Tagged) -> tuple[dict[int, int], set[int]]:
+    """Returns the place of the first token of each word that has one of its own, and the words that have none.
+
+    Those lie with the word before them in one token, as in a text only. Neither are words that are cut off.
+    """
     first: dict[int, int] = {}
-    for at, word in enumerate(encoded.word_ids()):
-        if word is not None:
-            first.setdefault(word, at)
-    return first
+    if example.text is None:
+        for at, word in enumerate(encoded.word_ids()):
+            if word is not None:
+                first.setdefault(word, at)
+        return first, set()
+    joined: set[int] = set()
+    places, here = example.places, 0
+    for at, (start, end) in enumerate(encoded[OFFSETS]):
+        while here < len(places) and places[here][1] <= start:
+            here += 1
+        stop = here
+        while stop < len(places) and places[stop][0] < end:
+            stop += 1
+        if start < end and here < stop:
+            first.setdefault(here, at)
+            joined.update(range(here + 1, stop))
+    return first, joined - first.keys()
