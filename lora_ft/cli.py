@@ -30,7 +30,9 @@ from lora_ft.options import (
     MergeConfig,
     PlanConfig,
     PredictConfig,
+    PublishConfig,
     QuickstartConfig,
+    ReportConfig,
     SelftestConfig,
     ServeConfig,
     TwinConfig,
@@ -202,6 +204,34 @@ def merge(config: MergeConfig) -> None:
     say(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
 
 
+def publish(config: PublishConfig) -> None:
+    from lora_ft import publish as publishing
+
+    done = publishing.publish(
+        config.adapter, config.repo, public=config.public, as_request=config.pr, base_name=config.base
+    )
+    say(done.told())
+
+
+def report(config: ReportConfig) -> None:
+    from lora_ft import comparison, planned
+
+    if len(config.adapters) == 1 and not config.json:
+        say(str(planned.report(config.adapters[0])))
+        return
+    runs = comparison.read(config.adapters)
+    if config.json:
+        say(json.dumps([comparison.known(run) for run in runs]))
+    else:
+        table(["", *[run.name for run in runs]], [[name, *cells] for name, cells in comparison.rows(runs)])
+        for told in comparison.warnings(runs):
+            say(told)
+    if config.out is not None:
+        comparison.write(config.out, runs)
+        if not config.json:
+            say(str(config.out))
+
+
 def data_check(config: DataCheckConfig) -> None:
     from rich.console import Console
     from rich.text import Text
@@ -366,6 +396,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "export": (ExportConfig, export),
     "combine": (CombineConfig, combine),
     "diff": (DiffConfig, diff),
+    "publish": (PublishConfig, publish),
+    "report": (ReportConfig, report),
     "data check": (DataCheckConfig, data_check),
     "data prepare": (DataPrepareConfig, data_prepare),
     "bench kernels": (BenchConfig, bench_kernels),

@@ -28,6 +28,7 @@ from lora_ft.modes import evaluating
 from lora_ft.options import CombineConfig
 from lora_ft.saved import Loaded
 from lora_ft.seal import Seal
+from lora_ft.summary import Summary
 from lora_ft.tasks import Batch, Features, Task
 from lora_ft.verdict import Verdict
 
@@ -371,14 +372,14 @@ def _page(
     config: CombineConfig,
     sealed: Seal,
     rank: int,
-) -> report.Summary:
+) -> Summary:
     """Returns what card and report say."""
     record = environment.read(folder)
     shown = [
         part.as_dict() | {"number": number, "data": [facts["name"] for facts in origin["data"].values() if facts]}
         for number, (part, origin) in enumerate(zip(kept, record["combined"]["parts"], strict=True), start=1)
     ]
-    return report.Summary(
+    return Summary(
         title=config.out.name,
         task=parts[0].config.task,
         base=record["base"],

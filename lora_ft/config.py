@@ -308,13 +308,12 @@ def plain(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Returns the text of `config.yaml`: reading it back gives an equal run, started anew.
+def portable(config: RunConfig) -> RunConfig:
+    """Returns the run started anew, without any path of the machine, so that none leaves with an adapter.
 
-    Paths under the current folder are kept relative to it; others keep their last name only, so that
-    no path of the machine leaves with an adapter.
+    Paths under the current folder are kept relative to it; others keep their last name only.
     """
-    fresh = dataclasses.replace(
+    return dataclasses.replace(
         config,
         out=Path(_portable(str(config.out))),
         base=_portable(config.base),
@@ -329,7 +328,11 @@ def to_yaml(config: RunConfig) -> str:
         dry_run=False,
         twin=False,
     )
-    return redacted(yaml.safe_dump(plain(fresh), sort_keys=False))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Returns the text of `config.yaml`, of the `portable` run: reading it back gives an equal one."""
+    return redacted(yaml.safe_dump(plain(portable(config)), sort_keys=False))
 
 
 def from_yaml(cls: type[T], path: Path) -> T:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from lora_ft import environment, report, saved, seal
+from lora_ft import environment, saved, seal, summary
 from lora_ft.config import RunConfig, from_yaml, plain
 from lora_ft.errors import AdapterError, LoraFtError
 from lora_ft.foreign import tensors
@@ -107,7 +107,7 @@ def _facts(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
     """Returns the last value of everything that a run measured as it trained, but for clocks and fingerprints."""
-    file, found = folder / report.METRICS, {}
+    file, found = folder / summary.METRICS, {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             measured = json.loads(line)

@@ -84,6 +84,31 @@ def kept(repo: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def about(repo: str, revision: str | None = None, *, data: bool = False) -> dict[str, Any]:
+    """Returns what the card of a repository says in its metadata, such as `license` and `base_model`.
+
+    Args:
+        data: whether it is a data set.
+
+    Raises:
+        UnavailableError: the hub does not have it, or does not answer.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    kind = "data set" if data else "model"
+    try:
+        info = HfApi().repo_info(repo, revision=revision, repo_type="dataset" if data else "model", timeout=TIMEOUT_S)
+    except HFValidationError:
+        raise UnavailableError("it is no valid hub id") from None
+    except RepositoryNotFoundError:
+        raise UnavailableError(f"there is no such {kind}, or it is private") from None
+    except (httpx2.HTTPError, OfflineModeIsEnabled, ValueError) as error:
+        raise UnavailableError(f"no answer ({reason(error)})") from None
+    return info.card_data.to_dict() if info.card_data else {}
+
+
 def metric(name: str) -> Any:
     """Returns the metric module called `name`, such as `meteor` or `ORG/NAME`: its code is fetched, and run.
 

@@ -296,7 +296,7 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
     config, from_adapter = origin.adopted(config)
     task = from_adapter.task_of(config) if from_adapter else tasks.get(config.task)
     source = sources.describe(config.base, config.revision)
-    items, in_epoch = _items(config, task, source)
+    items, in_epoch = items_of(config, task, source)
     if in_epoch is not None and (device.kind == "cpu" or asked_device is None):
         dtype = getattr(torch, device.dtype if config.train.dtype == "auto" else config.train.dtype)
         device = dataclasses.replace(device, flops_per_s=matmul_rate(dtype, torch.device(device.kind)))
@@ -393,7 +393,7 @@ def _words(step: Step, asked: Step) -> str:
     return " and ".join(words) or "there is no smaller one"
 
 
-def _items(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Features]], int | None]:
+def items_of(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Features]], int | None]:
     """Returns what batches are made of, the longest first, and the tokens of an epoch where rows are named."""
     if config.data.train is None or config.data.streaming:
         return [[_longest(config, task, source)]], None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ import tyro
 from lora_ft.config import RunConfig, TaskName, at_least, known_metrics
 
 Adapter = tyro.conf.Positional[Path]
+# As huggingface_hub checks it, but with a namespace always.
+HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +240,47 @@ class DiffConfig:
     """Another."""
     json: bool = False
     """Print one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """Publish a proven adapter to a model hub, in one commit with a tag; private unless it is to be public."""
+
+    adapter: Adapter
+    """The adapter folder."""
+    repo: str
+    """Repository to publish to, NAMESPACE/NAME; made where there is none."""
+    public: bool = False
+    """Let everybody read the repository."""
+    pr: bool = False
+    """Open a pull request on the repository, which may be another's, instead of changing it."""
+    base: str | None = None
+    """Hub id of the base, where the adapter was trained on a local copy: its weights must be the same, but for GGUF."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("repo", self.repo), ("base", self.base)):
+            if value is not None and not HUB_ID.fullmatch(value):
+                raise ValueError(f"{name} must be NAMESPACE/NAME, as in a hub's addresses, got {value}.")
+        if self.pr and self.public:
+            raise ValueError("pr opens a request on a repository as it is: leave out public.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Set runs side by side; of a single one, draw its report anew with the plan beside what was measured."""
+
+    adapters: tyro.conf.Positional[tuple[Path, ...]]
+    """The adapter folders."""
+    out: Path | None = None
+    """HTML file for the comparison; unset, it is only printed."""
+    json: bool = False
+    """Print one JSON object, with a list of what is known of each run."""
+
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise ValueError("report needs the folder of an adapter, or of several.")
+        if len(self.adapters) == 1 and self.out is not None:
+            raise ValueError("the report of a single adapter is in its folder: leave out out.")
 
 
 @dataclass(frozen=True, kw_only=True)

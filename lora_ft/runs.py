@@ -25,12 +25,14 @@ from lora_ft import (
     environment,
     evaluate,
     heap,
+    layers,
     locks,
     memory,
     processes,
     recorded,
     replies,
     report,
+    samples,
     saved,
     seal,
     sources,
@@ -41,20 +43,20 @@ from lora_ft import (
 from lora_ft import base as bases
 from lora_ft import origin as origins
 from lora_ft.base import Base
-from lora_ft.config import RunConfig, plain, to_yaml
-from lora_ft.data import formats, pack
+from lora_ft.config import RunConfig, plain, portable, to_yaml
+from lora_ft.data import pack
 from lora_ft.data.formats import Example
 from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, OutOfMemoryError
 from lora_ft.foreign.strictjson import bare, shown
 from lora_ft.progress import Bar
 from lora_ft.rows import Rows, check_stream, first_batches, prepare, read
+from lora_ft.summary import Summary
 from lora_ft.tasks import Task
 from lora_ft.train import Streamed
 from lora_ft.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 3
 # Rows of an evaluation batch for each of a training batch: without gradients activations are let go at once.
 EVALUATION = 4
 
@@ -77,7 +79,7 @@ class Run:
     task: Task
     fit: train.Fit
     metrics: dict[str, dict[str, Any]]
-    page: report.Summary
+    page: Summary
     """What the card and the report say."""
 
     def prove(self) -> Verdict:
@@ -387,11 +389,11 @@ def _finish(
 ) -> Run:
     """Writes card and report."""
     out, record = config.out, environment.read(config.out)
-    settings = plain(config)
+    settings = plain(portable(config))
     # Rows end where the base has no more positions, whatever was asked for.
     settings["data"]["max_length"] = task.max_length
     metrics = {"base": measured.base, "adapter": measured.adapter} if measured else {}
-    page = report.Summary(
+    page = Summary(
         title=out.name,
         task=config.task,
         base=record["base"],
@@ -402,27 +404,14 @@ def _finish(
         metrics=metrics,
         fit=dataclasses.asdict(fit) | {"tokens_per_s": fit.tokens_per_s},
         seal={"kl_effect": sealed.effect, "rows": sum(len(batch["labels"]) for batch in sealed.batches)},
-        samples=_samples(task, rows.held_out, measured) if measured and measured.after else [],
+        samples=samples.taken(task, base, model, rows.held_out, measured),
+        layers=layers.measured(model),
+        plan=record["plan"] | {"measured_rows": not config.data.streaming} if record.get("plan") else {},
         adapter_bytes=(out / saved.WEIGHTS).stat().st_size,
         files={name: environment.file_sha256(out / name) for name in (saved.WEIGHTS, saved.CONFIG)},
     )
     report.write(out, page)
     return Run(out, base, model, task, fit, metrics, page)
-
-
-def _samples(task: Task, examples: Sequence[Example], measured: evaluate.Comparison) -> list[dict[str, str]]:
-    return [
-        {"prompt": _asked(example), "expected": task.question(example)[1], "before": before, "after": after}
-        for example, before, after in zip(examples[:SAMPLES], measured.before, measured.after, strict=False)
-    ]
-
-
-def _asked(example: Example) -> str:
-    """Returns what the user said last, for people to read."""
-    if isinstance(example, formats.Chat):
-        said = [message["content"] for message in example.messages[:-1] if message["role"] == "user"]
-        return str(said[-1]) if said else ""
-    return example.prompt if isinstance(example, formats.Pair) else ""
 
 
 def _refuse_other_sharding(config: RunConfig) -> None:

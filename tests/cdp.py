@@ -28,6 +28,8 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         self.profile = profile
+        self.events: list[dict[str, Any]] = []
+        """What the browser told unasked, of what was enabled, in its order."""
         self._next = 0
 
     def __enter__(self) -> Browser:
@@ -81,6 +83,7 @@ class Browser:
             if told.get("id") == self._next:
                 assert "error" not in told, told
                 return dict(told["result"])
+            self.events.append(told)
 
     def _connect(self, port: int) -> None:
         asked = http.client.HTTPConnection("127.0.0.1", port, timeout=30)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import threading
 import zipfile
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import yaml
 
 BLOCKED = b"<html>This site is blocked by your network.</html>"
 
@@ -38,7 +41,7 @@ class LocalServer:
                 outer.requests.append(f"{self.command} {path}")
                 outer.answer(self, path)
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -128,28 +131,38 @@ class LocalHub(LocalServer):
         words = parts if kind == "file" else parts[2:]
         name, rest = "/".join(words[:2]), words[2:]
         repo = self.repos.get(name)
-        if repo is None or repo.private:
-            return self._refuse(handler, 401, "RepoNotFound")
-        revision = rest[1] if rest else "main"
+        if repo is None or not self.sees(handler, repo):
+            return self.refuse(handler, 401, "RepoNotFound")
+        # Of a pull request it has slashes in it.
+        revision = "/".join(rest[1:] if kind == "info" else rest[1:2]) or "main"
         commit = repo.branches.get(revision, revision)
         if commit not in repo.commits:
-            return self._refuse(handler, 404, "RevisionNotFound")
+            return self.refuse(handler, 404, "RevisionNotFound")
         files = repo.commits[commit]
         if kind == "info":
-            about = {"id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "downloads": 0}
-            return self._json(handler, {**about, "likes": 0, "siblings": [{"rfilename": file} for file in files]})
+            about = {"id": name, "modelId": name, "sha": commit, "private": repo.private, "tags": [], "downloads": 0}
+            about["cardData"] = card_data(files.get("README.md", b""))
+            return self.json(handler, {**about, "likes": 0, "siblings": [{"rfilename": file} for file in files]})
         if kind == "tree":
-            entries = [{"type": "file", "path": f, "size": len(b), "oid": _oid(b)} for f, b in files.items()]
-            return self._json(handler, entries)
+            entries = [self.entry(file, body) for file, body in files.items()]
+            return self.json(handler, entries)
         file = "/".join(rest[2:])
         if repo.gated:
-            return self._refuse(handler, 403, "GatedRepo")
+            return self.refuse(handler, 403, "GatedRepo")
         if file not in files:
-            return self._refuse(handler, 404, "EntryNotFound", commit)
-        return self._file(handler, files[file], commit)
+            return self.refuse(handler, 404, "EntryNotFound", commit)
+        return self.file(handler, files[file], commit)
 
-    def _file(self, handler: BaseHTTPRequestHandler, body: bytes, commit: str) -> None:
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_oid(body)}"', "Accept-Ranges": "bytes"}
+    def sees(self, handler: BaseHTTPRequestHandler, repo: Repo) -> bool:
+        """Returns whether whoever asks may know of a repository."""
+        return not repo.private
+
+    def entry(self, file: str, body: bytes) -> dict[str, Any]:
+        """Returns what is said of a file in the list of a repository's."""
+        return {"type": "file", "path": file, "size": len(body), "oid": oid_of(body)}
+
+    def file(self, handler: BaseHTTPRequestHandler, body: bytes, commit: str) -> None:
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{oid_of(body)}"', "Accept-Ranges": "bytes"}
         status, wanted = 200, handler.headers.get("Range", "")
         if handler.command == "GET" and wanted.startswith("bytes="):
             begin = int(wanted.removeprefix("bytes=").split("-")[0])
@@ -161,10 +174,10 @@ class LocalHub(LocalServer):
             return self.send(handler, status, body[: len(body) // 2], {**headers, "Content-Length": str(len(body))})
         return self.send(handler, status, body, headers)
 
-    def _json(self, handler: BaseHTTPRequestHandler, value: Any) -> None:
+    def json(self, handler: BaseHTTPRequestHandler, value: Any) -> None:
         self.send(handler, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _refuse(self, handler: BaseHTTPRequestHandler, status: int, code: str, commit: str | None = None) -> None:
+    def refuse(self, handler: BaseHTTPRequestHandler, status: int, code: str, commit: str | None = None) -> None:
         about = {"X-Error-Code": code, "X-Error-Message": code}
         self.send(handler, status, b"{}", {**about, "X-Repo-Commit": commit} if commit else about)
 
@@ -203,5 +216,11 @@ class PackageIndex(LocalServer):
         return hashlib.sha256(made.getvalue()).hexdigest()
 
 
-def _oid(body: bytes) -> str:
+def oid_of(body: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+def card_data(card: bytes) -> dict[str, Any]:
+    """Returns the metadata of a model card, empty where it has none."""
+    found = re.match(rb"---\n(.*?)\n---\n", card, flags=re.DOTALL)
+    return yaml.safe_load(found[1]) or {} if found else {}

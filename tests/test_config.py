@@ -91,6 +91,8 @@ OF_OTHERS = {
     "export": "source out format quant base portable json",
     "combine": "adapters out method weights rank density seed data metrics base json",
     "diff": "first second json",
+    "publish": "adapter repo public pr base",
+    "report": "adapters out json",
     "data check": "file task base columns max_length show json",
     "data prepare": "file base yes json",
     "bench kernels": "json",

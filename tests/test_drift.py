@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_ft import adapters, base, drift, evaluate, report, tasks
+from lora_ft import adapters, base, card, drift, evaluate, report, tasks
 from lora_ft.cli import main
 from lora_ft.config import LoraConfig
 from tests import tiny
@@ -148,7 +148,7 @@ def test_it_is_in_the_summary_in_the_object_in_card_and_report(
     assert found["drift.kl"] > 0 == found["base"]["drift.kl"]
     assert len(found["drift.loss_change_interval"]) == 2
     assert f"drift.kl {found['drift.kl']:.3g}" in last
-    for name in (report.CARD, report.PAGE):
+    for name in (card.FILE, report.PAGE):
         told = (tmp_path / "a" / name).read_text(encoding="utf-8")
         assert "What it forgot" in told
         assert "drift.kl" in told

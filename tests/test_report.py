@@ -18,13 +18,16 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from lora_ft import card as cards
 from lora_ft import config, curves, report
+from lora_ft import summary as summaries
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
 HOSTILE = (
     "```\n---\nlicense: mit\n---\n</code></pre><script>alert(1)</script>\n"
     "<img src=http://evil.example/x onerror=alert(1)> | a | b | `x` \\| {{ 7 * 7 }} {% raw %} &amp; ````` ~~~"
 )
+LINE = " ".join(HOSTILE.split())
 HUB = {
     "name": "org/tiny", "source": "hub", "repo": "org/tiny", "revision": "c" * 40, "origin": f"org/tiny at {'c' * 40}",
     "weights_sha256": "ab" * 32,
@@ -46,8 +49,8 @@ def settings(task: Any = "chat", quant: Any = "nf4", **data: Any) -> dict[str, A
     )
 
 
-def summary(**changes: Any) -> report.Summary:
-    made = report.Summary(
+def summary(**changes: Any) -> summaries.Summary:
+    made = summaries.Summary(
         title="Meetings",
         task="chat",
         base=HUB,
@@ -143,7 +146,7 @@ def rendered(card: str) -> Page:
     return Page(MarkdownIt("commonmark").enable("table").render(body(card)))
 
 
-def hostile() -> report.Summary:
+def hostile() -> summaries.Summary:
     sample = {"prompt": HOSTILE, "expected": HOSTILE, "before": HOSTILE + "old", "after": HOSTILE + "new"}
     rows = {"name": HOSTILE, "rows": 3, "sha256": "12" * 32}
     return summary(
@@ -161,7 +164,7 @@ def hostile() -> report.Summary:
 
 
 def test_metadata_names_the_base_only_where_it_is_known() -> None:
-    known = front_matter(report.card(summary()))
+    known = front_matter(cards.card(summary()))
     assert known["library_name"] == "peft"
     assert known["base_model"] == "org/tiny"
     assert known["base_model_relation"] == "adapter"
@@ -169,24 +172,24 @@ def test_metadata_names_the_base_only_where_it_is_known() -> None:
     assert {"lora", "peft", "lora-ft"} <= set(known["tags"])
     assert "license" not in known
     for base in (WHEEL, FOLDER, GGUF):
-        assert "base_model" not in front_matter(report.card(summary(base=base)))
+        assert "base_model" not in front_matter(cards.card(summary(base=base)))
 
 
 def test_weights_from_elsewhere_claim_no_commit() -> None:
-    said = report.card(summary(base={**WHEEL, "repo": "org/tiny"}))
+    said = cards.card(summary(base={**WHEEL, "repo": "org/tiny"}))
     assert front_matter(said)["base_model"] == "org/tiny"
     assert "at commit" not in said
     assert "revision=" not in said
     assert "Its weights came from tiny==1.0 (Q4\\_1 GGUF)" in said
     assert "not the weights this adapter was trained on" in said
     assert "ab" * 32 in said
-    hub = report.card(summary())
+    hub = cards.card(summary())
     assert f"`org/tiny` at commit `{'c' * 40}`" in hub
     assert f'revision="{"c" * 40}"' in hub
 
 
 def test_every_task_has_a_class_and_a_pipeline() -> None:
-    assert set(report.TASKS) == set(typing.get_args(config.TaskName))
+    assert set(cards.TASKS) == set(typing.get_args(config.TaskName))
 
 
 @pytest.mark.parametrize("base", [HUB, WHEEL, FOLDER, GGUF], ids=lambda base: base["source"])
@@ -197,9 +200,9 @@ def test_the_snippet_is_a_program_that_loads_the_base_as_trained(task: str, quan
     environment = {**summary().environment, "task": {"labels": labels}}
     sample = {"prompt": 'say "hi" ```\n\\', "expected": "", "before": "", "after": ""}
     made = summary(task=task, base=base, config=settings(task, quant), environment=environment, samples=[sample])
-    program = next(token.content for token in MarkdownIt().parse(body(report.card(made))) if token.info == "python")
+    program = next(token.content for token in MarkdownIt().parse(body(cards.card(made))) if token.info == "python")
     calls = {ast.unparse(n.func): n for n in ast.walk(ast.parse(program)) if isinstance(n, ast.Call)}
-    load = calls[f"{report.TASKS[task][1]}.from_pretrained"]
+    load = calls[f"{cards.TASKS[task][1]}.from_pretrained"]
     given = {k.arg: ast.unparse(k.value) for k in load.keywords}
     assert given["dtype"] == "torch.bfloat16"
     assert ("revision" in given) == (base["source"] == "hub")
@@ -220,12 +223,12 @@ def test_the_snippet_is_a_program_that_loads_the_base_as_trained(task: str, quan
 @pytest.mark.parametrize(("kind", "told"), [("train", "training"), ("eval", "held-out")])
 def test_card_and_page_say_which_rows_the_seal_keeps(kind: str, told: str) -> None:
     made = summary(data={"train": summary().data["train"], kind: summary().data[kind]})
-    for text in (report.card(made), report.page(made)):
+    for text in (cards.card(made), report.page(made)):
         assert f"n 16 kept {told} rows" in text
 
 
 def test_the_card_says_what_was_measured() -> None:
-    card = report.card(summary())
+    card = cards.card(summary())
     assert "| `loss` | 2.341 | 1.213 | −1.128 | −1.210 to −1.046 |" in card
     assert "| `json_match` | 0.0167 | 0.9417 | +0.9250 | −0.0200 to +0.9600 |" in card
     assert "40 steps on CPU, 2 threads (AVX2), computing in bfloat16." in card
@@ -242,7 +245,7 @@ def test_the_card_says_what_was_measured() -> None:
 
 def test_three_samples_at_most_and_long_ones_cut() -> None:
     long = {"prompt": "p", "expected": "", "before": "b" * 9000, "after": "a"}
-    card = report.card(summary(samples=[long] * 5))
+    card = cards.card(summary(samples=[long] * 5))
     assert card.count("**Prompt**") == 3
     assert "**Expected**" not in card
     assert "(8,300 more characters)" in card
@@ -252,15 +255,20 @@ def test_three_samples_at_most_and_long_ones_cut() -> None:
 
 
 def test_hostile_text_is_only_text_in_the_card() -> None:
-    card = report.card(hostile())
-    assert front_matter(card) == front_matter(report.card(summary(base=WHEEL)))
+    card = cards.card(hostile())
+    told, plain = front_matter(card), front_matter(cards.card(summary(base=WHEEL)))
+    (index,), (plain_index,) = told.pop("model-index"), plain.pop("model-index")
+    assert (told.pop("metrics"), plain.pop("metrics")) == ([LINE.split(".")[0], "loss"], ["loss", "json_match"])
+    assert told == plain
+    assert set(index) == set(plain_index)
+    assert (index["name"], index["results"][0]["dataset"]["name"]) == (LINE, LINE)
     page = rendered(card)
     assert page.tags <= {"h1", "h2", "p", "pre", "code", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "hr",
                          "strong"}  # fmt: skip
     assert page.paragraphs.count(f"{HOSTILE}\n") == 4
     assert page.paragraphs.count(f"{HOSTILE}old\n") == 1
     # Data, evaluation, settings, files: a pipe that was not escaped would add a cell, a line end a row.
-    settled = len(dict(report._settings(hostile().config)))
+    settled = len(dict(summaries.settings(hostile().config)))
     assert page.cells == [4] * 3 + [5] * 3 + [2] * (settled + 1) + [2] * 2
 
 
@@ -273,19 +281,19 @@ def test_hostile_text_is_only_text_in_the_page() -> None:
 
 def test_both_files_can_be_written_whatever_a_sample_holds(tmp_path: Path) -> None:
     report.write(tmp_path, hostile())
-    for name in (report.CARD, report.PAGE):
+    for name in (cards.FILE, report.PAGE):
         raw = (tmp_path / name).read_bytes()
         assert b"\r" not in raw
         assert b"\x00" not in raw
 
 
 def test_the_checks_notice_a_page_and_a_card_that_do_not_escape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_longest_ticks", lambda text: 0)
+    monkeypatch.setattr(cards, "_longest_ticks", lambda text: 0)
     with pytest.raises(AssertionError):
         test_hostile_text_is_only_text_in_the_card()
     monkeypatch.undo()
-    made = report._templates(escaped=False)
-    monkeypatch.setattr(report, "_templates", lambda escaped: made)
+    made = summaries.templates(escaped=False)
+    monkeypatch.setattr(report, "_templates", lambda: made)
     with pytest.raises(AssertionError):
         test_hostile_text_is_only_text_in_the_page()
 
@@ -295,7 +303,7 @@ def test_no_path_of_the_machine() -> None:
         base={**FOLDER, "name": "/home/alice/models/tiny"},
         data={"train": {"name": "C:\\Users\\alice\\rows.jsonl", "rows": 1, "sha256": "12"}, "eval": None},
     )
-    for text in (report.card(made), report.page(made, lines())):
+    for text in (cards.card(made), report.page(made, lines())):
         assert "alice" not in text
         assert "/home" not in text
         assert "meetings.jsonl" in text
@@ -303,16 +311,16 @@ def test_no_path_of_the_machine() -> None:
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    (tmp_path / report.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines()), encoding="utf-8")
+    (tmp_path / summaries.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines()), encoding="utf-8")
     report.write(tmp_path, summary())
-    first = [(tmp_path / name).read_bytes() for name in (report.CARD, report.PAGE)]
+    first = [(tmp_path / name).read_bytes() for name in (cards.FILE, report.PAGE)]
     program = "import sys, test_report as t; from pathlib import Path; t.report.write(Path(sys.argv[1]), t.summary())"
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(report.__file__).parents[1])])
     # A matplotlibrc of the user's must not show either.
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\naxes.facecolor: red\n")
     changed = {"PYTHONHASHSEED": "7", "PYTHONPATH": paths, "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, **changed}, check=True)
-    assert [(tmp_path / name).read_bytes() for name in (report.CARD, report.PAGE)] == first
+    assert [(tmp_path / name).read_bytes() for name in (cards.FILE, report.PAGE)] == first
 
 
 # The page
@@ -395,17 +403,17 @@ def test_a_change_is_called_better_only_where_its_interval_leaves_out_zero(
     name: str, interval: list[float] | None, verdict: str
 ) -> None:
     adapter = {name: 1.0, f"{name}_change_interval": interval}
-    (row,) = report._evaluation({"base": {name: 2.0}, "adapter": adapter})
+    (row,) = summaries.evaluated({"base": {name: 2.0}, "adapter": adapter})
     assert row["verdict"] == verdict
     assert row["change"] == "−1.000"
 
 
 def test_of_few_rows_no_interval_is_told() -> None:
     few = summary(metrics={"base": {"loss": 2.0}, "adapter": {"loss": 1.0, "loss_change_interval": None}})
-    card = report.card(few)
+    card = cards.card(few)
     assert "No interval is given: the rows are too few for one." in card
     assert "drawing the held-out rows anew" not in card
-    assert "drawing the held-out rows anew" in report.card(summary())
+    assert "drawing the held-out rows anew" in cards.card(summary())
     for text in (card, report.page(few)):
         assert "None" not in text
         assert "reaches across zero" not in text
@@ -418,7 +426,7 @@ def test_what_is_missing_leaves_its_section_out() -> None:
     assert headings == ["Evaluation", "Training", "Samples", "Seal", "Base and data", "Configuration", "Files"]
     assert re.findall(r"<h2>(.*?)</h2>", report.page(bare)) == ["Base and data", "Configuration"]
     assert "Held-out" not in report.page(bare)
-    card = report.card(bare)
+    card = cards.card(bare)
     assert not {"Evaluation", "Samples", "Seal", "Files"} & set(re.findall(r"^## (.*)$", card, flags=re.MULTILINE))
     assert "No rows were held out" in card
     for text in (card, report.page(bare)):
@@ -429,10 +437,10 @@ def test_what_is_missing_leaves_its_section_out() -> None:
 def test_a_seal_that_did_not_hold_is_said_first() -> None:
     broken = summary(seal={"kl_effect": 0.0, "kl_live": 0.5, "passed": False, "rows": 16})
     assert "Not proven" in report.page(broken)
-    assert "**The proof did not pass.**" in report.card(broken)
+    assert "**The proof did not pass.**" in cards.card(broken)
     unplayed = summary(seal={"kl_effect": 0.25, "rows": 16})
     assert "Sealed: the adapter changes what its base says" in report.page(unplayed)
-    for text in (report.page(unplayed), report.card(unplayed)):
+    for text in (report.page(unplayed), cards.card(unplayed)):
         assert "0.2500 nats" in text
         assert "None" not in text
         assert "roven" not in text.split("</style>")[-1]
@@ -441,9 +449,9 @@ def test_a_seal_that_did_not_hold_is_said_first() -> None:
 def test_a_share_held_out_is_named_after_the_rows_it_came_from() -> None:
     rows = {"name": "meetings.jsonl", "rows": None, "sha256": None}
     made = summary(data={"train": rows, "eval": {"name": "0.1", "rows": 12, "sha256": "34" * 32}})
-    assert "| held out | `10% of meetings.jsonl` | 12 |" in report.card(made)
+    assert "| held out | `10% of meetings.jsonl` | 12 |" in cards.card(made)
     assert "10% of meetings.jsonl, 12 rows" in report.page(made)
-    assert "None" not in report.card(made) + report.page(made)
+    assert "None" not in cards.card(made) + report.page(made)
 
 
 def test_marks_stand_on_words_that_differ_and_nothing_is_lost() -> None:
@@ -453,7 +461,7 @@ def test_marks_stand_on_words_that_differ_and_nothing_is_lost() -> None:
     assert report.marked("a b c d", "w x y z <i>")[1] == "w x y z &lt;i&gt;"
 
 
-def classified(labels: list[str], counts: list[list[int]], **more: Any) -> report.Summary:
+def classified(labels: list[str], counts: list[list[int]], **more: Any) -> summaries.Summary:
     scores = [{"precision": 0.5, "recall": 0.5, "f1": i / len(labels), "support": sum(counts[i])}
               for i in range(len(labels))]  # fmt: skip
     adapter = {"loss": 0.4, "per_class": dict(zip(labels, scores, strict=True)), "confusion_matrix": counts, **more}
@@ -477,7 +485,7 @@ def test_a_confusion_matrix_names_each_class_and_draws_each_cell(size: int) -> N
     assert drawn.width >= 9 * size
     assert curves.confusion(counts, labels) == drawn
     assert f"width: {drawn.width}px" in report.page(classified(labels, counts))
-    card = report.card(classified(labels, counts))
+    card = cards.card(classified(labels, counts))
     assert ("The classes, the weakest first" in card) == (size <= 20)
     assert card.count("| label") == min(size, 20)
     assert "confusion_matrix" not in card
@@ -492,7 +500,7 @@ def test_nothing_in_a_label_breaks_matrix_or_table() -> None:
     assert not {"script", "img"} & {tag for tag, _ in found.elements}
     assert "alert(1)" in page
     assert report.page(made) == page
-    html = MarkdownIt().enable("table").render(body(report.card(made)))
+    html = MarkdownIt().enable("table").render(body(cards.card(made)))
     assert "<script" not in html
     assert "<img" not in html
     assert "no class was taken for another" in curves.confusion([[1, 0], [0, 1]], ["a", "b"]).caption
@@ -509,7 +517,7 @@ def test_nothing_in_a_label_breaks_matrix_or_table() -> None:
 def test_the_snippet_of_a_classifier_says_what_it_learned(problem: str, line: str) -> None:
     labels = [] if problem == "regression" else ["a", "b", "c"]
     environment = {**summary().environment, "task": {"labels": labels, "problem_type": problem}}
-    program = report.snippet(summary(task="classify", environment=environment))
+    program = cards.snippet(summary(task="classify", environment=environment))
     ast.parse(program)
     assert program.splitlines()[-1] == line
     assert f"num_labels={max(1, len(labels))}" in program
@@ -525,9 +533,9 @@ def test_numbers_in_words(value: Any, text: str) -> None:
 
 
 def test_times_and_sizes_in_words() -> None:
-    assert [report._duration(s) for s in (3.21, 59.97, 60, 3599.6, 7322)] == [
+    assert [summaries.duration(s) for s in (3.21, 59.97, 60, 3599.6, 7322)] == [
         "3.2 s", "1 min 00 s", "1 min 00 s", "1 h 00 min", "2 h 02 min",
     ]  # fmt: skip
-    assert [report._size(n) for n in (17, 2048, 3 * 2**20, 12.5 * 2**30)] == [
+    assert [summaries.size(n) for n in (17, 2048, 3 * 2**20, 12.5 * 2**30)] == [
         "17 bytes", "2.00 KiB", "3.00 MiB", "12.5 GiB",
     ]  # fmt: skip

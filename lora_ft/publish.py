@@ -1,0 +1,329 @@
+"""An adapter folder made ready for a model hub, and published: proven first, nothing in it but what belongs.
+
+What is sent is a copy: with a card that names the repository, the base by its hub id and commit, and a manifest of
+sizes and digests. The same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import getpass
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from lora_ft import atomicio, card, environment, hub, manifest, report, saved, seal, sources, summary
+from lora_ft.errors import AdapterError
+from lora_ft.foreign.files import MAX_TOKENIZER_BYTES, object_of, text_of
+from lora_ft.hub import UnavailableError
+from lora_ft.redaction import HIDDEN, holds_secret, redacted
+from lora_ft.remote import PublishError, Remote, State
+from lora_ft.summary import Summary
+
+log = logging.getLogger(__name__)
+
+# All that is published, where it is there. Texts may hold words of rows, and are searched for this machine's places.
+TEXTS = (card.FILE, report.PAGE, summary.FILE, summary.METRICS)
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+SETTINGS = ("config.yaml", saved.CONFIG, environment.FILE, seal.FILES[1])
+TENSORS = (saved.WEIGHTS, seal.FILES[0])
+BELONG = (*TENSORS, *SETTINGS, *TOKENIZER, *TEXTS, card.PICTURE)
+# What a hub puts into a repository itself, and people beside any model.
+ANYBODYS = re.compile(r"\.git\w+|README\.md|(LICEN[CS]E|NOTICE)(\.\w+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of it."""
+
+    repo: str
+    commit: str
+    """The commit, or the pull request as `refs/pr/N`."""
+    tag: str | None
+    """None for a pull request."""
+    changed: bool
+    private: bool
+    left_out: tuple[str, ...]
+    """Files of the folder that were not published."""
+    shown: str
+    """What of the rows can be read in the repository, in words; empty where nothing can."""
+
+    def told(self) -> str:
+        """Returns what to say of it, on several lines."""
+        lines = [f"{self.repo}: {'published' if self.changed else 'is the same already; nothing was changed'}"]
+        lines[0] += f", {self.commit}" + (f", tag {self.tag}" if self.tag else "")
+        lines[0] += ", private" if self.private else ", for everybody to read"
+        lines += [f"Whoever reads it can read {self.shown}."] if self.shown else []
+        lines += [f"Not published, as no part of an adapter: {', '.join(self.left_out)}."] if self.left_out else []
+        return "\n".join(lines)
+
+
+def publish(
+    folder: Path, repo: str, *, public: bool = False, as_request: bool = False, base_name: str | None = None
+) -> Done:
+    """Returns what came of publishing the adapter in `folder`: one commit and a tag, none where nothing has changed.
+
+    Whatever stops it, the repository is as it was or as it is to be, and a second call does the rest.
+
+    Args:
+        repo: `NAMESPACE/NAME`.
+        public: let everybody read it.
+        as_request: open a pull request instead, which may be on the repository of somebody else.
+        base_name: hub id of the base, of an adapter whose record does not name one.
+
+    Raises:
+        ProofError: the adapter does not do what its seal says; nothing was published.
+        AdapterError: the folder is incomplete, its base is none that others could get, or a file names the machine.
+        PublishError: the hub did not take it.
+    """
+    remote = Remote(repo)
+    told = summary.read(folder)
+    from_file = told.base["source"] == "gguf"
+    seal.verify(folder, base_name=None if from_file else base_name).require(folder)
+    told, published = _described(folder, told, remote, base_name)
+    with atomicio.draft(sources.cache_home() / "publications" / repo.replace("/", "--")) as draft:
+        _fill(draft, folder, told, published)
+        files = {path.relative_to(draft.path).as_posix(): path for path in manifest.files_of(draft.path)}
+        message = f"{told.title}, adapter {environment.file_sha256(draft.path / manifest.NAME)[:12]}"
+        state, changed, commit = _send(remote, files, message, public=public, as_request=as_request)
+    tag = None if as_request else remote.tag(commit)
+    private = state.private
+    if public and private:
+        remote.make_public()
+        private = False
+    left_out = sorted(p.name for p in folder.iterdir() if p.name not in (*BELONG, manifest.NAME) and p.is_file())
+    left_out += sorted(f"{p.name}/" for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return Done(repo, commit, tag, changed, private, tuple(left_out), _shown(told))
+
+
+def _send(
+    remote: Remote, files: dict[str, Path], message: str, *, public: bool, as_request: bool
+) -> tuple[State, bool, str]:
+    """Returns the repository as it was found, whether it was changed, and the commit or request that has `files`."""
+    state = remote.state()
+    if state is None and as_request:
+        raise PublishError(f"{remote.repo}: there is no such repository, or this token may not see it: leave out --pr.")
+    if state is None:
+        remote.create(public=public)
+        state = remote.state()
+        if state is None:
+            raise PublishError(
+                f"{remote.repo}: the name is taken by a repository that this token may not see: choose another."
+            )
+    if not as_request:
+        _refuse_other_use(remote.repo, state, public)
+    changed = state.lacks(files)
+    gone = [name for name in state.files if name in BELONG and name not in files]
+    if not changed and not gone:
+        return state, False, state.head
+    title = message
+    if as_request and (name := remote.request(title)) is not None:
+        found = remote.state(name)
+        if found is not None and not found.lacks(files):
+            return state, False, name
+    chosen = {name: files[name] for name in changed}
+    return state, True, remote.commit(chosen, gone, message, state.head, request=as_request)
+
+
+def _refuse_other_use(repo: str, state: State, public: bool) -> None:
+    """Raises PublishError where the repository is another thing's, or would show more people what is published."""
+    others = [name for name in state.files if not ANYBODYS.fullmatch(name)]
+    if others and seal.FILES[1] not in state.files:
+        raise PublishError(
+            f"{repo}: the name is taken: it holds {others[0]}, and no adapter of lora-ft: choose another, or open a "
+            "pull request on it with --pr."
+        )
+    if not state.private and not public:
+        raise PublishError(
+            f"{repo}: everybody can read this repository: add --public if that is meant, or choose another."
+        )
+
+
+def _described(folder: Path, told: Summary, remote: Remote, base_name: str | None) -> tuple[Summary, card.Published]:
+    """Returns the summary with the base as others get it, and what is known of that base and of the data sets.
+
+    Raises:
+        AdapterError: nobody else could get the base. PublishError: the hub says nothing of it.
+    """
+    base = dict(told.base)
+    if base["source"] == "hub":
+        name, revision = str(base["repo"]), base["revision"]
+    elif base["source"] == "wheel" and base["name"] in sources.ALIASES:
+        name, revision = sources.ALIASES[base["name"]].repo, None
+    elif base_name is None:
+        raise AdapterError(
+            f"{folder}: its base {base['name']!r} is a local {base['source']}, so nobody else could load the adapter: "
+            "name the hub repository that holds these weights with --base."
+        )
+    elif base["source"] == "gguf":
+        name, revision = base_name, None
+    else:
+        found = saved.find_base(folder, base, base_name)
+        name, revision = base_name, found.revision
+        base.update(name=name, source="hub", repo=name, revision=revision, origin=found.origin)
+    about = _about(name, revision)
+    if base["source"] == "hub" and "quantization_config" in _config_of(base):
+        name, about = _unquantized(name, about)
+    keys = [key for key in ("license", "license_name", "license_link") if isinstance(about.get(key), str)]
+    licenses = {key: about[key] for key in keys}
+    if licenses.get("license") == "other" and "license_link" not in licenses:
+        licenses["license_link"] = f"{remote.api.endpoint}/{name}"
+    if licenses.get("license") == "other":
+        licenses.setdefault("license_name", f"license-of-{name.split('/')[1].lower()}")
+    else:
+        licenses = {key: value for key, value in licenses.items() if key == "license"}
+    of_data: dict[str, str] = {}
+    for kind, rows in told.data.items():
+        if rows and (data_set := card.hub_data(rows)):
+            stated = _about(data_set, None, data=True).get("license")
+            of_data |= {kind: ", ".join(stated) if isinstance(stated, list) else str(stated)} if stated else {}
+    record = {**told.environment, "base": base}
+    told = dataclasses.replace(told, base=base, environment=record)
+    return told, card.Published(remote.repo, name, licenses, of_data)
+
+
+def _about(name: str, revision: str | None, *, data: bool = False) -> dict[str, Any]:
+    try:
+        return hub.about(name, revision, data=data)
+    except UnavailableError as why:
+        raise PublishError(
+            f"{name}: its licence is part of the card, and cannot be had from the hub: {why}. Call the same command "
+            "again once it answers."
+        ) from None
+
+
+def _config_of(base: dict[str, Any]) -> dict[str, Any]:
+    return object_of(sources.recall(base).folder / "config.json", AdapterError, any_number=True)
+
+
+def _unquantized(name: str, about: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns the hub id that a quantized copy says it is of, and what is said of that; else those of the copy."""
+    of = about.get("base_model")
+    of = of[0] if isinstance(of, list) and len(of) == 1 else of
+    if not isinstance(of, str):
+        log.warning("%s is a quantized copy whose card does not say of which model: the card names the copy", name)
+        return name, about
+    found = _about(of, None)
+    return of, found if found.get("license") else {**found, **{k: v for k, v in about.items() if "license" in k}}
+
+
+def _fill(draft: atomicio.Draft, folder: Path, told: Summary, published: card.Published) -> None:
+    """Puts into the draft what is published of `folder`, the manifest last.
+
+    Raises:
+        AdapterError: a file holds a secret or names the machine, or is not the one that was verified.
+    """
+    for name in BELONG:
+        if (folder / name).is_file() and name not in (*TEXTS, *SETTINGS):
+            draft.copy(folder / name)
+    for name in (report.PAGE, summary.FILE, summary.METRICS, "config.yaml", seal.FILES[1]):
+        if (folder / name).is_file():
+            draft.write(name, text_of(folder / name, MAX_TOKENIZER_BYTES, AdapterError))
+    draft.write_json(environment.FILE, told.environment)
+    settings = saved.read_settings(folder)
+    exact = told.base["source"] == "hub" and told.base["repo"] == published.base
+    settings.update(base_model_name_or_path=published.base, revision=told.base["revision"] if exact else None)
+    draft.write_json(saved.CONFIG, settings, sort_keys=True)
+    if (draft.path / "tokenizer_config.json").is_file():
+        told_by_makers = object_of(draft.path / "tokenizer_config.json", AdapterError, any_number=True)
+        # Where its makers kept it is of no use to anybody.
+        kept = {k: v for k, v in told_by_makers.items() if not (isinstance(v, str) and _is_place(v))}
+        if kept != told_by_makers:
+            draft.write_json("tokenizer_config.json", kept)
+    told = dataclasses.replace(
+        told,
+        title=published.repo.split("/")[1],
+        files={name: environment.file_sha256(draft.path / name) for name in (saved.WEIGHTS, saved.CONFIG)},
+    )
+    picture = (draft.path / card.PICTURE).is_file()
+    draft.write(card.FILE, card.card(told, published, picture).encode("utf-8", errors="replace"))
+    for name in TEXTS:
+        if (draft.path / name).is_file():
+            text = (draft.path / name).read_text(encoding="utf-8")
+            hidden = _hidden(text)
+            if hidden != text:
+                log.info("%s: secrets and places of this machine are published as %s", name, HIDDEN)
+                draft.write(name, hidden)
+    _refuse_leaks(draft.path)
+    sealed = seal.read(draft.path)
+    if environment.file_sha256(draft.path / saved.WEIGHTS) != sealed.record["adapter_sha256"]:
+        raise AdapterError(f"{folder / saved.WEIGHTS}: has changed since it was verified: publish it again.")
+    facts = {"base": told.base, "base_model": published.base, "data": told.data, "seed": told.config["train"]["seed"],
+             "versions": told.environment["versions"], "fit": told.fit, "kl_effect": sealed.effect}  # fmt: skip
+    draft.write(manifest.NAME, manifest.made_of(draft.path, facts))
+
+
+def _refuse_leaks(place: Path) -> None:
+    """Raises AdapterError naming each file in which a secret is, or a place of this or another machine."""
+    problems, places = [], _places()
+    for path in manifest.files_of(place):
+        name = path.name
+        if name in TENSORS:
+            with path.open("rb") as stream:
+                text = stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8", "replace")
+        else:
+            text = path.read_bytes().decode("utf-8", "replace")
+        for told, found in (("holds a secret", holds_secret), ("names a place of this machine", places.search)):
+            # A tokenizer has hundreds of thousands of lines, and hardly ever one that is looked for.
+            if found(text):
+                number = next((n for n, line in enumerate(text.splitlines(), 1) if found(line)), 1)
+                problems.append(f"{name}:{number}: {told}")
+        if name in SETTINGS or name == "tokenizer_config.json":
+            tree = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
+            tree = {key: value for key, value in tree.items() if (name, key) != (environment.FILE, "task")}
+            problems += [f"{name}: {key} is a path" for key, value in _texts(tree) if _is_place(value)]
+    if problems:
+        raise AdapterError(f"Nothing was published: {'; '.join(problems[:8])}. Take it out, and publish again.")
+
+
+def _hidden(text: str) -> str:
+    return _places().sub(HIDDEN, redacted(text))
+
+
+def _places() -> re.Pattern[str]:
+    """Returns a pattern of what says where this machine keeps things, and whose it is."""
+    found = {str(place.absolute()) for place in (Path.home(), Path.cwd(), sources.cache_home())}
+    found |= {str(Path(place).resolve()) for place in found}
+    long = [place for place in found if len(Path(place).parts) > 2]
+    # A short one, such as /root, is also a word.
+    parts = [rf"{re.escape(place)}(?![\w-])" for place in sorted(long, key=len, reverse=True)]
+    parts += [rf"{re.escape(place)}/(?=\w)" for place in found if len(Path(place).parts) == 2]
+    with contextlib.suppress(OSError, KeyError):  # some containers have no name for their user
+        parts.append(rf"(?:/home/|/Users/|\\Users\\+){re.escape(getpass.getuser())}(?![\w-])")
+    return re.compile("|".join(parts))
+
+
+def _is_place(value: str) -> bool:
+    """Returns whether a text is nothing but an absolute path."""
+    if "\n" in value or not (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
+        return False
+    return bool(re.fullmatch(r"(/[\w.@ +-]+){2,}/?|[A-Za-z]:[\\/].+", value))
+
+
+def _texts(tree: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yields each text of nested objects and lists, with its place."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _texts(value, f"{place}.{key}".lstrip("."))
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from _texts(value, f"{place}[{number}]")
+    elif isinstance(tree, str):
+        yield place, tree
+
+
+def _shown(told: Summary) -> str:
+    """Returns what of the rows stands in what is published."""
+    kept = f"{told.seal['rows']} rows as token ids" if told.seal.get("rows") else ""
+    samples = f"{len(told.samples)} samples in words" if told.samples else ""
+    return " and ".join(part for part in (kept, samples) if part)
