@@ -40,6 +40,8 @@ CELLS = ((8, 48, 12), (24, 28, 11), (60, 16, 10), (10**9, 11, 9))
 # Above it, cells have no room for numbers.
 NUMBERED = 24
 LABEL_CHARS, MIXED, EDGE = 28, 5, 8
+# Rows of a map of layers; of more kinds of layers those with the same last name share one, as their mean.
+KINDS = 40
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,13 @@ def by_layer(layers: Sequence[Mapping[str, Any]], key: str, title: str) -> Matri
     """
     from matplotlib.collections import PolyCollection
 
-    placed = [(*_place(layer["name"]), float(layer[key] or 0)) for layer in layers]
+    found: dict[tuple[str, int], list[float]] = {}
+    several = len({_place(layer["name"])[0] for layer in layers}) > KINDS
+    for layer in layers:
+        kind, depth = _place(layer["name"])
+        # Of a mixture of experts each would have a row of its own.
+        found.setdefault((kind.rpartition(".")[2] if several else kind, depth), []).append(float(layer[key] or 0))
+    placed = [(kind, depth, statistics.fmean(values)) for (kind, depth), values in found.items()]
     kinds = list(dict.fromkeys(kind for kind, _, _ in placed))
     deepest = max(depth for _, depth, _ in placed)
     most = max(value for *_, value in placed)

@@ -58,11 +58,20 @@ def test_a_map_has_a_cell_for_each_layer_and_says_where_the_largest_is() -> None
         {"name": f"model.layers.{i}.{kind}", "norm": 1.0 + i + 10 * (kind == "b")} for i in range(4) for kind in "ab"
     ]
     drawn = curves.by_layer(told, "norm", "Size")
-    assert drawn.caption == "Size: 1 to 14, the largest in b of layer 3"
+    assert drawn.caption == "Size: 1.000 to 14.000, the largest in b of layer 3"
     assert drawn.drawing.count("var(--adapter)") == 8
     for text in (">a<", ">b<", ">3<"):
         assert text in drawn.drawing
     assert curves.by_layer([{"name": "embed_tokens", "norm": 0.0}], "norm", "Size").width > 0
+    experts = [
+        {"name": f"layers.{i}.experts.{j}.{kind}", "norm": float(j)}
+        for i in range(2)
+        for j in range(64)
+        for kind in "ab"
+    ]
+    many = curves.by_layer(experts, "norm", "Size")
+    assert many.drawing.count("var(--adapter)") == 4
+    assert "31.500 to 31.500" in many.caption
 
 
 def runs(*changes: dict[str, object]) -> list[comparison.Run]:
