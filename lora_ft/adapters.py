@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +20,7 @@ from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.adapter import refuse_patterns
 from lora_ft.four_bits import unpacked
+from lora_ft.tasks import Task
 from lora_ft.weights import Weights, require
 
 log = logging.getLogger(__name__)
@@ -113,6 +112,12 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def keep_as_reference(model: peft.PeftModel, task: Task) -> None:
+    """Has a model that goes on from an adapter compared with it, as it is now, by a task that compares replies."""
+    if task.statistics:
+        model.reference = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
+
+
 def in_float32(model: torch.nn.Module) -> None:
     """Casts what is trained to float32: 16-bit steps round away, and the gradient scaler of float16 refuses them.
 
@@ -133,32 +138,6 @@ def frozen_digest(model: torch.nn.Module) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def without(model: peft.PeftModel) -> Iterator[None]:
-    """Runs the block with the base as it was before the adapter, even where the adapter's start moved its weights."""
-    start = getattr(model, "start", None)
-    if start is None:
-        with model.disable_adapter():
-            yield
-        return
-    # W - s B0 A0 is what the base holds, so B0 and A0 give W back.
-    # Copied by hand: PEFT asks for all that it saves, token rows and modules trained whole too.
-    learned = {name: p for name, p in model.named_parameters() if _saved_name(name) in start}
-    now = {name: p.detach().clone() for name, p in learned.items()}
-    whole = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    try:
-        for name, parameter in learned.items():
-            parameter.data.copy_(start[_saved_name(name)])
-        for module in whole:
-            module.enable_adapters(False)
-        yield
-    finally:
-        for name, parameter in learned.items():
-            parameter.data.copy_(now[name])
-        for module in whole:
-            module.enable_adapters(True)
 
 
 def _of_tokens(layer_input: Any, places: torch.Tensor, name: str) -> torch.Tensor:
@@ -184,11 +163,6 @@ def _refuse_transposed(model: peft.PeftModel, name: str) -> None:
                 f"lora.init=olora: {place} of {name} is a Conv1D, whose weight lies transposed; PEFT starts only plain "
                 "linear layers so: use --lora.init pissa, or leave it out of lora.targets."
             )
-
-
-def _saved_name(parameter: str) -> str:
-    """Returns the name that PEFT saves a parameter of A or B by."""
-    return parameter.replace(".default.", ".")
 
 
 def enlarge(model: PreTrainedModel, size: int) -> None:

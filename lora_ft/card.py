@@ -25,6 +25,7 @@ PICTURE = "loss.png"
 # The hub's name for what a task does, and the class that plain transformers loads its base with.
 TASKS = {
     "chat": ("text-generation", "AutoModelForCausalLM"),
+    "prefer": ("text-generation", "AutoModelForCausalLM"),
     "complete": ("text-generation", "AutoModelForCausalLM"),
     "classify": ("text-classification", "AutoModelForSequenceClassification"),
     "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
@@ -256,7 +257,7 @@ def _use(summary: Summary) -> list[str]:
                 "    print(token, model.config.id2label[tag])"]  # fmt: skip
     if summary.task == "seq2seq":
         return [plain, forward, generated, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
-    if summary.task == "chat":
+    if summary.task in ("chat", "prefer"):
         render = ["messages", "add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"']
         turns = [f'{{"role": "user", "content": {prompt}}}']
         if system := summary.environment.get("task", {}).get("system"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import __version__, locks, processes
-from lora_ft.config import RunConfig, cli, from_yaml
+from lora_ft.config import PreferConfig, RunConfig, cli, from_yaml
 from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
     BenchConfig,
@@ -151,7 +151,7 @@ def chat(config: ChatConfig) -> None:
     from lora_ft.generate import Sampling, generate
 
     loaded = saved.load(config.adapter, config.base)
-    if loaded.task.name != "chat":
+    if loaded.task.name not in ("chat", "prefer"):
         raise LoraFtError(f"{config.adapter} was trained for the task {loaded.task.name}; only chat adapters converse.")
     loaded.prepare_task()
     sampling = Sampling(config.max_new_tokens, config.temperature)
@@ -244,6 +244,8 @@ def data_check(config: DataCheckConfig) -> None:
 
     examples = formats.read(config.file, config.columns)
     task = tasks.get(config.task)
+    if config.task == "prefer" and isinstance(examples[0], formats.Judged):
+        task.configure(PreferConfig(loss="kto"))
     task.learn(examples)
     source = sources.resolve(config.base)
     tokenizer = load_tokenizer(source.folder)
@@ -267,7 +269,8 @@ def data_check(config: DataCheckConfig) -> None:
         console.rule(example.where)
         answer = task.answer(row)
         if answer is None:
-            console.print(coloured(tokenizer, Rendered(example.where, row["input_ids"], row["labels"])))
+            for text in task.texts(row):
+                console.print(coloured(tokenizer, Rendered(example.where, text["input_ids"], text["labels"])))
         else:
             console.print(tokenizer.decode(row["input_ids"]), markup=False, highlight=False)
             console.print(Text.assemble("-> ", (answer, TRAINED_STYLE)))

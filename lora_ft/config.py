@@ -25,7 +25,8 @@ from lora_ft.errors import ConfigError
 from lora_ft.foreign.adapter import MAX_ALPHA, MAX_RANK, is_pattern
 from lora_ft.redaction import holds_secret, redacted
 
-TaskName = Literal["chat", "complete", "classify", "seq2seq", "tag"]
+TaskName = Literal["chat", "complete", "classify", "seq2seq", "tag", "prefer"]
+PreferenceLoss = Literal["sigmoid", "ipo", "kto", "orpo"]
 Quant = Literal["nf4", "int8", "none"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
 BaseCache = Literal["auto", "on", "off"]
@@ -216,6 +217,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferConfig:
+    """What the task `prefer` learns from replies that are compared or judged."""
+
+    loss: PreferenceLoss = "sigmoid"
+    """`sigmoid` is DPO (Rafailov et al. 2023, arXiv 2305.18290); `ipo`, and `orpo` without a reference, take pairs too;
+    `kto` takes replies that are good or bad."""
+    beta: float = 0.1
+    """How strongly the model is held to its base; in ipo the tau, in orpo the weight of the odds ratio."""
+
+    def __post_init__(self) -> None:
+        _above("prefer.beta", self.beta, 0)
+
+
+# Groups of options that one task alone reads, which has the name of its group.
+OF_ONE_TASK = ("prefer",)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Fine-tune a base model on rows and write a proven adapter folder."""
 
@@ -232,6 +251,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    prefer: PreferConfig = field(default_factory=PreferConfig)
     init_from: Path | None = None
     """Adapter folder to go on from: its weights, rank, alpha and targets; the base must be the one it was made on."""
     resume: bool = False
@@ -260,6 +280,12 @@ class RunConfig:
                 "train.shard-base spreads a base over processes, and packed weights were corrupted by that elsewhere: "
                 f"use --quant none with it, or leave it out, and each process holds the {self.quant} base whole."
             )
+        for name in OF_ONE_TASK:
+            group = getattr(self, name)
+            if self.task != name and group != type(group)():
+                raise ValueError(
+                    f"{name}.* are options of the task {name}, and the task is {self.task}: leave them out."
+                )
         if self.lora.init == "loftq" and self.quant != "nf4":
             raise ValueError(f"lora.init=loftq corrects the error of nf4, but quant is {self.quant}.")
         if self.allow_changed and not self.resume:
@@ -300,7 +326,8 @@ def _words(cls: Any, typed: list[str]) -> tuple[list[str], list[str]]:
 def plain(value: Any) -> Any:
     """Returns a configuration as dictionaries, lists and scalars that YAML and JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        others = [name for name in OF_ONE_TASK if isinstance(value, RunConfig) and name != value.task]
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in others}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     if isinstance(value, dict):

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_ft import adapters, losses, tasks
 from lora_ft import base as bases
+from lora_ft import losses, tasks
 from lora_ft.data.tokens import adds_bos
 from lora_ft.losses import Losses
-from lora_ft.modes import unwrapped
+from lora_ft.modes import unwrapped, without
 from lora_ft.tasks import Batch, Features
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def measure(model: Any, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]
     sums: np.ndarray = np.zeros((4, len(rows)))
 
     def take(chosen: list[int], batch: Batch) -> None:
-        with adapters.without(model):
+        with without(model):
             before = task.score(model, batch)
         after = task.score(model, batch)
         for row, place in enumerate(chosen):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import adapters, class_metrics, drift, losses, metrics
+from lora_ft import class_metrics, drift, losses, metrics, modes
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
@@ -26,8 +26,9 @@ class Comparison:
     adapter: dict[str, Any]
     """As `base`, with `loss_change_interval`: the 95% interval of the adapter's loss less the base's.
 
+    So it has of each further metric that is a mean over rows; an interval is None for fewer than `losses.FEWEST_ROWS`.
     Of classes it holds `class_metrics.TABLES` besides, and both hold what `drift.measure` gives where the model
-    continues text. The interval is None for fewer rows than `losses.FEWEST_ROWS`.
+    continues text.
     """
     before: list[str]
     """The base's replies, where metrics on replies were asked for."""
@@ -56,21 +57,22 @@ def compare(
     # What a metric does not take is said before hours of replies.
     score_replies(wanted, wanted, names)
     note("measuring the base")
-    with adapters.without(model):
+    with modes.without(model):
         base_losses, base_values = _measured(task, model, examples, rows, batch_size)
         before = replies(task, model, examples) if names else []
     note("measuring the adapter")
     adapter_losses, adapter_values = _measured(task, model, examples, rows, batch_size)
     after = replies(task, model, examples) if names else []
-    found = losses.difference_interval(base_losses, adapter_losses)
-    interval = None if found is None else list(found)
+    found = {"loss": losses.difference_interval(base_losses, adapter_losses)}
+    found |= losses.change_intervals(base_losses, adapter_losses)
+    intervals = {f"{name}_change_interval": pair and list(pair) for name, pair in found.items()}
     note("measuring the drift on general text")
     base_drift, adapter_drift = drift.measure(model, task.tokenizer) if task.peft_task == "CAUSAL_LM" else ({}, {})
     # Of the base that knows nothing of the classes a table of them says nothing.
     base_values = {name: value for name, value in base_values.items() if name not in class_metrics.TABLES}
     return Comparison(
         base_values | score_replies(before, wanted, names) | base_drift,
-        adapter_values | score_replies(after, wanted, names) | {"loss_change_interval": interval} | adapter_drift,
+        adapter_values | score_replies(after, wanted, names) | intervals | adapter_drift,
         before,
         after,
     )
@@ -131,4 +133,5 @@ def _measured(
         pairs = [task.compared(example, classes) for example, classes in zip(examples, likeliest, strict=True)]
         values |= metrics.compute(name, [said for said, _ in pairs], [right for _, right in pairs])
     right = {task.accuracy_name: found.accuracy} if task.accuracy_name else {}
+    right |= {name: float(value.mean()) for name, value in found.more.items()}
     return found, {"loss": found.mean, **right, **values, "rows": len(found.nll)}

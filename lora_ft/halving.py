@@ -107,11 +107,11 @@ class Halving:
 
 
 def lengths(batch: Inputs) -> list[int]:
-    """Returns how many tokens each row of a batch has, the padding left out."""
+    """Returns how many tokens each row of a batch has, of several texts all of them, the padding left out."""
     mask = batch["attention_mask"]
     if mask.ndim == 4:
         return [end - begin for begin, end in pairwise(mask.flatten().tolist())]
-    return mask.sum(1).tolist()
+    return mask.flatten(1).sum(1).tolist()
 
 
 def rows(batch: Inputs) -> int:

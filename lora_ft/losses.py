@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from lora_ft import four_bits, heap
 from lora_ft.devices import is_out_of_memory
 from lora_ft.errors import OutOfMemoryError
 from lora_ft.modes import evaluating
-from lora_ft.tasks import Batch, Features, Scores, Task
+from lora_ft.tasks import Batch, Features, Task
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,16 @@ FEWEST_ROWS = 5
 
 @dataclass(frozen=True)
 class Losses:
-    """Negative log-likelihood, count of scored positions and of those predicted right, float64 [rows] each."""
+    """Negative log-likelihood, count of scored positions and of those predicted right, float64 [rows] each.
+
+    A task with another loss has it in the place of the first, of a single position.
+    """
 
     nll: np.ndarray
     count: np.ndarray
     right: np.ndarray
+    more: dict[str, np.ndarray] = field(default_factory=dict)
+    """Metrics that are means over rows, by name: what they are means of, float64 [rows] each."""
 
     @property
     def mean(self) -> float:
@@ -44,21 +49,6 @@ class Losses:
         return float(self.right.sum() / self.count.sum())
 
 
-def row_losses(task: Task, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns each row's summed negative log-likelihood, positions, and positions right: float32 [B] each."""
-    return _by_row(task, task.score(model, batch), len(batch["labels"]))
-
-
-def _by_row(task: Task, scores: Scores, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    nll_N = task.errors(scores)
-    right_N = (scores.logits_NV.detach().argmax(dim=-1) == scores.targets_N).float()
-    zeros_B = nll_N.new_zeros(rows)
-    nll_B, count_B, right_B = (
-        zeros_B.index_add(0, scores.row_N, value_N) for value_N in (nll_N, torch.ones_like(nll_N), right_N)
-    )
-    return nll_B, count_B, right_B
-
-
 def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int, *, halves: bool = True) -> Losses:
     """Returns the loss of each of `rows`, in their order.
 
@@ -68,13 +58,17 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
     Raises:
         OutOfMemoryError: it does not, and that is not allowed.
     """
-    sums = np.zeros((3, len(rows)))
+    found: dict[str, np.ndarray] = {}
 
     def take(chosen: list[int], batch: Batch) -> None:
-        sums[:, chosen] = torch.stack(row_losses(task, model, batch)).cpu().numpy()
+        for name, value_B in task.by_row(model, batch).items():
+            found.setdefault(name, np.zeros(len(rows)))[chosen] = value_B.float().cpu().numpy()
 
     each_batch(task, model, rows, batch_size, take, halves=halves)
-    return Losses(*sums)
+    if not rows:
+        return Losses(*np.zeros((3, 0)))
+    settled = dict(task.settled(found))
+    return Losses(settled.pop("nll"), settled.pop("count"), settled.pop("right"), settled)
 
 
 def answers(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int) -> tuple[Losses, list[np.ndarray]]:
@@ -84,7 +78,8 @@ def answers(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
 
     def take(chosen: list[int], batch: Batch) -> None:
         scores = task.score(model, batch)
-        sums[:, chosen] = torch.stack(_by_row(task, scores, len(chosen))).cpu().numpy()
+        found = scores.by_row(task.errors(scores), len(chosen))
+        sums[:, chosen] = torch.stack([found[name] for name in ("nll", "count", "right")]).cpu().numpy()
         logits_NV, row_N = scores.logits_NV.float().cpu().numpy(), scores.row_N.cpu().numpy()
         for row, place in enumerate(chosen):
             logits[place] = logits_NV[row_N == row]
@@ -137,13 +132,24 @@ def difference_interval(before: Losses, after: Losses, seed: int = 0) -> tuple[f
 
     None where there are too few rows: the interval of one is a point, however unsure it is.
     """
-    if len(before.nll) < FEWEST_ROWS:
+    return _interval(after.nll - before.nll, before.count, seed)
+
+
+def change_intervals(before: Losses, after: Losses, seed: int = 0) -> dict[str, tuple[float, float] | None]:
+    """Returns of each metric that is a mean over rows what `difference_interval` does of the loss."""
+    one_each = np.ones(len(before.nll))
+    return {name: _interval(after.more[name] - value, one_each, seed) for name, value in before.more.items()}
+
+
+def _interval(difference: np.ndarray, count: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """Returns the 95% interval of the sum of the differences over that of the counts."""
+    if len(difference) < FEWEST_ROWS:
         return None
-    rng, rows, difference = np.random.default_rng(seed), len(before.nll), after.nll - before.nll
+    rng, rows = np.random.default_rng(seed), len(difference)
     changes = []
     for _ in range(0, BOOTSTRAP_DRAWS, DRAWS_AT_ONCE):
         drawn = rng.integers(0, rows, (DRAWS_AT_ONCE, rows))
-        changes.append(difference[drawn].sum(axis=1) / before.count[drawn].sum(axis=1))
+        changes.append(difference[drawn].sum(axis=1) / count[drawn].sum(axis=1))
     low, high = np.percentile(np.concatenate(changes), [2.5, 97.5])
     return float(low), float(high)
 

@@ -294,7 +294,7 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
     """
     device = devices.find(asked_device)
     config, from_adapter = origin.adopted(config)
-    task = from_adapter.task_of(config) if from_adapter else tasks.get(config.task)
+    task = from_adapter.task_of(config) if from_adapter else tasks.of(config)
     source = sources.describe(config.base, config.revision)
     items, in_epoch = items_of(config, task, source)
     if in_epoch is not None and (device.kind == "cpu" or asked_device is None):

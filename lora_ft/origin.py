@@ -79,14 +79,14 @@ class Origin:
         Raises:
             AdapterError: the adapter is for models of another kind, or nothing says what its classes are.
         """
-        task = tasks.get(config.task)
+        task = tasks.of(config)
         if self.settings.task_type != task.peft_task:
             raise AdapterError(
                 f"{self.folder}: the adapter's task_type is {shown(str(self.settings.task_type))}, and the task "
                 f"{config.task} needs {task.peft_task}: go on with a task of that type."
             )
         if self.task is not None and self.task.name == task.name:
-            return tasks.get(config.task, self.task.facts())
+            return tasks.of(config, self.task.facts())
         if self.settings.modules_to_save and task.peft_task in ("SEQ_CLS", "TOKEN_CLS"):
             raise AdapterError(
                 f"{self.folder}: nothing says which class each output of its head stands for, so {config.task} cannot "

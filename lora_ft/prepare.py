@@ -17,6 +17,7 @@ from lora_ft.data.findings import Finding, Kind, Line, Lines
 from lora_ft.errors import DataError, LoraFtError
 
 SHARE, MOST_HELD_OUT, SEED = 0.1, 1000, 42
+TASK_OF = {"chat": "chat", "completion": "complete", "text": "complete", "preference": "prefer"}
 # A split of fewer rows than this would hold out too little to say anything.
 FEWEST_TO_SPLIT = 20
 
@@ -88,10 +89,6 @@ def prepare(
         atomicio.write(place, text)
         done.files[name] = str(place)
         say(f"Wrote {len(held)} rows to {place}.")
-    if kind == "preference":
-        done.reason = "No task here trains on preferences yet; the file is ready for when one does."
-        say(done.reason)
-        return done
     done.command = _command(done, base, source)
     try:
         done.estimate = (estimated or estimate)(Path(done.files["train"]), kind, base)
@@ -134,6 +131,7 @@ def _read(source: Path, agree: Callable[[str], bool], say: Callable[[str], None]
         told = f"{len(broken)} rows cannot be read, and are left out: {' '.join(broken[:5])}"
         _note(done, Finding("needed", told), True, say)
     known = {*columns, "tools", "functions", "parallel_tool_calls", "input", "prompt"}
+    known |= set(findings.ASKED) if kind == "preference" else set()
     more = sorted({name for line in lines for name in line.fields} - known)
     if more:
         _note(
@@ -172,7 +170,7 @@ def _free(source: Path, more: str) -> Path:
 
 
 def _command(done: Prepared, base: str, source: Path) -> str:
-    task = "chat" if done.kind == "chat" else "complete"
+    task = TASK_OF[done.kind]
     held_out = ["--data.eval", done.files["valid"]] if "valid" in done.files else []
     words = ["lora-ft", "train", task, "--base", base, "--data.train", done.files["train"], *held_out]
     return shlex.join([*words, "--out", f"runs/{source.stem}"])
@@ -192,17 +190,19 @@ def estimate(path: Path, kind: Kind, base: str) -> dict[str, float]:
     from lora_ft.data import formats
 
     source = sources.resolve(base)
-    task = tasks.get("chat" if kind == "chat" else "complete")
+    task = tasks.get(TASK_OF[kind])
     examples = formats.read(str(path))
     task.learn(examples)
     task.prepare(bases.load_tokenizer(source.folder), 1024)
     rows = tasks.featurize(task, examples)
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths = [sum(task.lengths(row)) for row in rows]
     config = bases.read_config(source.folder)
     weights = sources.count_numbers(source.folder)
     usual = TrainConfig()
     tokens = sum(lengths)
-    # Forward twice the weights, backward as much: the frozen weights get no gradient of their own.
+    # Forward twice the weights, backward as much: the frozen weights get no gradient of their own. A reference, which
+    # the base is to replies that are compared, is once more forward.
+    passes = 3 if kind == "preference" else 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speed = _products_per_s(device)
     held = memory.roughly(weights, config, usual.batch_size, max(lengths), bases.choose_dtype("auto", device)[0])
@@ -211,7 +211,7 @@ def estimate(path: Path, kind: Kind, base: str) -> dict[str, float]:
     return {
         "tokens": float(tokens),
         "steps": float(-(-len(rows) // usual.batch_size) * int(usual.epochs)),
-        "seconds": 2 * 4 * weights * tokens * usual.epochs / speed,
+        "seconds": 2 * 2 * passes * weights * tokens * usual.epochs / speed,
         "bytes": held,
     }
 

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lora_ft import adapters, atomicio, evaluate, runs, seal, started, tasks, train
+from lora_ft import atomicio, evaluate, modes, runs, seal, started, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat
@@ -89,7 +89,7 @@ def _merge_and_measure(
 ) -> tuple[dict[str, float], dict[str, float], str]:
     """Returns the scores of the base with examples in its prompt and of the merged model, and what was merged onto."""
     task, shots = finished.task, meetings.rows(SHOTS, "train", seed=1)
-    with console.status("measuring the base with three examples in the prompt"), adapters.without(finished.model):
+    with console.status("measuring the base with three examples in the prompt"), modes.without(finished.model):
         few_shot = _score(task, finished.model, held_out, shots)
     finished.release()
     with console.status("merging"):

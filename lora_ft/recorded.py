@@ -62,7 +62,7 @@ def task(folder: Path, record: dict[str, Any]) -> tuple[RunConfig, tasks.Task]:
     if not isinstance(facts, dict) or not all(map(_is_fact, facts.values())):
         raise AdapterError(f"{place}: it is an object of texts, nulls, and lists of at most {MAX_LABELS:,} texts.")
     try:
-        return config, tasks.get(config.task, facts)
+        return config, tasks.of(config, facts)
     except TypeError as error:
         raise AdapterError(f"{place}: {shown(str(error))}.") from None
 

@@ -31,7 +31,7 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> None:
     if processes.asked() > 1:
         raise ConfigError("twin is tried out in one process: start it without torchrun or accelerate launch.")
     began = time.perf_counter()
-    task = tasks.get(config.task)
+    task = tasks.of(config)
     train_rows, held_out = rows.few(config, task)
     with tempfile.TemporaryDirectory() as scratch:
         base, adapter, merged = (Path(scratch) / name for name in (BASE, ADAPTER, MERGED))

@@ -29,7 +29,7 @@ NO_REST = 1e-7
 def canaries(task: Task, rows: Sequence[Features]) -> list[Batch]:
     """Returns up to 16 rows spread over `rows`, cut and batched by length."""
     paired = task.peft_task == "SEQ_2_SEQ_LM"
-    spread = rows[:: -(-len(rows) // ROWS) or 1]
+    spread = [task.texts(row)[0] for row in rows[:: -(-len(rows) // ROWS) or 1]]
     # Of such a row no label is that of a token, however many it has.
     per_row = task.peft_task == "SEQ_CLS"
     cut = [row for row in (_cut(row, paired, per_row) for row in spread) if row is not None]

@@ -253,7 +253,8 @@ def first_batches(task: Task, rows: Rows, config: RunConfig) -> list[dict[str, A
         raise LoraFtError("lora.init=eva reads rows before training starts, which data.streaming does not allow.")
     size = config.train.batch_size
     starts = range(0, min(len(rows.train_features), EVA_BATCHES * size), size)
-    batches = [task.collate(rows.train_features[start : start + size]) for start in starts]
+    texts = [[task.texts(row)[0] for row in rows.train_features[start : start + size]] for start in starts]
+    batches = [task.collate(batch) for batch in texts]
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
 

@@ -223,7 +223,7 @@ def _prepared(
     held_out: Sequence[Example] | None = None,
 ) -> tuple[Task, sources.Source, Rows]:
     """Returns task, base and rows of a run, held to the adapter that it goes on from; no weight is loaded."""
-    task = origin.task_of(config) if origin else tasks.get(config.task)
+    task = origin.task_of(config) if origin else tasks.of(config)
     # Before the base, which may be gigabytes to fetch.
     found = read(config, examples, held_out)
     source = sources.resolve(config.base, config.revision)
@@ -264,6 +264,7 @@ def _train(
     )
     if origin:
         saved.fill(model, origin.folder)
+        adapters.keep_as_reference(model, task)
     learned = sum(p.numel() for p in adapters.trained(model).values())
     log.info("training %s parameters of %s", f"{learned:,}", f"{base.model.num_parameters():,}")
     names = [example.where for example in rows.train]
@@ -282,6 +283,8 @@ def _train(
             raise
         way = f"A checkpoint of step {steps[-1]} is saved: go on with --resume --allow-changed, naming what changes."
         raise OutOfMemoryError(f"{error} {way}") from None
+    # Whoever measures the adapter later has its base alone to compare it with.
+    model.reference = None
     if rows.facts["train"].get("cut_rows"):
         facts = rows.facts["train"]
         log.warning("%d of the %d rows read have more than %d tokens, and were cut", facts["cut_rows"],

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lora_ft import adapters, atomicio, environment, recorded, saved, sources
+from lora_ft import atomicio, environment, modes, recorded, saved, sources
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError, ProofError, SourceError
@@ -97,7 +97,7 @@ def make(task: Task, base: Base, model: peft.PeftModel, rows: Sequence[Features]
     """
     batches = canaries(task, rows)
     adapter_replies = ask(task, model, batches)
-    with adapters.without(model):
+    with modes.without(model):
         base_replies = ask(task, model, batches)
     adapter_ids, adapter_logp = likeliest(adapter_replies)
     base_ids, base_own_logp = likeliest(base_replies)
@@ -334,7 +334,7 @@ def _verify_adapter(checks: Checks, sealed: Seal, folder: Path, base_name: str |
     tied, was_tied = environment.embeddings_are_tied(loaded.base.model), sealed.record["tied_embeddings"]
     checks.add("tied", tied == was_tied, _tied(tied), f"the embeddings are {_tied(was_tied)}, as when sealed")
     effect = sealed.effect
-    with adapters.without(loaded.model):
+    with modes.without(loaded.model):
         base_replies = ask(loaded.task, loaded.model, sealed.batches)
     from_base = distance(sealed.base_ids, sealed.base_own_logp, base_replies)
     checks.add("base replay", from_base <= SHARE * effect, _nats(from_base),

@@ -111,6 +111,18 @@ class TaskLoss:
     sharded: bool = False
     """Whether the base is spread over several processes."""
     tokens_seen: int
+    said: dict[str, list[float]]
+    """Of each of the task's statistics, summed over the rows since the last line of metrics, and those rows."""
+    kept: tuple[str, ...] = ("said",)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.said = {name: [0.0, 0] for name in self.task.statistics}
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def try_longest(self, inputs: Batch) -> None:
+        before = {name: list(sums) for name, sums in self.said.items()}
+        super().try_longest(inputs)  # type: ignore[misc]
+        self.said = before
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -127,12 +139,24 @@ class TaskLoss:
             nll = self.task.loss(trainer.model, inputs)
         if filler:
             nll = nll * 0
+        else:
+            for name, numbers in self.task.numbers.items():
+                self.said[name] = [sum(pair) for pair in zip(self.said[name], numbers, strict=True)]
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"] != IGNORE).sum()
         # The count is that of all processes, and their gradients are averaged. Where it is zero, so is the sum.
         count = torch.as_tensor(num_items_in_batch, device=nll.device).clamp(min=1)
         loss = nll / count * trainer.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.said:
+            of_each = processes.gathered([number for sums in self.said.values() for number in sums])
+            totals = [sum(numbers) for numbers in zip(*of_each, strict=True)]
+            found = zip(self.said, totals[::2], totals[1::2], strict=True)
+            logs |= {name: total / rows for name, total, rows in found if rows}
+            self.said = {name: [0.0, 0] for name in self.said}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         trainer: Any = self

@@ -11,7 +11,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from transformers import BitsAndBytesConfig
 
-from lora_ft import adapters, base, four_bits, merge, modes, seal
+from lora_ft import base, four_bits, merge, modes, seal
 from lora_ft.errors import AdapterError, ProofError
 from lora_ft.verdict import Verdict
 from tests import tiny
@@ -151,7 +151,7 @@ def test_a_start_that_moves_the_base_leaves_its_replies_where_they_were(bases: d
     run = tiny.run(tmp_path, bases["llama"], quant="none", init="pissa", sealed=False)
     plain = base.load(str(bases["llama"]), quant="none", dtype="float32", device="cpu").model
     trained = _logits(run, run.model)
-    with adapters.without(run.model):
+    with modes.without(run.model):
         torch.testing.assert_close(_logits(run, run.model), _logits(run, plain), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(_logits(run, run.model), trained, atol=0, rtol=0)
 

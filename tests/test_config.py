@@ -68,6 +68,8 @@ OPTIONS = [
     "train.patience",
     "train.log_steps",
     "train.report_to",
+    "prefer.loss",
+    "prefer.beta",
 ]
 
 
@@ -112,7 +114,13 @@ def test_the_options_of_the_other_commands_are_frozen() -> None:
     assert {name: " ".join(names) for name, names in own.items()} == OF_OTHERS
 
 
-SECTIONS = {"LoraConfig": "lora", "DataConfig": "data", "TrainConfig": "train", "RunConfig": ""}
+SECTIONS = {
+    "LoraConfig": "lora",
+    "DataConfig": "data",
+    "TrainConfig": "train",
+    "PreferConfig": "prefer",
+    "RunConfig": "",
+}
 
 
 def options_read(code: str) -> set[str]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_ft import adapters, base, config, doctor, four_bits, fused, saved, tasks
+from lora_ft import adapters, base, config, doctor, four_bits, fused, modes, saved, tasks
 from tests import tiny
 from tests.kernel_ops.accuracy import assert_as_good, error
 
@@ -537,7 +537,7 @@ def test_what_was_trained_fused_loads_in_plain_peft_and_back(folders, architectu
         live, again, wanted = (m(**batch).logits for m in (done.model.eval(), loaded.model, plain))
         assert torch.equal(again, live)
         assert error(again, wanted) < 1e-5
-        with adapters.without(loaded.model):
+        with modes.without(loaded.model):
             assert error(loaded.model(**batch).logits, wanted) > 1e-2
     plainly(monkeypatch)
     tiny.run(back, folders[architecture], task=task_name, quant=quant, steps=5, sealed=False)

@@ -113,10 +113,8 @@ def test_preferences_come_out_as_the_api_takes_them(tmp_path):
         "preferred_output": [{"role": "assistant", "content": "yes"}],
         "non_preferred_output": [{"role": "assistant", "content": "no"}],
     }
-    assert "preferences" in said[-1]
-
-    assert (done.command, done.estimate) == ("", {})
-    assert done.reason == said[-1]
+    assert "lora-ft train prefer" in done.command
+    assert done.command in said[-1]
 
 
 def test_a_command_names_paths_of_any_letters(tmp_path):

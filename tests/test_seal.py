@@ -540,7 +540,7 @@ def change_json(path: Path, **fields: Any) -> None:
 
 
 def _base_replies(run: tiny.Run) -> list[torch.Tensor]:
-    with adapters.without(run.model):
+    with modes.without(run.model):
         return replies.ask(run.task, run.model, run.seal.batches)  # type: ignore[union-attr]
 
 

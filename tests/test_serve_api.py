@@ -232,6 +232,23 @@ def test_a_job_as_it_is_told(client):
     ]
 
 
+def test_a_job_of_preferences_as_it_is_told(client):
+    job = client.job(method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.5, "n_epochs": 2}}})
+    assert job["hyperparameters"] is None
+    values = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": "auto", "beta": 0.5}
+    assert job["method"] == {"type": "dpo", "dpo": {"hyperparameters": values}}
+    assert client.job(method={"type": "dpo"})["method"]["dpo"]["hyperparameters"]["beta"] == "auto"
+
+
+def test_preferences_need_trl(client, monkeypatch):
+    monkeypatch.setattr("lora_ft.serve.routes_jobs.importlib.util.find_spec", lambda name: None)
+    file = client.upload("{}")[1]
+    answer = client(
+        "POST", "/v1/fine_tuning/jobs", {"model": "tiny", "training_file": file["id"], "method": {"type": "dpo"}}
+    )
+    assert "lora-ft[prefer]" in refused(answer, 400, "unsupported_method", "method.type")
+
+
 def test_another_name_is_resolved_and_told(client):
     for name in ("gpt-4o-mini", "gpt-4.1-anything"):
         job = client.job(model=name)
@@ -256,7 +273,10 @@ def test_another_name_is_resolved_and_told(client):
         ({"hyperparameters": {"lora_r": "four"}}, "invalid_value", "hyperparameters.lora_r"),
         ({"hyperparameters": {"magic": 1}}, "unknown_parameter", "hyperparameters.magic"),
         ({"method": {"type": "reinforcement"}}, "unsupported_method", "method.type"),
-        ({"method": {"type": "dpo", "dpo": {}}}, "unsupported_method", "method.type"),
+        ({"method": {"type": "dpo", "dpo": {"x": 1}}}, "unknown_parameter", "method.dpo.x"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"packing": True}}}}, "invalid_value", f"{DPO}.packing"),
+        ({"method": {"type": "magic"}}, "unsupported_method", "method.type"),
+        ({"hyperparameters": {"beta": 0.1}}, "unknown_parameter", "hyperparameters.beta"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}}, "invalid_value", f"{DPO}.beta"),
         ({"suffix": "a b"}, "invalid_value", "suffix"),
         ({"suffix": "ä"}, "invalid_value", "suffix"),

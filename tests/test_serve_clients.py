@@ -25,6 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("clients")
     (made / "train.jsonl").write_text(tiny_server.chats(12))
     (made / "valid.jsonl").write_text(tiny_server.chats(4, seed=1))
+    (made / "pairs.jsonl").write_text(tiny_server.pairs(12))
+    (made / "held_out.jsonl").write_text(tiny_server.pairs(4, seed=1))
     tiny_server.base_folder(made / "base")
     return made
 
@@ -44,6 +46,15 @@ def test_a_script_runs_unchanged(server: tiny_server.Server, folder: Path, versi
     said = openai_clients.run(version, server.url, server.token, script, way, str(folder)).split()
     assert said[:2] == [version, way]
     assert float(said[2]) < LONGEST_S
+
+
+# What the others differ in is told by the scripts above.
+@pytest.mark.parametrize("version", [*[pytest.param(v, marks=pytest.mark.slow) for v in openai_clients.VERSIONS[:-1]],
+                                     openai_clients.VERSIONS[-1]])  # fmt: skip
+def test_preferences_are_learned_on_top_of_replies(server: tiny_server.Server, folder: Path, version: str) -> None:
+    pytest.importorskip("trl")
+    said = openai_clients.run(version, server.url, server.token, "preferring.py", str(folder)).split()
+    assert said[0] == version
 
 
 @pytest.mark.slow

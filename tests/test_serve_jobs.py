@@ -9,7 +9,7 @@ import pytest
 
 from lora_ft.serve import trial
 from tests import tiny_server
-from tests.tiny_server import JOBS, Server, chats
+from tests.tiny_server import JOBS, Server, chats, pairs
 
 LONG = {"seed": 3, "hyperparameters": {"n_epochs": 4, "batch_size": 1, "learning_rate_multiplier": 10}}
 STEPS = 48
@@ -129,6 +129,7 @@ def test_a_server_that_is_stopped_leaves_its_jobs_to_the_next(server: Server, wh
         ('{"text": "a", "label": "b"}\n' * 12, "invalid_training_file", "Line 1: a labelled row"),
         ('{"prompt": "a"}\n' * 12, "invalid_training_file", "Line 1: has the fields prompt"),
         (chats(12) + "{\n", "invalid_training_file", "Line 13: "),
+        (pairs(12), "invalid_training_file", "Line 1: is a preference, which the method supervised does not learn"),
     ],
 )
 def test_bad_rows_are_told_with_their_lines(rows: str, code: str, said: str, server: Server, monkeypatch) -> None:
@@ -138,6 +139,34 @@ def test_bad_rows_are_told_with_their_lines(rows: str, code: str, said: str, ser
     with pytest.raises(trial.JobError) as caught:
         trial.examine({**row, "seed": 1}, json.loads(Path("models.json").read_text())["bases"]["tiny"], None)
     assert (caught.value.code, caught.value.param) == (code, "training_file")
+    assert said in str(caught.value)
+
+
+SAID = [{"role": "assistant", "content": "b"}]
+ALIKE = {
+    "input": {"messages": [{"role": "user", "content": "a"}]}, "preferred_output": SAID, "non_preferred_output": SAID,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (chats(12), "Line 1: is no preference; the method dpo takes input, preferred_output and non_preferred_output"),
+        (
+            pairs(12) + json.dumps(ALIKE) + "\n",
+            "Line 13: non_preferred_output is the same as preferred_output; ",
+        ),
+    ],
+    ids=["chats", "no preference"],
+)
+def test_rows_of_another_method_are_told_with_their_lines(rows: str, said: str, server: Server, monkeypatch) -> None:
+    monkeypatch.chdir(server.home)
+    values = json.dumps({**json.loads(AUTO), "beta": "auto"})
+    row = {"id": "ftjob-x", "training_file": server.upload(rows), "validation_file": None, "hyperparameters": values,
+           "extensions": "{}", "seed": 1}  # fmt: skip
+    with pytest.raises(trial.JobError) as caught:
+        trial.examine(row, json.loads(Path("models.json").read_text())["bases"]["tiny"], None)
+    assert (caught.value.code, caught.value.param) == ("invalid_training_file", "training_file")
     assert said in str(caught.value)
 
 

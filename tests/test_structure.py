@@ -26,6 +26,7 @@ LAYERS = [
     {"sharding", "activations"},
     {"attention"},
     {"head"},
+    {"preference"},
     {"environment", "tasks"},
     {"miniature", "losses", "metrics", "class_metrics", "weights", "twins"},
     {"rates"},

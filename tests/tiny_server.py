@@ -70,6 +70,17 @@ def chats(count: int = 12, seed: int = 0) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pairs(count: int = 12, seed: int = 0) -> str:
+    """Returns JSONL of preferences that can be learned: words that are written large, rather than small."""
+    lines = []
+    for line in chats(count, seed).splitlines():
+        asked, reply = json.loads(line)["messages"]
+        worse = {**reply, "content": reply["content"].lower()}
+        row = {"input": {"messages": [asked]}, "preferred_output": [reply], "non_preferred_output": [worse]}
+        lines.append(json.dumps(row))
+    return "\n".join(lines) + "\n"
+
+
 def home(folder: Path, base: Path) -> Path:
     """Returns a server's folder in which every name that scripts use means the tiny base."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from lora_ft.data import formats
 from lora_ft.data.chats import SHAREGPT
 from lora_ft.data.faults import listed
+from lora_ft.data.preferences import has_verdict
 from lora_ft.data.rows import Row
 
 Kind = Literal["chat", "completion", "text", "preference"]
@@ -33,6 +34,8 @@ PAIRS = (
     ("prompt", "response"),
 )
 PREFERENCES = (("preferred_output", "non_preferred_output"), ("chosen", "rejected"))
+# Columns of what two replies answer; the first that is there.
+ASKED = ("input", "prompt", "conversations", "question", "instruction")
 # Columns of rows that are as their task takes them.
 READY = (
     (("text", "label"), "classify"),
@@ -84,6 +87,8 @@ class Finding:
 def ready_for(lines: Sequence[Line]) -> str | None:
     """Returns the task whose rows these are, by the first, where there is nothing to prepare for it; else None."""
     names = {name.strip().lower() for name in lines[0].fields}
+    if names & {"completion", "messages", "conversations"} and ("kto_tag" in names or has_verdict(lines[0].fields)):
+        return "prefer"
     return next((task for columns, task in READY if set(columns) <= names), None)
 
 
@@ -122,7 +127,7 @@ def normal(lines: Sequence[Line], kind: Kind, columns: Sequence[str]) -> Lines:
         elif kind == "text":
             fields = {"text": _text(get(columns[0]))}
         else:
-            asked = get("input", get("prompt"))
+            asked = next((value for name in ASKED if (value := get(name)) is not None), None)
             fields = {"input": asked if isinstance(asked, dict) else {"messages": _asked(asked)}}
             sides = ("preferred_output", "non_preferred_output")
             fields |= {name: _said(get(column)) for name, column in zip(sides, columns, strict=True)}
@@ -190,8 +195,6 @@ def _last_turn(lines: Lines, kind: Kind) -> Iterator[Finding]:
 
 
 def _untrainable(lines: Lines, kind: Kind) -> Iterator[Finding]:
-    if kind == "preference":
-        return
     wrong = {id(line): found for line in lines if (found := formats.problems(Row(line.where, line.fields)))}
     lost = [line for line in lines if id(line) in wrong]
     if lost:
@@ -324,13 +327,15 @@ def _turn(turn: Any) -> Any:
 
 
 def _asked(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [{"role": "user", "content": _text(value)}]
+    return [_turn(turn) for turn in value] if isinstance(value, list) else [{"role": "user", "content": _text(value)}]
 
 
 def _said(value: Any) -> list[Any]:
     """Returns an answer as a list of one message, the last where a whole conversation stands there."""
+    if isinstance(value, dict):
+        value = [value]
     turns = value if isinstance(value, list) else [{"role": "assistant", "content": _text(value)}]
-    return turns[-1:]
+    return [_turn(turn) for turn in turns[-1:]]
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,16 @@ from typing import Any
 from lora_ft.data.chats import OPENAI, SHAREGPT, conversation, toolbox
 from lora_ft.data.faults import MISSING, Faults, found, listed
 from lora_ft.data.files import rows
+from lora_ft.data.preferences import (
+    Judged,
+    Preference,
+    has_verdict,
+    judged_conversation,
+    judged_reply,
+    of_conversations,
+    of_input,
+    of_prompt,
+)
 from lora_ft.data.rows import Row
 from lora_ft.data.tagged import of_spans, places_of, sentence
 from lora_ft.errors import DataError
@@ -77,7 +87,7 @@ class Tagged:
     """Where each word begins and ends in the text, in characters."""
 
 
-Example = Chat | Pair | Text | Labelled | Tagged
+Example = Chat | Pair | Text | Labelled | Tagged | Preference | Judged
 
 
 def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]:
@@ -144,7 +154,7 @@ def problems(row: Row) -> tuple[str, ...]:
     """Returns what is wrong with one row by itself, nothing where an example can be made of it."""
     fields = Fields(row.where, row.fields, {}, Faults(row.where))
     try:
-        form = _recognised(row, fields, FORMATS, FORMATS)
+        form = _recognised(row, fields, _in_order(FORMATS), FORMATS)
         form.parse(fields, *form.needs)
         fields.faults.raise_if_any()
     except DataError as error:
@@ -189,6 +199,10 @@ class Format:
     parse: Callable[..., Example]
     """Takes the Fields and the names in `needs`; notes what is wrong in the Fields' faults."""
     takes: tuple[str, ...] = ()
+    first: bool = False
+    """Whether it is looked for before the others."""
+    when: Callable[[Mapping[str, Any]], bool] = lambda fields: True
+    """Takes the fields of a row that has those in `needs`, and says whether it is of the format even so."""
 
     def __str__(self) -> str:
         return " + ".join(self.needs)
@@ -297,9 +311,24 @@ FORMATS = (
     Format(("tokens", "tags"), _tagged),
     Format(("text", "spans"), _spans),
     Format(("text",), _text),
+    # Looked for first: read as chat or as pairs they would teach the rejected reply or none, or the bad ones.
+    Format(("input", "preferred_output", "non_preferred_output"), of_input, first=True),
+    Format(("input", "preferred_completion", "non_preferred_completion"), of_input, first=True),
+    Format(("conversations", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True),
+    Format(("prompt", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True),
+    Format(("question", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True),
+    Format(("instruction", "chosen", "rejected"), of_prompt, takes=("input", "system"), first=True),
+    Format(("chosen", "rejected"), of_conversations, takes=("tools",), first=True),
+    Format(("prompt", "completion", "label"), judged_reply, takes=("system", "tools"), when=has_verdict, first=True),
+    Format(("messages", "label"), judged_conversation, takes=("tools",), when=has_verdict, first=True),
+    Format(("messages", "kto_tag"), judged_conversation, takes=("tools",), first=True),
+    Format(("conversations", "kto_tag"), judged_conversation, takes=("system", "tools"), first=True),
 )
-# Read as chat or as pairs, these would teach the rejected answer or none.
-PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+
+
+def _in_order(formats: tuple[Format, ...]) -> tuple[Format, ...]:
+    """Returns formats in the order in which they are looked for."""
+    return tuple(sorted(formats, key=lambda form: not form.first))
 
 
 def _formats_for(columns: Mapping[str, str], formats: tuple[Format, ...]) -> tuple[Format, ...]:
@@ -307,7 +336,7 @@ def _formats_for(columns: Mapping[str, str], formats: tuple[Format, ...]) -> tup
     known = dict.fromkeys(name for form in formats for name in (*form.needs, *form.takes))
     if unknown := [bare(name) for name in columns if name not in known]:
         raise DataError([f"data.columns: {name} is no known field; use {', '.join(known)}." for name in unknown])
-    fitting = tuple(form for form in formats if columns.keys() <= {*form.needs, *form.takes})
+    fitting = tuple(form for form in _in_order(formats) if columns.keys() <= {*form.needs, *form.takes})
     if not fitting:
         together = listed(list(columns))
         raise DataError([f"data.columns: no format has {together} together; formats are {_offer(formats)}."])
@@ -331,14 +360,12 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _detected(fields: Fields, formats: tuple[Format, ...]) -> Format | None:
-    return next((form for form in formats if fields.values.keys() >= set(form.needs)), None)
+    fitting = (form for form in formats if fields.values.keys() >= set(form.needs))
+    return next((form for form in fitting if form.when(fields.values)), None)
 
 
 def _recognised(row: Row, fields: Fields, formats: tuple[Format, ...], known: tuple[Format, ...]) -> Format:
     """Returns the format of the first row. Raises DataError where it has none, offering those that are known."""
-    for better, worse in PREFERENCES:
-        if known is FORMATS and {better, worse} <= row.fields.keys():
-            raise DataError([f"{row.where}: is preference data ({better}, {worse}); no task here trains on it."])
     form = _detected(fields, formats)
     if form is not None and form.parse is _tagged:
         _refuse_numbers(fields, form.needs[1])

@@ -35,7 +35,7 @@ GONE = {
     "/v1/responses": "/v1/responses is not served here; use /v1/chat/completions.",
     "/v1/embeddings": "/v1/embeddings is not served here: the models of this server write text.",
     "/v1/batches": "/v1/batches is not served here; send the requests to /v1/chat/completions.",
-    "/v1/fine_tuning/alpha/graders": "Graders are not served here; the method supported is supervised.",
+    "/v1/fine_tuning/alpha/graders": "Graders are not served here; the methods supported are supervised and dpo.",
     "/v1/fine_tuning/checkpoints": "Permissions of checkpoints are not served here: this server has one user.",
 }
 

@@ -81,6 +81,12 @@ def checkpoint_page(store: Store, job_id: str, after: str | None, limit: int) ->
     return store.page("checkpoints", [("job_id = ?", job_id)], after=after, limit=limit)
 
 
+REWARDS = (
+    "train_reward_margin", "valid_reward_accuracy", "valid_reward_margin", "full_valid_reward_accuracy",
+    "full_valid_reward_margin",
+)  # fmt: skip
+
+
 def step_line(numbers: dict[str, Any]) -> str:
     """Returns the message of a step, in the words that scripts look for."""
     parts = [f"training loss={numbers['train_loss']:.2f}"]
@@ -92,7 +98,15 @@ def step_line(numbers: dict[str, Any]) -> str:
 
 
 def table(store: Store, job_id: str) -> str:
-    """Returns the CSV of a job's steps: OpenAI's columns in its order, then ours; empty where nothing was measured."""
+    """Returns the CSV of a job's steps: OpenAI's columns in its order, then ours; empty where nothing was measured.
+
+    Of replies that are compared no token is right or wrong: the accuracy is that of the rewards, whose margins follow.
+    """
+    rows = [
+        json.loads(row["numbers"])
+        for row in store.all("SELECT numbers FROM steps WHERE job_id = ? ORDER BY step", job_id)
+    ]
+    compared = any("train_reward_accuracy" in numbers for numbers in rows)
     columns = {
         "step": "step",
         "train_loss": "train_loss",
@@ -106,9 +120,11 @@ def table(store: Store, job_id: str) -> str:
         "tokens": "tokens",
         "seconds": "seconds",
     }
+    if compared:
+        columns["train_accuracy"] = "train_reward_accuracy"
+        columns |= {name: name for name in REWARDS}
     lines = [",".join(columns)]
-    for row in store.all("SELECT numbers FROM steps WHERE job_id = ? ORDER BY step", job_id):
-        numbers = json.loads(row["numbers"])
+    for numbers in rows:
         lines.append(",".join(_cell(name, numbers.get(key)) for name, key in columns.items()))
     return "\n".join(lines) + "\n"
 

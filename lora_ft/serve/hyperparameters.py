@@ -8,12 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ft.config import DataConfig, LoraConfig, TrainConfig
+from lora_ft.config import DataConfig, LoraConfig, PreferConfig, TrainConfig
 from lora_ft.serve.refusals import RequestError, bad
 
 AUTO = "auto"
 NAMES = ("n_epochs", "batch_size", "learning_rate_multiplier")
 RANGES = {"n_epochs": (1, 50), "batch_size": (1, 256)}
+SUPERVISED, DPO = "supervised", "dpo"
+METHODS = {SUPERVISED: NAMES, DPO: (*NAMES, "beta")}
+"""Names of the hyperparameters of a method; those of a job say which it is."""
+MOST_BETA = 2.0
+# Of replies that are compared a step moves the adapter further: the rate of a LoRA adapter in DPO.
+DPO_LEARNING_RATE = 5e-5
 
 NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,18})?(e[+-]?[0-9]{1,2})?", re.ASCII | re.IGNORECASE)
 
@@ -44,11 +50,16 @@ class Asked:
     """The hyperparameters of a request, checked."""
 
     values: dict[str, Any]
-    """OpenAI's three, each a number or `auto`."""
+    """OpenAI's own, each a number or `auto`."""
     extensions: dict[str, Any]
 
 
-def read(given: Mapping[str, Any], place: str) -> Asked:
+def method_of(values: Mapping[str, Any]) -> str:
+    """Returns the method whose hyperparameters these are."""
+    return next(method for method, names in METHODS.items() if set(names) == set(values))
+
+
+def read(given: Mapping[str, Any], place: str, method: str = SUPERVISED) -> Asked:
     """Returns what a request asks for.
 
     Args:
@@ -57,10 +68,11 @@ def read(given: Mapping[str, Any], place: str) -> Asked:
     Raises:
         RequestError: names the field, the value and the range.
     """
-    values: dict[str, Any] = dict.fromkeys(NAMES, AUTO)
+    names = METHODS[method]
+    values: dict[str, Any] = dict.fromkeys(names, AUTO)
     extensions = {}
     for name, value in given.items():
-        if name in NAMES:
+        if name in names:
             values[name] = _number(name, value, f"{place}.{name}")
         elif name in EXTENSIONS:
             if value is not None:
@@ -68,11 +80,13 @@ def read(given: Mapping[str, Any], place: str) -> Asked:
         elif name == "lora" and value is True:
             continue  # it is never anything else here
         else:
-            known = ", ".join((*NAMES, *EXTENSIONS))
+            known = ", ".join((*names, *EXTENSIONS))
             raise bad(
                 f"{place}.{name}"[:128], f"{name[:64]} is no hyperparameter; known are {known}.", "unknown_parameter"
             )
     _refuse_out_of_range(extensions, place)
+    if method == DPO and extensions.get("packing"):
+        raise bad(f"{place}.packing", "packing fills a row with several examples, which preferences cannot share.")
     return Asked(values, extensions)
 
 
@@ -82,8 +96,9 @@ def resolve(values: Mapping[str, Any], rows: int) -> dict[str, Any]:
         "n_epochs": auto_epochs(rows),
         "batch_size": max(1, min(MAX_BATCH, round(BATCH_SHARE * rows))),
         "learning_rate_multiplier": 1.0,
+        "beta": PreferConfig().beta,
     }
-    return {name: auto[name] if values[name] == AUTO else values[name] for name in NAMES}
+    return {name: auto[name] if value == AUTO else value for name, value in values.items()}
 
 
 def auto_epochs(rows: int) -> int:
@@ -97,7 +112,8 @@ def auto_epochs(rows: int) -> int:
 
 def learning_rate(values: Mapping[str, Any], extensions: Mapping[str, Any]) -> float:
     """Returns the peak learning rate: the multiplier times the library's own default for a LoRA adapter."""
-    own: float = extensions.get("learning_rate", TrainConfig().lr)
+    usual = DPO_LEARNING_RATE if method_of(values) == DPO else TrainConfig().lr
+    own: float = extensions.get("learning_rate", usual)
     return float(own) * float(values["learning_rate_multiplier"])
 
 
@@ -134,6 +150,10 @@ def _number(name: str, value: Any, place: str) -> Any:
     if name == "learning_rate_multiplier":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise bad(place, f'{name} is {_told(value)}; give "auto" or a number above 0.')
+        return float(value)
+    if name == "beta":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST_BETA:
+            raise bad(place, f'beta is {_told(value)}; give "auto" or a number above 0 and at most {MOST_BETA:g}.')
         return float(value)
     low, high = RANGES[name]
     # Some clients send whole numbers with a point.
@@ -188,8 +208,9 @@ def _told(value: Any) -> str:
 def unsupported(method: str) -> RequestError:
     """Returns the refusal of a method that nothing here trains."""
     reasons = {
-        "dpo": "dpo needs the task `prefer`, which this version does not have yet",
+        "dpo": "dpo takes its loss from TRL, which is not installed on the server (pip install 'lora-ft[prefer]')",
         "reinforcement": "reinforcement is not trained here",
     }
     reason = reasons.get(method, f"{method[:40]!r} is no method")
-    return bad("method.type", f"{reason}; the method supported is supervised.", "unsupported_method")
+    supported = " and ".join(name for name in METHODS if name != method)
+    return bad("method.type", f"{reason}; supported here: {supported}.", "unsupported_method")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_ft.serve import events, ids, leftovers
+from lora_ft.serve import events, hyperparameters, ids, leftovers
 from lora_ft.serve.models import OWNER
 from lora_ft.serve.refusals import RequestError, bad, no_job
 from lora_ft.serve.states import (
@@ -85,6 +85,7 @@ def public(row: sqlite3.Row) -> dict[str, Any]:
     """Returns the job object of the API."""
     values = json.loads(row["hyperparameters"])
     extensions = json.loads(row["extensions"])
+    method = hyperparameters.method_of(values)
     return {
         "id": row["id"],
         "object": "fine_tuning.job",
@@ -97,7 +98,8 @@ def public(row: sqlite3.Row) -> dict[str, Any]:
         "status": row["status"],
         "validation_file": row["validation_file"],
         "training_file": row["training_file"],
-        "hyperparameters": values,
+        # As the API has it, they stand in the method alone but for the method that was there first.
+        "hyperparameters": values if method == hyperparameters.SUPERVISED else None,
         "trained_tokens": row["trained_tokens"],
         "error": json.loads(row["error"]) if row["error"] else NO_ERROR,
         "user_provided_suffix": row["suffix"],
@@ -109,7 +111,7 @@ def public(row: sqlite3.Row) -> dict[str, Any]:
         "shared_with_openai": False,
         "step": row["step"],
         "total_steps": row["total_steps"],
-        "method": {"type": "supervised", "supervised": {"hyperparameters": {**values, **extensions}}},
+        "method": {"type": method, method: {"hyperparameters": {**values, **extensions}}},
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lora_ft import atomicio, attention, environment, losses, saved
+from lora_ft import adapters, atomicio, attention, environment, losses, saved
 from lora_ft.base import Base
 from lora_ft.config import RunConfig, to_yaml
 from lora_ft.exact import EpochOrder
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MANY_STEPS, EVERY = 100, 10
 # Rows of a step whose accuracy is measured: what this costs is a forward pass of so many rows.
 MEASURED = 4
+# What the loss of replies that are compared says of a step, and what clients read it as.
+COMPARED = {"rewards/accuracies": "train_reward_accuracy", "rewards/margins": "train_reward_margin"}
 
 
 class Reporter(TrainerCallback):
@@ -48,6 +50,7 @@ class Reporter(TrainerCallback):
         if parent is not None:
             # A run that goes on from a checkpoint fills the adapter again, from there.
             saved.fill(model, parent)
+            adapters.keep_as_reference(model, task)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first = time.monotonic(), state.global_step
@@ -65,6 +68,7 @@ class Reporter(TrainerCallback):
         numbers: dict[str, Any] = {"step": step, "total_steps": total, "train_loss": logs["loss"]}
         if told:
             numbers |= self._measured(model, step, ends_epoch)
+        numbers |= {ours: logs[name] for name, ours in COMPARED.items() if name in logs}
         more = {"learning_rate": logs.get("learning_rate"), "grad_norm": logs.get("grad_norm")}
         more |= {"tokens": int(logs["tokens"]), "seconds": logs["seconds"]}
         finite = {key: value for key, value in numbers.items() if _is_finite(value)}
@@ -87,7 +91,7 @@ class Reporter(TrainerCallback):
         numbers = {}
         size = self.config.train.batch_size * self.config.train.accumulate
         with attention.unpacked(model):
-            if not self.packs:
+            if not self.packs and not self.task.statistics:
                 epoch, place = divmod(step - 1, self.per_epoch)
                 order = EpochOrder(len(self.features), self.config.train.seed, lambda: 0).of(epoch)
                 chosen = [self.features[i] for i in order[place * size : (place + 1) * size][:MEASURED]]
@@ -97,11 +101,17 @@ class Reporter(TrainerCallback):
                 start = (step - 1) * size
                 chosen = [held_out[(start + i) % len(held_out)] for i in range(min(size, len(held_out)))]
                 found = self._losses(model, chosen)
-                numbers |= {"valid_loss": found.mean, "valid_mean_token_accuracy": found.accuracy}
+                numbers |= self._told("valid", found)
             if held_out and ends_epoch:
                 found = self._losses(model, held_out)
-                numbers |= {"full_valid_loss": found.mean, "full_valid_mean_token_accuracy": found.accuracy}
+                numbers |= self._told("full_valid", found)
         return numbers
+
+    def _told(self, part: str, found: losses.Losses) -> dict[str, float]:
+        """Returns loss and accuracy of some rows, and further metrics, under the names that clients read."""
+        accuracy = self.task.accuracy_name if self.task.statistics else "mean_token_accuracy"
+        more = {f"{part}_{name}": float(values.mean()) for name, values in found.more.items()}
+        return {f"{part}_loss": found.mean, f"{part}_{accuracy}": found.accuracy, **more}
 
     def _losses(self, model: Any, rows: Any) -> losses.Losses:
         return losses.of_rows(self.task, model, rows, MEASURED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import json
 import random
 import sqlite3
@@ -189,8 +190,8 @@ async def _asked(server: State, job_id: str, action: str) -> sqlite3.Row:
 def _order(server: State, body: NewJob) -> jobs.Order:
     """Returns a request for a job, checked against what this server has. Raises RequestError."""
     model = server.models.resolve(body.model)
-    place, given = _hyperparameters(body)
-    asked = hyperparameters.read(given, place)
+    method, place, given = _hyperparameters(body)
+    asked = hyperparameters.read(given, place, method)
     parent = body.model if model.adapter is not None else None
     shape = [name for name in asked.extensions if name.startswith("lora_")]
     if parent and shape:
@@ -219,19 +220,20 @@ def _order(server: State, body: NewJob) -> jobs.Order:
     )
 
 
-def _hyperparameters(body: NewJob) -> tuple[str, dict[str, Any]]:
-    """Returns where the hyperparameters of a request stand, and what they are. Raises RequestError."""
+def _hyperparameters(body: NewJob) -> tuple[str, str, dict[str, Any]]:
+    """Returns the method of a request, where its hyperparameters stand, and what they are. Raises RequestError."""
     old = body.hyperparameters
     if body.method is None:
-        return "hyperparameters", old or {}
-    if body.method.type != "supervised":
-        _check_method(body.method)
-        raise hyperparameters.unsupported(body.method.type)
-    place = "method.supervised.hyperparameters"
-    inner = body.method.supervised or {}
+        return hyperparameters.SUPERVISED, "hyperparameters", old or {}
+    method = body.method.type
+    lacks = method == hyperparameters.DPO and importlib.util.find_spec("trl") is None
+    if method not in hyperparameters.METHODS or lacks:
+        raise hyperparameters.unsupported(method)
+    place = f"method.{method}.hyperparameters"
+    inner = getattr(body.method, method) or {}
     unknown = [name for name in inner if name != "hyperparameters"]
     if unknown:
-        name = f"method.supervised.{unknown[0]}"[:128]
+        name = f"method.{method}.{unknown[0]}"[:128]
         raise bad(name, f"Unrecognized request argument supplied: {name}", "unknown_parameter")
     new = inner.get("hyperparameters") or {}
     if not isinstance(new, dict):
@@ -240,19 +242,7 @@ def _hyperparameters(body: NewJob) -> tuple[str, dict[str, Any]]:
     if differ:
         told = f"hyperparameters.{differ[0]} and {place}.{differ[0]} differ; give it once, in method."
         raise bad(f"hyperparameters.{differ[0]}"[:128], told)
-    return place, {**(old or {}), **new}
-
-
-def _check_method(method: Method) -> None:
-    """Raises RequestError for hyperparameters of preference training that would be wrong wherever it exists."""
-    given = (method.dpo or {}).get("hyperparameters") or {}
-    if method.type != "dpo" or not isinstance(given, dict):
-        return
-    place, beta = "method.dpo.hyperparameters", given.get("beta", hyperparameters.AUTO)
-    hyperparameters.read({name: value for name, value in given.items() if name != "beta"}, place)
-    numeric = isinstance(beta, int | float) and not isinstance(beta, bool)
-    if beta not in (None, hyperparameters.AUTO) and not (numeric and 0 < beta <= 2):
-        raise bad(f"{place}.beta", f'beta is {str(beta)[:40]}; give "auto" or a number above 0 and at most 2.')
+    return method, place, {**(old or {}), **new}
 
 
 def _check_file(server: State, name: str, file_id: str | None) -> None:

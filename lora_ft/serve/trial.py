@@ -16,9 +16,9 @@ import yaml
 
 from lora_ft import atomicio, recorded, sources, tasks
 from lora_ft import base as bases
-from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig, plain
+from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig, TrainConfig, plain
 from lora_ft.data import formats, pack
-from lora_ft.data.formats import Chat, Example, Pair, Text
+from lora_ft.data.formats import Chat, Example, Pair, Preference, Text
 from lora_ft.errors import AdapterError, DataError, LoraFtError, UnsupportedModelError
 from lora_ft.serve import hyperparameters
 from lora_ft.serve.files import ROWS
@@ -80,17 +80,21 @@ def examine(row: sqlite3.Row | Mapping[str, Any], source: str, parent: Path | No
     if len(examples) < FEWEST:
         told = f"Training file has {len(examples)} example(s), but must have at least {FEWEST} examples"
         raise JobError("invalid_n_examples", told, "training_file")
-    name = _task_of(examples, "training_file")
-    if held_out and _task_of(held_out, "validation_file") != name:
+    asked = json.loads(row["hyperparameters"])
+    method = hyperparameters.method_of(asked)
+    name = _task_of(examples, "training_file", method)
+    if held_out and _task_of(held_out, "validation_file", method) != name:
         raise JobError("invalid_validation_file", "The two files hold rows of different formats.", "validation_file")
-    values = hyperparameters.resolve(json.loads(row["hyperparameters"]), len(examples))
+    values = hyperparameters.resolve(asked, len(examples))
     extensions = json.loads(row["extensions"])
     base = _base(source)
     try:
         sections = hyperparameters.configs(values, extensions)
         lora = _lora_of(parent, base) if parent else LoraConfig(**sections["lora"])
         rows = DataConfig(**sections["data"])
+        prefer = PreferConfig(beta=values["beta"]) if method == hyperparameters.DPO else PreferConfig()
         task = tasks.get(name)
+        task.configure(prefer if method == hyperparameters.DPO else None)
         longest = min(rows.max_length, _context(base) or rows.max_length)
         task.prepare(bases.load_tokenizer(base.folder), longest)
     except (ValueError, LoraFtError) as error:
@@ -115,6 +119,7 @@ def examine(row: sqlite3.Row | Mapping[str, Any], source: str, parent: Path | No
         base=source,
         out=folder(Path(), row["id"]),
         lora=lora,
+        prefer=prefer,
         data=dataclasses.replace(
             rows,
             train=_path(row["training_file"]).as_posix(),
@@ -166,7 +171,16 @@ def _of_rows(error: DataError, param: str) -> JobError:
     )
 
 
-def _task_of(examples: Sequence[Example], param: str) -> str:
+def _task_of(examples: Sequence[Example], param: str, method: str) -> str:
+    compared = isinstance(examples[0], Preference)
+    if method == hyperparameters.DPO:
+        if compared:
+            return "prefer"
+        told = "is no preference; the method dpo takes input, preferred_output and non_preferred_output."
+        raise JobError(f"invalid_{param}", f"Line 1: {told}", param)
+    if compared:
+        told = "is a preference, which the method supervised does not learn; give method.type dpo."
+        raise JobError(f"invalid_{param}", f"Line 1: {told}", param)
     if isinstance(examples[0], Chat):
         return "chat"
     if isinstance(examples[0], Pair | Text):

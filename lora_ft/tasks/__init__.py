@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from lora_ft.config import RunConfig
 from lora_ft.data.formats import Example, Format
 from lora_ft.errors import DataError
 
@@ -27,7 +29,8 @@ T = TypeVar("T")
 
 MADE_UP = 24
 """Rows that a task makes up."""
-NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq", "tag": "Tag"}
+NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq", "tag": "Tag",
+         "prefer": "Prefer"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,13 @@ class Scores:
     """The right class at each position, int64; where there is a single one, the number it should be, float32."""
     row_N: torch.Tensor
     """The row of the batch that each position belongs to, int64."""
+
+    def by_row(self, errors_N: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
+        """Returns of each row the sum of the errors, `nll`, and how many positions there are, `count`, and `right`."""
+        right_N = (self.logits_NV.detach().argmax(dim=-1) == self.targets_N).float()
+        zeros_B = errors_N.new_zeros(rows)
+        found = {"nll": errors_N, "count": torch.ones_like(errors_N), "right": right_N}
+        return {name: zeros_B.index_add(0, self.row_N, value_N) for name, value_N in found.items()}
 
 
 class Answering(Protocol):
@@ -71,6 +81,10 @@ class Task:
     """Whether several rows of the task can lie in one."""
     trainer: str = "trainers.AdapterTrainer"
     """The room of the library and the class in it that trains the task: a `trainers.Proven`."""
+    statistics: tuple[str, ...] = ()
+    """Names of what `loss` may say of a batch besides."""
+    numbers: Mapping[str, tuple[float, int]] = MappingProxyType({})
+    """What it said of the last one: sums over rows, and over how many."""
     tokenizer: Any = None
     """Set by `prepare`, as what follows is."""
     max_length: int
@@ -92,6 +106,9 @@ class Task:
         """Returns what `learn` took, as JSON; `tasks.get` rebuilds the task from it."""
         return {}
 
+    def configure(self, options: Any) -> None:
+        """Takes the group of options that has the task's name."""
+
     def config_changes(self) -> dict[str, Any]:
         """Returns fields of the model's configuration that this task sets."""
         return {}
@@ -109,6 +126,9 @@ class Task:
         """Returns a few rows of the kind that the task learns, for whoever tries a recipe out without any."""
         raise NotImplementedError
 
+    def see(self, examples: Sequence[Example]) -> None:
+        """Takes the rows that `features` is about to be asked for, where one is read beside others."""
+
     def features(self, example: Example) -> Features:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""
         raise NotImplementedError
@@ -121,6 +141,10 @@ class Task:
     def answer(self, row: Features) -> str | None:
         """Returns what `features` made the row learn, in words; None where it is some of the row's own tokens."""
         return None
+
+    def texts(self, row: Features) -> list[Features]:
+        """Returns the texts of a row, each a row that `score` takes; of the first a seal keeps what was said."""
+        return [row]
 
     def lengths(self, row: Features) -> list[int]:
         """Returns how many tokens each text of a row has: one text, but where the target is another."""
@@ -167,6 +191,19 @@ class Task:
         logits_NV, row_N = scores.logits_NV.float().cpu().numpy(), scores.row_N.cpu().numpy()
         return [logits_NV[row_N == row] for row in range(len(batch["labels"]))]
 
+    def by_row(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Returns numbers of each row of a batch, [B] each, of which `settled` makes what is measured."""
+        scores = self.score(model, batch)
+        return scores.by_row(self.errors(scores), len(batch["labels"]))
+
+    def settled(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns what is measured of each of all rows: `nll`, `count`, `right`, and metrics that are means over rows.
+
+        Args:
+            found: what `by_row` returned of all of them, float64 [rows] each.
+        """
+        return found
+
     def errors(self, scores: Scores) -> torch.Tensor:
         """Returns the loss of each scored position, float32 [N]: by default its negative log-likelihood."""
         return nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="none")
@@ -190,8 +227,16 @@ def get(name: str, facts: dict[str, Any] | None = None) -> Task:
     return task_class(**(facts or {}))
 
 
-def featurize(task: Task, examples: Iterable[Example]) -> list[Features]:
+def of(config: RunConfig, facts: dict[str, Any] | None = None) -> Task:
+    """Returns the task of a run with the options of its own, and with what an earlier run learned of its rows."""
+    task = get(config.task, facts)
+    task.configure(getattr(config, config.task, None))
+    return task
+
+
+def featurize(task: Task, examples: Sequence[Example]) -> list[Features]:
     """Returns the features of every example. Raises one DataError with the problems of all rows."""
+    task.see(examples)
     rows: list[Features] = []
     errors: list[DataError] = []
     for example in examples:

@@ -28,7 +28,7 @@ class Chat(Causal):
         """The system turn that all rows begin with; without it, an adapter is asked what it was not taught."""
 
     def learn(self, examples: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
-        openings = {_system(example) for example in (*examples, *held_out)}
+        openings = {first_system(getattr(example, "messages", ())) for example in (*examples, *held_out)}
         self.system = openings.pop() if len(openings) == 1 else None
 
     def facts(self) -> dict[str, Any]:
@@ -82,9 +82,9 @@ class Chat(Causal):
         return [self.renderer.end_id]
 
 
-def _system(example: Example) -> str | None:
-    """Returns the text of the system turn that a row begins with, if it does."""
-    first = example.messages[0] if isinstance(example, Conversation) and example.messages else {}
+def first_system(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns the text of the system turn that messages begin with, if they do."""
+    first = messages[0] if messages else {}
     return first["content"] if first.get("role") == "system" and isinstance(first.get("content"), str) else None
 
 

@@ -1,0 +1,220 @@
+"""Prefer: learn which of two replies is better, or which replies are good, against the base as the reference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+
+from lora_ft.config import PreferConfig
+from lora_ft.data import meetings
+from lora_ft.data.formats import Chat as Conversation
+from lora_ft.data.formats import Example, Judged, Preference
+from lora_ft.data.render import IGNORE
+from lora_ft.errors import DataError
+from lora_ft.head import Head, states
+from lora_ft.modes import as_reference, evaluating, unwrapped
+from lora_ft.preference import STATISTICS, Judge, Replies
+from lora_ft.tasks import MADE_UP, Batch, Features, pad
+from lora_ft.tasks.causal import Causal
+from lora_ft.tasks.chat import Chat, first_system
+
+log = logging.getLogger(__name__)
+
+SIDES = (("input_ids", "targets"), ("second_ids", "second_targets"))
+
+
+class Prefer(Chat):
+    """Pairs of replies to a prompt, or replies that are good or bad, through the model's chat template.
+
+    A row holds two texts: that of the chosen reply and of the rejected one or, where a reply is judged, that reply and
+    one to another prompt, after its own. `targets` are their labels; `labels` say once a row that it counts, and
+    whether a reply that is judged is good.
+    """
+
+    name = "prefer"
+    accuracy_name = "reward_accuracy"
+    shares_rows = False
+    statistics = STATISTICS
+
+    def __init__(self, system: str | None = None) -> None:
+        super().__init__(system)
+        self.configure(PreferConfig())
+
+    def configure(self, options: PreferConfig) -> None:
+        self.judge = Judge(options.loss, options.beta)
+        self._others: dict[str, Judged] = {}
+
+    def learn(self, examples: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
+        self.judge.require()
+        openings = {first_system(getattr(example, "prompt", ())) for example in (*examples, *held_out)}
+        self.system = openings.pop() if len(openings) == 1 else None
+        if self.judge.judges_one:
+            for rows, name in ((examples, "training"), (held_out, "held-out")):
+                verdicts = {row.good for row in rows if isinstance(row, Judged)}
+                if len(verdicts) == 1:
+                    log.warning(
+                        "all %s replies are %s: nothing is learned about what tells good from bad",
+                        name, "good" if verdicts.pop() else "bad",
+                    )  # fmt: skip
+
+    def made_up(self) -> list[Example]:
+        talks = list(meetings.rows(MADE_UP, "train"))
+        made: list[Example] = []
+        for place, talk in enumerate(talks):
+            *asked, reply = talk.messages
+            worse = next(t.messages[-1] for t in (*talks[place + 1 :], *talks) if t.messages[-1] != reply)
+            if self.judge.judges_one:
+                good = place % 2 == 0
+                made.append(Judged(talk.where, tuple(asked), (reply if good else worse,), good))
+            else:
+                made.append(Preference(talk.where, tuple(asked), (reply,), (worse,)))
+        return made
+
+    def see(self, examples: Sequence[Example]) -> None:
+        """Finds for each reply that is judged another prompt's: the next in the file, behind the last the first."""
+        self._others = {}
+        rows = [example for example in examples if isinstance(example, Judged)]
+        if not self.judge.judges_one or len(rows) < len(examples):
+            return
+        for place, row in enumerate(rows):
+            other = next((r for r in (*rows[place + 1 :], *rows[:place]) if r.prompt != row.prompt), None)
+            if other is None:
+                raise DataError(
+                    [f"{row.where}: no row has another prompt; prefer.loss kto compares each with a reply to another: "
+                     "give rows of two prompts or more."]
+                )  # fmt: skip
+            self._others[row.where] = other
+
+    def features(self, example: Example) -> Features:
+        texts = [self.renderer.render(talk) for talk in self._talks(example)]
+        self.rules = self.renderer.rules
+        self.count_cut(sum(text.cut for text in texts))
+        made: Features = {"labels": [IGNORE, int(getattr(example, "good", True))]}
+        for (ids, targets), text in zip(SIDES, texts, strict=True):
+            made |= {ids: text.input_ids, targets: text.labels}
+        if not self.judge.judges_one and made["input_ids"] == made["second_ids"]:
+            raise DataError(
+                [f"{example.where}: both replies are the same in the {len(made['input_ids'])} tokens that "
+                 "--data.max-length leaves: raise it, or leave the row out."]
+            )  # fmt: skip
+        return made
+
+    def _talks(self, example: Example) -> Iterator[Conversation]:
+        """Yields the two conversations of a row. Raises DataError where it is of another kind."""
+        if not self.judge.judges_one:
+            if not isinstance(example, Preference):
+                wanted = "a judged row has one reply" if isinstance(example, Judged) else "the row has no two replies"
+                more = "train on it with --prefer.loss kto" if isinstance(example, Judged) else (
+                    "prefer takes rows with input, preferred_output and non_preferred_output, or a prompt or "
+                    "conversations with chosen and rejected"
+                )  # fmt: skip
+                raise DataError([f"{example.where}: {wanted}; {more}."])
+            for reply in (example.chosen, example.rejected):
+                yield Conversation(example.where, (*example.prompt, *reply), example.tools)
+            return
+        if not isinstance(example, Judged):
+            raise DataError(
+                [f"{example.where}: the row has no reply with a verdict; prefer.loss kto takes prompt, completion and "
+                 "label, or messages with label or kto_tag, each true or false."]
+            )  # fmt: skip
+        if example.where not in self._others:
+            raise DataError(
+                [f"{example.where}: prefer.loss kto needs its rows at the start, to set each beside a reply to another "
+                 "prompt; leave out --data.streaming."]
+            )  # fmt: skip
+        for reply in (example.reply, self._others[example.where].reply):
+            yield Conversation(example.where, (*example.prompt, *reply), example.tools)
+
+    def texts(self, row: Features) -> list[Features]:
+        return [{"input_ids": row[ids], "labels": row[targets]} for ids, targets in SIDES]
+
+    def longest(self) -> Features:
+        tokens = [0] * self.max_length
+        return {"labels": [IGNORE, 1], **{name: tokens for side in SIDES for name in side}}
+
+    def lengths(self, row: Features) -> list[int]:
+        return [len(row[ids]) for ids, _ in SIDES]
+
+    def question(self, example: Example) -> tuple[list[int], str]:
+        if isinstance(example, Preference):
+            example = Conversation(example.where, (*example.prompt, *example.chosen), example.tools)
+        elif isinstance(example, Judged):
+            raise DataError([f"{example.where}: a judged row says of no reply that it is the one; evaluate the loss."])
+        return super().question(example)
+
+    def collate(self, rows: Sequence[Features]) -> Batch:
+        """Returns texts [B, 2, T] and labels [B, 2]; of rows that are one of the texts, what chat does."""
+        if "targets" not in rows[0]:
+            return super().collate(rows)
+        texts = [(row[ids], row[targets]) for row in rows for ids, targets in SIDES]
+        flat = {
+            "input_ids": pad([ids for ids, _ in texts], self.tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(ids) for ids, _ in texts], 0),
+            "targets": pad([targets for _, targets in texts], IGNORE),
+        }
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {**{name: tensor.unflatten(0, (-1, 2)) for name, tensor in flat.items()}, "labels": labels}
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Returns the sum of the rows' losses, 0-d float32; `numbers` has TRL's statistics of them."""
+        said = self._said(model, batch)
+        if isinstance(said.logp_B2, FakeTensor):
+            return said.logp_B2.sum()  # there are no numbers to judge
+        mean, numbers = self.judge(said)
+        rows = len(batch["labels"])
+        self.numbers = {name: (value * rows, rows) for name, value in numbers.items()}
+        return mean * rows
+
+    def by_row(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """Returns what was said of the replies of each row, for `settled` to judge: no row is judged alone."""
+        said = self._said(model, batch)
+        named = {"logp": said.logp_B2, "reference": said.reference_B2, "tokens": said.tokens_B2}
+        made = {f"{name}{side}": pair_B2[:, side] for name, pair_B2 in named.items() for side in range(2)}
+        return made | {"good": said.good_B}
+
+    def settled(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns `nll`, the loss, `count`, 1, `right` and `reward_margin` of each row; a tie is half right."""
+        of = lambda name: torch.tensor(np.stack([found[f"{name}{side}"] for side in range(2)], 1))  # noqa: E731
+        said = Replies(of("logp"), of("reference"), of("tokens").long(), torch.tensor(found["good"]).bool())
+        losses, margins = (np.array(numbers) for numbers in self.judge.of_each(said))
+        right = (np.sign(margins) + 1) / 2
+        return {"nll": losses, "count": np.ones(len(losses)), "right": right, "reward_margin": margins}
+
+    def _said(self, model: nn.Module, batch: Batch) -> Replies:
+        """Returns what the model, with gradients, and its reference say of the replies of a batch."""
+        tokens_B2 = (batch["targets"][..., 1:] != IGNORE).sum(-1)
+        # What a reply to another prompt says is compared and not learned from.
+        learned = slice(0, 1) if self.judge.judges_one else slice(0, 2)
+        zeros_B2 = torch.zeros_like(tokens_B2, dtype=torch.float32)
+        reference_B2, beside_B2 = zeros_B2, zeros_B2[:, learned.stop :]
+        if self.judge.compares:
+            with evaluating(model):
+                with as_reference(model):
+                    reference_B2 = _log_probs(model, batch, slice(0, 2))
+                if self.judge.judges_one:
+                    beside_B2 = _log_probs(model, batch, slice(1, 2))
+        logp_B2 = torch.cat([_log_probs(model, batch, learned), beside_B2], dim=1)
+        return Replies(logp_B2, reference_B2, tokens_B2, batch["labels"][:, 1] > 0)
+
+
+def _log_probs(model: nn.Module, batch: Batch, sides: slice) -> torch.Tensor:
+    """Returns the summed log-probabilities of the replies on these sides of each row, float32 [B, S]."""
+    ids, mask, targets = (batch[name][:, sides] for name in ("input_ids", "attention_mask", "targets"))
+    flat = {"input_ids": ids.flatten(0, 1), "attention_mask": mask.flatten(0, 1)}
+    targets_RT = targets.flatten(0, 1)[:, 1:]
+    inner = unwrapped(model)
+    head = Head.of(inner)
+    if head is None:
+        scores = Causal.score(None, model, {**flat, "labels": targets.flatten(0, 1)})  # type: ignore[arg-type]
+        row_N = scores.row_N
+        logp_N = -nn.functional.cross_entropy(scores.logits_NV.float(), scores.targets_N, reduction="none")
+    else:
+        row_N, column_N = (targets_RT != IGNORE).nonzero(as_tuple=True)
+        logp_N = head.log_probs(states(inner, flat)[row_N, column_N], targets_RT[row_N, column_N])
+    sums_R = torch.zeros(len(targets_RT), device=logp_N.device).index_add(0, row_N, logp_N)
+    return sums_R.unflatten(0, (-1, ids.shape[1]))
