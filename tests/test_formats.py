@@ -310,8 +310,8 @@ def test_wrong_columns_say_what_there_is(tmp_path: Path) -> None:
     assert absent == "a.jsonl:1: query, given for prompt by data.columns, is missing; the row has ask, completion."
     (unknown,) = messages_of(source, columns={"promt": "ask"})
     assert unknown.startswith("data.columns: promt is no known field; use messages, tools, functions, conversations,")
-    (apart,) = messages_of(source, columns={"prompt": "ask", "label": "completion"})
-    assert apart.startswith("data.columns: no format has prompt, label together; formats are messages, ")
+    (apart,) = messages_of(source, columns={"prompt": "ask", "text_pair": "completion"})
+    assert apart.startswith("data.columns: no format has prompt, text_pair together; formats are messages, ")
 
 
 # Streaming --------------------------------------------------------------------------------------------------------

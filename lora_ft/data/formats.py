@@ -201,6 +201,8 @@ class Format:
     takes: tuple[str, ...] = ()
     first: bool = False
     """Whether it is looked for before the others."""
+    offered: bool = True
+    """Whether it is named to who has rows of no format; of those that differ in a word one is enough."""
     when: Callable[[Mapping[str, Any]], bool] = lambda fields: True
     """Takes the fields of a row that has those in `needs`, and says whether it is of the format even so."""
 
@@ -313,16 +315,16 @@ FORMATS = (
     Format(("text",), _text),
     # Looked for first: read as chat or as pairs they would teach the rejected reply or none, or the bad ones.
     Format(("input", "preferred_output", "non_preferred_output"), of_input, first=True),
-    Format(("input", "preferred_completion", "non_preferred_completion"), of_input, first=True),
-    Format(("conversations", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True),
+    Format(("input", "preferred_completion", "non_preferred_completion"), of_input, first=True, offered=False),
+    Format(("conversations", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True, offered=False),
     Format(("prompt", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True),
-    Format(("question", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True),
-    Format(("instruction", "chosen", "rejected"), of_prompt, takes=("input", "system"), first=True),
-    Format(("chosen", "rejected"), of_conversations, takes=("tools",), first=True),
+    Format(("question", "chosen", "rejected"), of_prompt, takes=("system", "tools"), first=True, offered=False),
+    Format(("instruction", "chosen", "rejected"), of_prompt, takes=("input", "system"), first=True, offered=False),
+    Format(("chosen", "rejected"), of_conversations, takes=("tools",), first=True, offered=False),
     Format(("prompt", "completion", "label"), judged_reply, takes=("system", "tools"), when=has_verdict, first=True),
-    Format(("messages", "label"), judged_conversation, takes=("tools",), when=has_verdict, first=True),
-    Format(("messages", "kto_tag"), judged_conversation, takes=("tools",), first=True),
-    Format(("conversations", "kto_tag"), judged_conversation, takes=("system", "tools"), first=True),
+    Format(("messages", "label"), judged_conversation, takes=("tools",), when=has_verdict, first=True, offered=False),
+    Format(("messages", "kto_tag"), judged_conversation, takes=("tools",), first=True, offered=False),
+    Format(("conversations", "kto_tag"), judged_conversation, takes=("system", "tools"), first=True, offered=False),
 )
 
 
@@ -393,4 +395,5 @@ def _refuse_mixture(fields: Fields, form: Format, began: str, formats: tuple[For
 
 
 def _offer(formats: tuple[Format, ...]) -> str:
-    return f"{', '.join(map(str, formats[:-1]))} or {formats[-1]}"
+    *others, last = (str(form) for form in formats if form.offered)
+    return f"{', '.join(others)} or {last}"
