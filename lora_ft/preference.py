@@ -61,6 +61,7 @@ class Judge:
     @cached_property
     def _trainer(self) -> Any:
         """The trainer of TRL that has the loss, without what its constructor makes: nothing but what the loss reads."""
+        self.require()
         if self.loss == "orpo":
             with warnings.catch_warnings():  # that the room may change, which constraints.txt answers
                 warnings.simplefilter("ignore")

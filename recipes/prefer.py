@@ -5,7 +5,7 @@
 Rows have a prompt and two replies: `input`, `preferred_output` and `non_preferred_output` as in OpenAI's files, or
 `prompt` or `conversations` with `chosen` and `rejected`. With `--prefer.loss kto` they have one reply and whether it is
 good: `prompt`, `completion` and `label`, or `messages` and `kto_tag`. The losses are TRL's (`pip install
-'lora-ft[prefer]'`); the reference is the base itself, with the adapter off. `lora-ft train prefer` takes the same options.
+'lora-ft[prefer]'`); the reference is the base itself, with the adapter off.
 
 MEASURED
 """
