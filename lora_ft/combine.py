@@ -24,7 +24,7 @@ from lora_ft.data import formats
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.adapter import MAX_RANK
-from lora_ft.modes import evaluating
+from lora_ft.modes import evaluating, without
 from lora_ft.options import CombineConfig
 from lora_ft.saved import Loaded
 from lora_ft.seal import Seal
@@ -129,7 +129,7 @@ def combine(config: CombineConfig) -> Combined:
     _refuse_what_does_not_fit(parts, config)
     examples = [formats.read(name, {}) for name in config.data]
     loaded = _loaded_beside_each_other(parts, config.base)
-    loaded.task = task = tasks.get(parts[0].config.task, _facts(parts))
+    loaded.task = task = tasks.of(parts[0].config, _facts(parts))
     loaded.prepare_task()
     measured = _Measured(loaded, parts, examples, config.metrics)
     measured.take("alone")
@@ -283,7 +283,7 @@ class _Measured:
         for number, part in enumerate(self.parts):
             self.model.set_adapter(_name(number) if what == "alone" else COMBINED)
             if what == "alone":
-                with adapters.without(self.model):
+                with without(self.model):
                     self._take(number, part, "base")
             else:
                 self.drift.append(seal.drift(part.sealed, self.task, self.model))
@@ -308,8 +308,9 @@ def _loss(task: Task, model: torch.nn.Module, batches: Sequence[Batch]) -> float
     """Returns the loss at the scored positions of a seal, in nats a position."""
     with evaluating(model):
         device = next(model.parameters()).device
-        sums = [losses.row_losses(task, model, losses.to(batch, device)) for batch in batches]
-    return float(sum(nll_B.sum() for nll_B, _, _ in sums) / sum(count_B.sum() for _, count_B, _ in sums))
+        scores = [task.score(model, losses.to(batch, device)) for batch in batches]
+        errors = [task.errors(one) for one in scores]
+    return float(sum(errors_N.sum() for errors_N in errors) / sum(len(errors_N) for errors_N in errors))
 
 
 def _write(draft: atomicio.Draft, loaded: Loaded, parts: Sequence[Part], config: CombineConfig, rank: int) -> None:

@@ -49,6 +49,11 @@ class Losses:
         return float(self.right.sum() / self.count.sum())
 
 
+def row_losses(task: Task, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """Returns the numbers of each row of a batch that its loss is made of, [B] each, by name."""
+    return task.by_row(model, batch)
+
+
 def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int, *, halves: bool = True) -> Losses:
     """Returns the loss of each of `rows`, in their order.
 
@@ -61,7 +66,7 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
     found: dict[str, np.ndarray] = {}
 
     def take(chosen: list[int], batch: Batch) -> None:
-        for name, value_B in task.by_row(model, batch).items():
+        for name, value_B in row_losses(task, model, batch).items():
             found.setdefault(name, np.zeros(len(rows)))[chosen] = value_B.float().cpu().numpy()
 
     each_batch(task, model, rows, batch_size, take, halves=halves)

@@ -93,7 +93,7 @@ def check(config: RunConfig, *, twin: bool = False) -> Report:
     """
     if config.data.train is None and not twin:
         raise ConfigError("data.train is missing: name rows in the file, or add --twin for made-up ones.")
-    task = tasks.get(config.task)
+    task = tasks.of(config)
     examples, _ = rows.few(dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None)), task)
     if len(examples) < FEWEST_ROWS:
         raise DataError([f"{config.data.train}: {len(examples)} rows are too few to check; give {FEWEST_ROWS}."])
@@ -323,7 +323,7 @@ class _Checked:
         with atomicio.folder(place) as draft:
             draft.library(self.task.tokenizer.save_pretrained)
         tokenizer = bases.load_tokenizer(place)
-        again = tasks.get(self.task.name, json.loads(json.dumps(self.task.facts())))
+        again = tasks.of(self.config, json.loads(json.dumps(self.task.facts())))
         again.prepare(tokenizer, self.task.max_length)
         ends = {*again.end_ids(), *generate.end_ids(unwrapped(self.model), tokenizer)} if _replies(again) else set()
         features: Any = self.prepared.train_features

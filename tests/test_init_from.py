@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from lora_ft import adapters, environment, losses, memory, origin, runs, saved, started, tasks
+from lora_ft import environment, losses, memory, modes, origin, runs, saved, started, tasks
 from lora_ft.cli import main
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig, from_yaml
 from lora_ft.data.formats import Example, Labelled, Pair
@@ -89,7 +89,7 @@ def test_the_first_loss_is_that_of_the_adapter_and_without_a_step_the_weights_ar
     wanted = losses.of_rows(loaded.task, loaded.model, tasks.featurize(loaded.task, rows(task)), 9).mean
     first = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(wanted, rel=1e-5)
-    with adapters.without(loaded.model):
+    with modes.without(loaded.model):
         base = losses.of_rows(loaded.task, loaded.model, tasks.featurize(loaded.task, rows(task)), 9).mean
     assert abs(base - wanted) > 1e-3
 
@@ -114,7 +114,7 @@ def test_it_learns_on_and_is_sealed_against_the_bare_base(made: Callable[..., ti
     run = runs.run(config(before, tmp_path / "on", lr=1e-3), examples=rows("complete"), held_out=rows("complete")[3:6])
     bare = saved.load(before.folder)
     bare.prepare_task()
-    with adapters.without(bare.model):
+    with modes.without(bare.model):
         features = tasks.featurize(bare.task, rows("complete")[3:6])
         assert run.metrics["base"]["loss"] == pytest.approx(losses.of_rows(bare.task, bare.model, features, 3).mean)
     was, now = (load_file(folder / saved.WEIGHTS) for folder in (before.folder, run.folder))

@@ -95,7 +95,7 @@ def _of_config(config: RunConfig, base_name: str | None) -> Traits:
     source = sources.describe(base_name or config.base, None if base_name else config.revision)
     ranks = (lora.rank, *lora.rank_pattern.values())
     return Traits(
-        task=tasks.get(config.task),
+        task=tasks.of(config),
         rank=max(ranks) * (2 if lora.init in TWICE else 1),
         rslora=lora.uses_rslora,
         dora=lora.dora,

@@ -66,7 +66,8 @@ def fit(task: tasks.Task, model: peft.PeftModel) -> Training:
     for step in range(STEPS):
         start = step * BATCH % len(rows)
         with modes.mixed_precision(model):
-            nll_B, count_B, _ = losses.row_losses(task, model, task.collate(rows[start : start + BATCH]))
+            found = losses.row_losses(task, model, task.collate(rows[start : start + BATCH]))
+            nll_B, count_B = found["nll"], found["count"]
         loss = nll_B.sum() / count_B.sum()
         optimizer.zero_grad()
         loss.backward()
