@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_ft import adapters, evaluate
+from lora_ft import evaluate, modes
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.data import formats
@@ -27,7 +27,7 @@ def taken(
     else:
         pairs = list(itertools.islice(_answerable(task, base, examples), COUNT))
         asked = [example for example, _ in pairs]
-        with adapters.without(model):
+        with modes.without(model):
             before = evaluate.replies(task, model, asked) if asked else []
         after = evaluate.replies(task, model, asked) if asked else []
     return [
@@ -50,7 +50,8 @@ def _answerable(task: Task, base: Base, examples: Sequence[Example]) -> Iterator
 
 def _asked(example: Example) -> str:
     """Returns what the user said last, for people to read."""
-    if isinstance(example, formats.Chat):
-        said = [message["content"] for message in example.messages[:-1] if message["role"] == "user"]
+    if isinstance(example, formats.Chat | formats.Preference):
+        asked = example.messages[:-1] if isinstance(example, formats.Chat) else example.prompt
+        said = [message["content"] for message in asked if message["role"] == "user"]
         return str(said[-1]) if said else ""
     return example.prompt if isinstance(example, formats.Pair) else ""
