@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_ft import evaluate, modes
 from lora_ft import base as bases
+from lora_ft import evaluate, modes
 from lora_ft.base import Base
 from lora_ft.data import formats
 from lora_ft.data.formats import Example
