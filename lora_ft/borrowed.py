@@ -34,8 +34,9 @@ class Borrowed:
         optimizer_cls_and_kwargs: Any = None,
         **kwargs: Any,
     ) -> None:
+        row = datasets.Dataset.from_dict(self.stand_in)
         with left_alone(model):
-            super().__init__(model=model, train_dataset=datasets.Dataset.from_dict(self.stand_in), **kwargs)  # type: ignore[call-arg]
+            super().__init__(model=model, train_dataset=row, eval_dataset=eval_dataset and row, **kwargs)  # type: ignore[call-arg]
         trainer: Any = self
         trainer.train_dataset, trainer.eval_dataset = train_dataset, eval_dataset
         trainer.data_collator = data_collator

@@ -30,6 +30,7 @@ TASKS = {
     "classify": ("text-classification", "AutoModelForSequenceClassification"),
     "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
     "tag": ("token-classification", "AutoModelForTokenClassification"),
+    "reason": ("text-generation", "AutoModelForCausalLM"),
 }
 SAMPLES = 3
 # A sample is there to be read; longer texts are cut.

@@ -41,6 +41,9 @@ from lora_ft.options import (
 from lora_ft.sharing import combine, diff, export
 from lora_ft.terminal import ask, quiet, say, table
 
+MadeRows = Callable[[], tuple[Sequence[Any], Sequence[Any]]]
+"""Returns rows to train on and rows held out (`formats.Example`)."""
+
 
 def quickstart(config: QuickstartConfig) -> None:
     from lora_ft.quickstart import quickstart as start
@@ -48,22 +51,23 @@ def quickstart(config: QuickstartConfig) -> None:
     start(config.out, resume=config.resume)
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, made: MadeRows | None = None) -> None:
     if config.twin:
         from lora_ft.rehearsal import rehearse
 
         rehearse(config, say)
         return
+    examples, held_out = made() if made is not None and config.data.train is None else (None, None)
     if config.dry_run:
         from lora_ft import runs
 
-        say(json.dumps(runs.dry_run(config), indent=2))
+        say(json.dumps(runs.dry_run(config, examples, held_out), indent=2))
         return
     # Before torch is imported, which takes seconds.
     with locks.run_folder(config.out) if processes.is_first() else nullcontext():
         from lora_ft import runs
 
-        finished = runs.run(config)
+        finished = runs.run(config, examples=examples, held_out=held_out)
         finished.prove()
     say(f"{finished.folder}: adapter of {finished.page.adapter_bytes / 2**20:.1f} MiB, loaded anew and verified")
     say(finished.summary())
@@ -151,7 +155,7 @@ def chat(config: ChatConfig) -> None:
     from lora_ft.generate import Sampling, generate
 
     loaded = saved.load(config.adapter, config.base)
-    if loaded.task.name not in ("chat", "prefer"):
+    if loaded.task.name not in ("chat", "prefer", "reason"):
         raise LoraFtError(f"{config.adapter} was trained for the task {loaded.task.name}; only chat adapters converse.")
     loaded.prepare_task()
     sampling = Sampling(config.max_new_tokens, config.temperature)
@@ -441,10 +445,14 @@ def _program() -> str:
     return sys.argv[0] if Path(sys.argv[0]).stem == "lora-ft" else "lora-ft"
 
 
-def run_recipe(recipe: type[RunConfig], argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status of a recipe: `lora-ft train` with the recipe's own defaults."""
+def run_recipe(recipe: type[RunConfig], argv: Sequence[str] | None = None, made: MadeRows | None = None) -> int:
+    """Returns the exit status of a recipe: `lora-ft train` with the recipe's own defaults.
+
+    Args:
+        made: returns rows to train on and rows held out, of a recipe that makes its own where it is given none.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    return _finish(lambda: train(cli(recipe, words)), ["python", sys.argv[0], *words])
+    return _finish(lambda: train(cli(recipe, words), made), ["python", sys.argv[0], *words])
 
 
 def _finish(action: Callable[[], None], command: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.foreign.adapter import MAX_ALPHA, MAX_RANK, is_pattern
 from lora_ft.redaction import holds_secret, redacted
 
-TaskName = Literal["chat", "complete", "classify", "seq2seq", "tag", "prefer"]
+TaskName = Literal["chat", "complete", "classify", "seq2seq", "tag", "prefer", "reason"]
 PreferenceLoss = Literal["sigmoid", "ipo", "kto", "orpo"]
 Quant = Literal["nf4", "int8", "none"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
@@ -34,6 +34,9 @@ METRICS = ("exact_match", "json_match", "rouge", "bleu", "chrf")
 FROM_HUB = "hub:"
 """What the name of a metric on the hub begins with here: whoever types it lets its code run."""
 HUB_METRIC = re.compile(r"hub:\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+REWARDS = ("exact", "json_schema", "regex", "unit_tests")
+OWN_REWARD = re.compile(r".+\.py:[A-Za-z_]\w*", re.ASCII)
+"""A function of the user's in a file: whoever types it lets its code run."""
 T = TypeVar("T")
 
 
@@ -230,8 +233,27 @@ class PreferConfig:
         _above("prefer.beta", self.beta, 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReasonConfig:
+    """What the task `reason` is rewarded for: replies that it samples (GRPO, Shao et al. 2024, arXiv 2402.03300)."""
+
+    reward: str = "exact"
+    """What checks a reply against its row's answer: exact, json_schema, regex, unit_tests, or FILE.py:FUNCTION for one
+    of yours, which takes both as text and returns a number."""
+    samples: int = 8
+    """Replies to each prompt, which are compared with each other; each row of a batch takes so many."""
+    max_new_tokens: int = 256
+    """Longest reply in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS and not OWN_REWARD.fullmatch(self.reward):
+            raise ValueError(f"reason.reward takes {', '.join(REWARDS)} or FILE.py:FUNCTION, got {self.reward}.")
+        at_least("reason.samples", self.samples, 2)
+        at_least("reason.max-new-tokens", self.max_new_tokens, 1)
+
+
 # Groups of options that one task alone reads, which has the name of its group.
-OF_ONE_TASK = ("prefer",)
+OF_ONE_TASK = ("prefer", "reason")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +274,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
+    reason: ReasonConfig = field(default_factory=ReasonConfig)
     init_from: Path | None = None
     """Adapter folder to go on from: its weights, rank, alpha and targets; the base must be the one it was made on."""
     resume: bool = False
@@ -286,6 +309,9 @@ class RunConfig:
                 raise ValueError(
                     f"{name}.* are options of the task {name}, and the task is {self.task}: leave them out."
                 )
+        if self.task == "reason" and (self.data.streaming or self.data.packing):
+            given = "streaming" if self.data.streaming else "packing"
+            raise ValueError(f"data.{given} is for rows with replies, and reason samples its own: leave it out.")
         if self.lora.init == "loftq" and self.quant != "nf4":
             raise ValueError(f"lora.init=loftq corrects the error of nf4, but quant is {self.quant}.")
         if self.allow_changed and not self.resume:
@@ -350,6 +376,7 @@ def portable(config: RunConfig) -> RunConfig:
             train=_portable(config.data.train) if config.data.train else None,
             eval=_portable(config.data.eval) if config.data.eval else None,
         ),
+        reason=dataclasses.replace(config.reason, reward=_portable(config.reason.reward)),
         resume=False,
         allow_changed=(),
         dry_run=False,
@@ -391,8 +418,14 @@ def _refuse_secrets(words: Sequence[str]) -> None:
 
 
 def _refuse_code(parsed: Any, typed: Sequence[str]) -> None:
-    """Raises ConfigError where a file alone names a metric on the hub: it may be another's, and so the code."""
+    """Raises ConfigError where a file alone names a metric on the hub or a function: it may be another's code."""
     said = {part for word in typed for part in (word, word.partition("=")[2])}
+    reward = getattr(getattr(parsed, "reason", None), "reward", REWARDS[0])
+    if reward not in REWARDS and reward not in said:
+        raise ConfigError(
+            f"--config names the reward {reward}, whose code would be run: if you want that, type "
+            f"--reason.reward {reward} too."
+        )
     for name in getattr(getattr(parsed, "data", parsed), "metrics", ()):
         if name.startswith(FROM_HUB) and name not in said:
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import class_metrics, drift, losses, metrics, modes
+from lora_ft import class_metrics, drift, judged, losses, metrics, modes
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
@@ -53,6 +53,8 @@ def compare(
         names: metrics on generated replies.
         note: told what is being measured, for a progress display.
     """
+    if task.reward is not None:
+        return _judged(task, model, examples, rows, names, note)
     wanted = [task.question(example)[1] for example in examples] if names else []
     # What a metric does not take is said before hours of replies.
     score_replies(wanted, wanted, names)
@@ -88,8 +90,47 @@ def measure(
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Returns loss, accuracy and the metrics `names` of rows for the model as it stands."""
+    if task.reward is not None:
+        return _rewarded(task, model, examples, rows, names)[1]
     _, values = _measured(task, model, examples, rows, batch_size)
     return values | (replies_match(task, model, examples, names) if names else {})
+
+
+def _judged(
+    task: Task,
+    model: Any,
+    examples: Sequence[Example],
+    rows: Sequence[Features],
+    names: Sequence[str],
+    note: Callable[[str], None],
+) -> Comparison:
+    """Returns what `compare` does, of a task that has a reward in the place of a loss."""
+    wanted = [task.question(example)[1] for example in examples] if names else []
+    score_replies(wanted, wanted, names)
+    note("measuring the base")
+    with modes.without(model):
+        before, base_values = _rewarded(task, model, examples, rows, names)
+    note("measuring the adapter")
+    after, adapter_values = _rewarded(task, model, examples, rows, names)
+    one_each = np.ones(len(rows))
+    was, now = (Losses(said.rewards, one_each, one_each) for said in (before, after))
+    change = losses.difference_interval(was, now)
+    interval = {"reward_change_interval": change and list(change)}
+    note("measuring the drift on general text")
+    base_drift, adapter_drift = drift.measure(model, task.tokenizer)
+    return Comparison(
+        base_values | base_drift, adapter_values | interval | adapter_drift, before.replies, after.replies
+    )
+
+
+def _rewarded(
+    task: Task, model: Any, examples: Sequence[Example], rows: Sequence[Features], names: Sequence[str]
+) -> tuple[judged.Judged, dict[str, Any]]:
+    """Returns the likeliest replies, and their mean reward and length and the metrics `names`, by plain name."""
+    said = judged.judge(task, model, rows)
+    wanted = [task.question(example)[1] for example in examples] if names else []
+    values = {"reward": float(said.rewards.mean()), "reply_tokens": float(said.tokens.mean()), "rows": len(rows)}
+    return said, values | score_replies(said.replies, wanted, names)
 
 
 def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[str]) -> dict[str, float]:

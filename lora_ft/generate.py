@@ -68,6 +68,8 @@ class Sampling:
 
     max_new_tokens: int = 256
     temperature: float = 0.0
+    top_k: int = 50
+    """Likeliest tokens to draw from; 0 draws from all, as probabilities that are trained must be."""
 
 
 def generate(
@@ -94,7 +96,25 @@ def replies(
 ) -> list[tuple[str, bool]]:
     """Returns the text generated after each prompt, in the order of the prompts, and whether it came to its end.
 
-    Special tokens are left out.
+    Special tokens are left out. Args, Raises: those of `reply_ids`.
+    """
+    options: Any = {"sampling": sampling, "stop_ids": stop_ids, "most_rows": most_rows, "note": note}
+    made = reply_ids(model, tokenizer, prompts, **options)
+    texts = tokenizer.batch_decode([ids for ids, _ in made], skip_special_tokens=True)
+    return [(text, ended) for text, (_, ended) in zip(texts, made, strict=True)]
+
+
+def reply_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling = Sampling(),
+    stop_ids: Sequence[int] = (),
+    most_rows: int = sys.maxsize,
+    note: Callable[[int], None] = lambda rows: None,
+) -> list[tuple[list[int], bool]]:
+    """Returns the tokens generated after each prompt, up to the one that ended them, and whether there is one.
 
     Args:
         prompts: token ids of each prompt; encoder-decoder models take them as the source.
@@ -117,7 +137,7 @@ def replies(
     in_place = can_share(model)
     shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    made: list[tuple[str, bool]] = [("", False)] * len(prompts)
+    made: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
     with evaluating(model), four_bits.dequantized(model), _without_rules(model), contiguous_head(model):
         cache = _prefilled(model, prompts[0][:shared]) if in_place else None
         while order:
@@ -226,8 +246,8 @@ def _batch(
     cache: DynamicCache | None,
     sampling: Sampling,
     stop_ids: Sequence[int],
-) -> list[tuple[str, bool]]:
-    """Returns the replies, and whether each of them came to its end."""
+) -> list[tuple[list[int], bool]]:
+    """Returns the tokens of the replies, and whether each of them came to its end."""
     longest = max(map(len, prompts))
     # Padding stands between the shared beginning and the rest, so that the cache fits every row.
     ids, mask = [], []
@@ -244,18 +264,20 @@ def _batch(
         if shared:
             rows.batch_repeat_interleave(len(prompts))
         inputs["past_key_values"] = rows
-    ends = sorted({*end_ids(model, tokenizer), *stop_ids})
+    ends, draws = sorted({*end_ids(model, tokenizer), *stop_ids}), sampling.temperature > 0
     out = model.generate(
         **inputs,
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends,
-        **({"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {}),
+        **({"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k} if draws else {}),
     )
     # A decoder begins with a token of its own, which may be that of an end.
     new = out[:, 1:] if model.config.is_encoder_decoder else out[:, longest:]
-    ended = torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1).tolist()
-    return list(zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended, strict=True))
+    is_end = torch.isin(new, torch.tensor(ends, device=new.device))
+    ended = is_end.any(dim=1)
+    lengths = torch.where(ended, is_end.int().argmax(dim=1) + 1, new.shape[1]).tolist()
+    return [(ids[:length], end) for ids, length, end in zip(new.tolist(), lengths, ended.tolist(), strict=True)]
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:

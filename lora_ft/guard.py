@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 # Steps in a row after which it is not the rows.
 TOO_MANY = 3
 SHOWN = 8
+# A step that has nothing to teach, which says nothing against the others.
+UNSCORED = "no position is scored"
+UNRANKED = "all replies to each prompt are worth the same"
 
 
 class GuardedSteps(ExactSteps):
@@ -62,7 +65,7 @@ class GuardedSteps(ExactSteps):
         if not bool(torch.isfinite(norm)):
             scaled = getattr(trainer.accelerator, "scaler", None) is not None
             return None if scaled else "the gradient is not a number"
-        return "no position is scored"
+        return UNSCORED
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.step_losses:
@@ -85,7 +88,7 @@ class GuardedSteps(ExactSteps):
         trainer.log({"event": "step skipped", "reason": reason, "rows": rows})
         # Any line counts as the one that was asked for, and the step's own is still to come.
         trainer.control.should_log = asked
-        if reason == "no position is scored":
+        if reason in (UNSCORED, UNRANKED):
             return
         self.bad_in_a_row += 1
         if self.bad_in_a_row < TOO_MANY:

@@ -231,7 +231,7 @@ class Planner:
 
     def _batch(self, rows: int) -> Batch:
         items = [self.items[min(i, len(self.items) - 1)] for i in range(rows)]
-        members = [row for item in items for row in item]
+        members = [one for item in items for row in item for one in self.task.passes(row)]
         return self.task.end_to_end(members) if self.shared else self.task.collate(members)
 
     def fitting(self, of: int) -> Step | None:

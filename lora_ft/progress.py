@@ -47,7 +47,9 @@ class Bar(TrainerCallback):
         if "loss" not in logs:
             return
         peak = logs["peak_bytes"] / 2**30
-        text = f"loss {logs['loss']:.4f}  {logs['tokens_per_s']:.0f} tokens/s  peak {peak:.2f} GiB"
+        # Of replies that are compared with each other the loss is about 0 whatever is learned.
+        name = "reward" if logs.get("reward") is not None else "loss"
+        text = f"{name} {logs[name]:.4f}  {logs['tokens_per_s']:.0f} tokens/s  peak {peak:.2f} GiB"
         self.progress.update(self.bar, state=text)
         if not self.console.is_terminal and state.global_step % max(1, state.max_steps // 10) == 0:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")

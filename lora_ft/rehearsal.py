@@ -32,6 +32,7 @@ def rehearse(config: RunConfig, say: Callable[[str], None]) -> None:
         raise ConfigError("twin is tried out in one process: start it without torchrun or accelerate launch.")
     began = time.perf_counter()
     task = tasks.of(config)
+    config = task.rehearsed(config)
     train_rows, held_out = rows.few(config, task)
     with tempfile.TemporaryDirectory() as scratch:
         base, adapter, merged = (Path(scratch) / name for name in (BASE, ADAPTER, MERGED))

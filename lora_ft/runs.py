@@ -296,12 +296,14 @@ def _train(
     return base, model, fit
 
 
-def dry_run(config: RunConfig) -> dict[str, Any]:
+def dry_run(
+    config: RunConfig, examples: Sequence[Example] | None = None, held_out: Sequence[Example] | None = None
+) -> dict[str, Any]:
     """Returns what a run would do, having checked its rows and loss mask; loads no weights."""
     started.refuse_to_overwrite(config)
     train.require_trackers(config.train)
     config, origin = origins.adopted(config)
-    task, source, rows = _prepared(config, origin)
+    task, source, rows = _prepared(config, origin, examples, held_out)
     plan: dict[str, Any] = {"base": source.record(), "data": rows.facts, "config": plain(config)}
     if isinstance(rows.train_features, Streamed):
         plan |= check_stream(config, task)

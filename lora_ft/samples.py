@@ -54,4 +54,6 @@ def _asked(example: Example) -> str:
         asked = example.messages[:-1] if isinstance(example, formats.Chat) else example.prompt
         said = [message["content"] for message in asked if message["role"] == "user"]
         return str(said[-1]) if said else ""
+    if isinstance(example, formats.Problem):
+        return example.prompt if isinstance(example.prompt, str) else str(example.prompt[-1]["content"])
     return example.prompt if isinstance(example, formats.Pair) else ""

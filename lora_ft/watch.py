@@ -37,9 +37,14 @@ class GradientProof(TrainerCallback):
 
     trainer: Any = None
     done = False
+    skipped: str | None = None
+    """Why no step could prove it so far."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.done or self.trainer.skipped is not None:
+        if self.done:
+            return
+        if self.trainer.skipped is not None:
+            self.skipped = self.trainer.skipped
             return
         self.done = True
         learned = adapters.trained(kwargs["model"])
@@ -48,6 +53,10 @@ class GradientProof(TrainerCallback):
             raise ProofError(f"No gradient reaches {without[0]} and {len(without) - 1} more trained tensors.")
         if not any(bool(p.grad.any()) for p in learned.values() if p.grad is not None):
             raise ProofError("The gradient of every trained tensor is zero: nothing can be learned from these rows.")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.skipped is not None and not self.done and state.global_step >= state.max_steps:
+            raise ProofError(f"Every step was skipped, so nothing was learned: {self.skipped}.")
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - it is no error, only an end

@@ -70,6 +70,9 @@ OPTIONS = [
     "train.report_to",
     "prefer.loss",
     "prefer.beta",
+    "reason.reward",
+    "reason.samples",
+    "reason.max_new_tokens",
 ]
 
 
@@ -119,6 +122,7 @@ SECTIONS = {
     "DataConfig": "data",
     "TrainConfig": "train",
     "PreferConfig": "prefer",
+    "ReasonConfig": "reason",
     "RunConfig": "",
 }
 

@@ -25,6 +25,8 @@ from lora_ft.data.preferences import (
     of_input,
     of_prompt,
 )
+from lora_ft.data.problems import Problem, answer_of
+from lora_ft.data.problems import of_prompt as problem_of
 from lora_ft.data.rows import Row
 from lora_ft.data.tagged import of_spans, places_of, sentence
 from lora_ft.errors import DataError
@@ -87,7 +89,7 @@ class Tagged:
     """Where each word begins and ends in the text, in characters."""
 
 
-Example = Chat | Pair | Text | Labelled | Tagged | Preference | Judged
+Example = Chat | Pair | Text | Labelled | Tagged | Preference | Judged | Problem
 
 
 def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]:
@@ -226,6 +228,13 @@ def _pair(row: Fields, prompt: str, completion: str) -> Pair:
     return Pair(row.where, row.text(prompt), row.text(completion))
 
 
+def _question(row: Fields, question: str, answer: str) -> Pair | Problem:
+    """Returns a Pair, or a Problem where the answer is no text but can be checked."""
+    if isinstance(row.get(answer), int | float | dict | list) and not isinstance(row.get(answer), bool):
+        return Problem(row.where, ({"role": "user", "content": row.text(question)},), answer_of(row, answer))
+    return _pair(row, question, answer)
+
+
 def alpaca(row: Fields, instruction: str, output: str | None) -> Pair | Chat:
     """Returns a Pair, or a Chat where the row has a system prompt or earlier turns; without `output`, of no reply."""
     ask = "\n\n".join(filter(None, (row.text(instruction), row.optional("input"))))
@@ -302,7 +311,8 @@ FORMATS = (
     Format(("conversations",), _sharegpt, takes=("system", "tools")),
     Format(("instruction", "output"), alpaca, takes=("input", "system", "history")),
     Format(("prompt", "completion"), _pair),
-    Format(("question", "answer"), _pair),
+    Format(("prompt", "answer"), problem_of),
+    Format(("question", "answer"), _question),
     Format(("source", "target"), _pair),
     Format(("text", "text_pair", "label"), _labelled),
     Format(("sentence1", "sentence2", "label"), _labelled),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from lora_ft.data.chats import OPENAI, SHAREGPT, Dialect, conversation, toolbox
 from lora_ft.data.faults import found
 from lora_ft.data.formats import Chat, Example, Fields, Format, Labelled, Pair, Tagged, Text, after, alpaca, with_rows
+from lora_ft.data.problems import of_prompt
 from lora_ft.data.rows import Row
 from lora_ft.errors import DataError
 
@@ -84,6 +85,8 @@ CONVERSATIONS = (
     *_PROMPTS,
     _TEXT,
 )
+# A prompt that is text is gone on from there, and put in a conversation in the others.
+PROBLEMS = (Format(("prompt",), of_prompt), *CONVERSATIONS)
 PROMPTS = (_INSTRUCTION, *_PROMPTS, _TEXT)
 TEXTS = (*_PAIRS, Format(("sentence",), _text), _TEXT)
 WORDS = (Format(("words",), _words), Format(("tokens",), _words), _TEXT)

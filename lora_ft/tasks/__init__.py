@@ -19,6 +19,7 @@ from torch import nn
 from lora_ft.config import RunConfig
 from lora_ft.data.formats import Example, Format
 from lora_ft.errors import DataError
+from lora_ft.rewards import Reward
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 MADE_UP = 24
 """Rows that a task makes up."""
 NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq", "tag": "Tag",
-         "prefer": "Prefer"}  # fmt: skip
+         "prefer": "Prefer", "reason": "Reason"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Task:
     """Names of what `loss` may say of a batch besides."""
     numbers: Mapping[str, tuple[float, int]] = MappingProxyType({})
     """What it said of the last one: sums over rows, and over how many."""
+    reward: Reward | None = None
+    """What judges the replies of a task that is trained on its own ones; such a one has no loss to evaluate."""
     tokenizer: Any = None
     """Set by `prepare`, as what follows is."""
     max_length: int
@@ -122,6 +125,10 @@ class Task:
         """Counts a row where it lost tokens."""
         self.cut_rows += tokens > 0
 
+    def rehearsed(self, config: RunConfig) -> RunConfig:
+        """Returns the configuration of a run whose model is a random one, as far as the task must change it."""
+        return config
+
     def made_up(self) -> list[Example]:
         """Returns a few rows of the kind that the task learns, for whoever tries a recipe out without any."""
         raise NotImplementedError
@@ -144,6 +151,10 @@ class Task:
 
     def texts(self, row: Features) -> list[Features]:
         """Returns the texts of a row, each a row that `score` takes; of the first a seal keeps what was said."""
+        return [row]
+
+    def passes(self, row: Features) -> list[Features]:
+        """Returns the rows of its batch that a row is trained as, of as many tokens as they may have."""
         return [row]
 
     def lengths(self, row: Features) -> list[int]:
