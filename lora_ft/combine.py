@@ -142,7 +142,7 @@ def combine(config: CombineConfig) -> Combined:
             loaded.model.delete_adapter(_name(number))
         loaded.model.set_adapter(COMBINED)
         _write(draft, loaded, parts, config, rank)
-        rows = [row for part in parts for row in rows_of(part.sealed.batches)]
+        rows = [row for part in parts for row in rows_of(task, part.sealed.batches)]
         sealed = seal.make(task, loaded.base, loaded.model, rows, draft.path)
         page = _page(draft.path, loaded, parts, kept, config, sealed, rank)
         del loaded, measured
@@ -155,21 +155,21 @@ def combine(config: CombineConfig) -> Combined:
     return Combined(out, rank, kept, verdict)
 
 
-def rows_of(batches: Sequence[Batch]) -> list[Features]:
+def rows_of(task: Task, batches: Sequence[Batch]) -> list[Features]:
     """Returns the rows of batches as they were before they were padded."""
+    # Where the labels are a text of their own, padding is what is not scored.
+    paired = task.peft_task == "SEQ_2_SEQ_LM"
     rows = []
     for batch in batches:
         for index, mask_T in enumerate(batch["attention_mask"].bool()):
-            row = {key: _unpadded(key, values[index], mask_T) for key, values in batch.items()}
-            rows.append({key: values.tolist() for key, values in row.items()})
+            row = {key: values[index] for key, values in batch.items()}
+            rows.append(
+                {
+                    key: (values[values != IGNORE] if paired and key == "labels" else values[mask_T]).tolist()
+                    for key, values in row.items()
+                }
+            )
     return rows
-
-
-def _unpadded(key: str, values: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
-    # Where the labels are a text of their own, that has another length.
-    if values.shape != mask_T.shape:
-        return values[values != IGNORE] if key == "labels" else values
-    return values[mask_T]
 
 
 def _refuse_what_does_not_fit(parts: Sequence[Part], config: CombineConfig) -> None:

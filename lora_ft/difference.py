@@ -30,6 +30,8 @@ PREFIX = "base_model.model."
 FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 # Where a run wrote to says nothing of what it did.
 NOT_COMPARED = ("out", "resume", "allow_changed", "dry_run")
+# What a run measured of the machine and not of the model.
+OF_THE_MACHINE = ("seconds", "tokens_per_s", "peak_bytes")
 ABSENT = "(not there)"
 Pair = tuple[Any, Any]
 
@@ -57,9 +59,24 @@ class Difference:
     """Those of other numbers, the largest difference first."""
     notes: list[str] = field(default_factory=list)
 
+    def kinds(self) -> list[Layer]:
+        """Returns the layers of each name together, such as all `q_proj`, as if they were one."""
+        together: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            together.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+        return [_together(f"all {name}", layers) for name, layers in sorted(together.items())]
+
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON."""
         return {**self.facts, "weights": [asdict(layer) for layer in self.layers], "notes": self.notes}
+
+
+def _together(name: str, layers: list[Layer]) -> Layer:
+    first, second, difference = (
+        math.hypot(*(getattr(layer, key) or 0.0 for layer in layers)) for key in ("first", "second", "difference")
+    )
+    product = sum((layer.cosine or 0.0) * (layer.first or 0.0) * (layer.second or 0.0) for layer in layers)
+    return Layer(name, first, second, difference, product / (first * second) if first and second else None)
 
 
 @dataclass
@@ -100,13 +117,13 @@ def _facts(folder: Path) -> dict[str, dict[str, Any]]:
         "versions": {key: record.get(key) for key in ("versions", "device")},
         "tokenizer": {"sha256": record.get("tokenizer_sha256")},
         "seal": {key: sealed.get(key) for key in ("kl_effect", "positions", "seal_sha256")},
-        "metrics": {"last": _last_metrics(folder), "fit": record.get("fit")},
+        "metrics": _last_metrics(folder),
     }
     return {kind: dict(_flat(found)) for kind, found in told.items()}
 
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
-    """Returns the last value of everything that a run measured as it trained, but for clocks and fingerprints."""
+    """Returns the last value of everything that a run measured as it trained, but for time and memory."""
     file, found = folder / summary.METRICS, {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -115,7 +132,7 @@ def _last_metrics(folder: Path) -> dict[str, Any]:
             continue
         if isinstance(measured, dict):
             found.update({key: value for key, value in measured.items() if isinstance(value, int | float)})
-    return found
+    return {key: value for key, value in found.items() if key not in OF_THE_MACHINE}
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

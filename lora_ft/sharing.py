@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from lora_ft.options import CombineConfig, DiffConfig, ExportConfig
 from lora_ft.terminal import say, table
+
+if TYPE_CHECKING:
+    from lora_ft.difference import Layer
+
+# Layers that are shown one by one, those that differ most.
+SHOWN = 12
 
 
 def export(config: ExportConfig) -> None:
@@ -79,9 +86,17 @@ def diff(config: DiffConfig) -> None:
     if not found.layers:
         say("weights: the same")
         return
-    table(
-        ["weights", "norm of the first", "of the second", "of their difference", "cosine"],
-        [[layer.name, layer.first, layer.second, layer.difference, layer.cosine] for layer in found.layers],
-    )
+    say(f"{len(found.layers)} weights are changed otherwise: norms of both changes, of their difference, their cosine")
+    for kind in found.kinds() if len(found.layers) > SHOWN else ():
+        say(_line(kind))
+    for layer in found.layers[:SHOWN]:
+        say(_line(layer))
+    if len(found.layers) > SHOWN:
+        say(f"... and {len(found.layers) - SHOWN} more, which --json holds")
     for note in found.notes:
         say(note)
+
+
+def _line(layer: Layer) -> str:
+    numbers = (layer.first, layer.second, layer.difference, layer.cosine)
+    return " ".join([*("         -" if one is None else f"{one:10.4g}" for one in numbers), "", layer.name])

@@ -267,6 +267,12 @@ def test_the_norms_are_those_of_the_updates(runs) -> None:
             assert (layer.first is None) != (layer.second is None)
             assert layer.cosine is None
     assert found.facts["configuration"]["lora.rslora"] == (difference.ABSENT, True)
+    (of_q, *_) = [kind for kind in found.kinds() if kind.name == "all q_proj"]
+    whole = [torch.cat([update(i, n) for n in layers if n.endswith("q_proj")]) for i in (0, 1)]
+    assert of_q.difference == pytest.approx(float((whole[0] - whole[1]).norm()), rel=1e-9)
+    assert of_q.cosine == pytest.approx(
+        float((whole[0] * whole[1]).sum() / whole[0].norm() / whole[1].norm()), rel=1e-6
+    )
     assert found.facts["base"] == {}
     assert set(found.facts["seal"]) >= {"kl_effect"}
 

@@ -84,6 +84,8 @@ class Described:
         rope = config.rope_parameters["rope_type"]
         if rope not in ("default", "linear", "llama3") or (rope == "llama3" and not family.frequencies):
             problems.append(f"its rotary positions are of the kind {rope}")
+        if config.rope_parameters.get("partial_rotary_factor", 1) != 1:
+            problems.append("it rotates a part of each head only")
         if problems:
             raise UnsupportedModelError(f"{folder.name} is not written as GGUF: {'; '.join(problems)}. {CONVERTER}.")
         return cls(family, config, bases.skeleton(folder.name, config, AutoModelForCausalLM))
@@ -118,7 +120,8 @@ class Described:
         """Writes the sizes of the model."""
         config = self.config
         writer.add_vocab_size(config.vocab_size)
-        writer.add_context_length(config.max_position_embeddings)
+        # llama.cpp lets these models look back without limit, which beyond a window is another model.
+        writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31))
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)

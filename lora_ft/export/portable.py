@@ -1,7 +1,8 @@
 """Who takes an adapter as it is, and why others do not: told from its settings alone, before a training or after it.
 
-What each program takes was read in its source: vLLM's `lora/peft_helper.py` and `config/lora.py` (0.25), llama.cpp's
-`llama-adapter.cpp` and `convert_lora_to_gguf.py`, PEFT's `config.py` from 0.13.2 to 0.21, and ollama/ollama#14969.
+What each program takes was read in its source: vLLM's `lora/peft_helper.py` and `config/lora.py`, llama.cpp's
+`llama-adapter.cpp` and `convert_lora_to_gguf.py`, PEFT's `config.py` from 0.13.2 to 0.21. That Ollama takes none any
+more is what generative-computing/mellea#1651 found of ollama/ollama#14969.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def _vllm(traits: Traits) -> Answer:
         said.why.append(f"modules are saved whole: {', '.join(traits.whole)}")
     if traits.token_rows:
         said.why.append(
-            f"rows of {traits.token_rows} single tokens are trained, which only its latest versions take, started with "
+            f"rows of {traits.token_rows} single tokens are trained, which only some versions take, started with "
             f"--max-lora-trainable-tokens {traits.token_rows}"
         )
     if said.why:
