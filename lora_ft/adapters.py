@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
+from lora_ft import base as bases
 from lora_ft import blocks, environment, fused
 from lora_ft.base import Base
 from lora_ft.config import LoraConfig
@@ -61,6 +62,7 @@ def attach(
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=_targets(base, config.targets),
+        exclude_modules=[name for name, _ in base.model.named_modules() if bases.is_spare(name)] or None,
         use_rslora=config.uses_rslora,
         use_dora=config.dora,
         init_lora_weights=True if config.init in ("default", "loftq") else config.init,

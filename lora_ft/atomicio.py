@@ -134,6 +134,12 @@ class Draft:
         """Writes one JSON file, without any secrets in it."""
         self.write(name, _json(value, sort_keys))
 
+    def write_files(self, files: dict[str, Any]) -> None:
+        """Writes JSON files by their names, some of which may be of a folder in this one."""
+        for name, value in files.items():
+            make_folder((self.path / name).parent)
+            self.write_json(name, value)
+
     def tensors(self, name: str, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
         """Writes one safetensors file."""
         with _told(self.path / name):

@@ -54,6 +54,8 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
 # Numbers that the files may lack: the new head of a task, or embeddings tied to those they hold.
 MADE_ANEW = 1 << 24
 
+# What transformers puts on the body of an encoder, for the state of the first token.
+SPARE = "pooler"
 # Sub-configurations that mark a model as one of images, sound or video.
 OTHER_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config", "num_mel_bins")
 
@@ -220,6 +222,14 @@ def heads(model: PreTrainedModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return output, tuple(n for n in on_top if not any(name.split(".")[0] == n for name in output))
 
 
+def is_spare(name: str) -> bool:
+    """Returns whether a weight of a model belongs to what transformers puts on an encoder and no task reads.
+
+    Many encoders come without it: it is made anew then, and nothing is made of it.
+    """
+    return name.split(".")[0] == SPARE
+
+
 def whole_linears(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of linear layers kept in full precision."""
     return tuple(n for n, m in model.named_modules() if isinstance(m, Conv1D) or type(m) is nn.Linear)
@@ -291,6 +301,11 @@ def text_config(source: Source, model_class: Any) -> PreTrainedConfig:
             f"{source.name} is a {config.model_type} model, which sees the words it would have to predict: choose "
             "a task that fits it, such as classify, or a base that generates."
         )
+    if model_class is AutoModel and config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{source.name} is a {config.model_type} model, which reads one text to write another: choose a task that "
+            "fits it, such as seq2seq, or an encoder or a decoder."
+        )
     return config
 
 
@@ -351,8 +366,9 @@ def _check_complete(source: Source, model: PreTrainedModel, loading: Any, task_h
             shape = module.weight.shape if state is None else state.shape
             if tuple(shape) != (module.out_features, module.in_features):
                 unlike.add(f"{name}.weight")
-    for names, what in ((loading["missing_keys"], "not there"), (unlike, "of another shape")):
-        below = sorted(name for name in names if name.split(".")[0] not in task_heads)
+    missing = set(loading["missing_keys"])
+    for names, what in ((missing, "not there"), (unlike, "of another shape")):
+        below = sorted(n for n in names if n.split(".")[0] not in task_heads and not (names is missing and is_spare(n)))
         if below:
             more = f" and {len(below) - 1} more" if below[1:] else ""
             raise SourceError(

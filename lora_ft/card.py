@@ -31,6 +31,7 @@ TASKS = {
     "seq2seq": ("text2text-generation", "AutoModelForSeq2SeqLM"),
     "tag": ("token-classification", "AutoModelForTokenClassification"),
     "reason": ("text-generation", "AutoModelForCausalLM"),
+    "embed": ("sentence-similarity", "AutoModel"),
 }
 SAMPLES = 3
 # A sample is there to be read; longer texts are cut.
@@ -236,6 +237,30 @@ def _call(head: str, arguments: Sequence[str], brackets: str = "()") -> list[str
     return [f"{head}{opening}", *(f"    {argument}," for argument in arguments), closing]
 
 
+def _vectors(pooling: str, prompt: str) -> list[str]:
+    """Returns the lines that print how alike two texts are by their vectors."""
+    weights = ["weights = inputs.attention_mask"] + (
+        ["weights = weights * weights.cumsum(dim=1)"] if pooling == "weightedmean" else []
+    )
+    pooled = {
+        "cls": ["vectors = states[:, 0]"],
+        "lasttoken": ["vectors = states[range(len(states)), inputs.attention_mask.sum(dim=1) - 1]"],
+    }.get(
+        pooling,
+        [*weights, "vectors = (states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)"],
+    )
+    return [
+        'tokenizer.padding_side = "right"',
+        f'texts = [{prompt}, "How do I get there?"]',
+        'inputs = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)',
+        "with torch.no_grad():",
+        "    states = model(**inputs).last_hidden_state.float()",
+        *pooled,
+        "vectors = torch.nn.functional.normalize(vectors, dim=-1)",
+        "print(vectors @ vectors.T)",
+    ]
+
+
 def _use(summary: Summary) -> list[str]:
     """Returns the lines that run the model on a prompt of the samples, else on one of our own."""
     prompts = (s.get("prompt") for s in summary.samples)
@@ -256,6 +281,8 @@ def _use(summary: Summary) -> list[str]:
         shown = "for token, tag in zip(inputs.tokens(), logits.argmax(dim=-1).tolist()):"
         return [plain, forward, "    logits = model(**inputs).logits[0]", shown,
                 "    print(token, model.config.id2label[tag])"]  # fmt: skip
+    if summary.task == "embed":
+        return _vectors(summary.environment.get("task", {}).get("pooling", "mean"), prompt)
     if summary.task == "seq2seq":
         return [plain, forward, generated, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
     if summary.task in ("chat", "prefer"):

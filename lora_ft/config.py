@@ -25,7 +25,7 @@ from lora_ft.errors import ConfigError
 from lora_ft.foreign.adapter import MAX_ALPHA, MAX_RANK, is_pattern
 from lora_ft.redaction import holds_secret, redacted
 
-TaskName = Literal["chat", "complete", "classify", "seq2seq", "tag", "prefer", "reason"]
+TaskName = Literal["chat", "complete", "classify", "seq2seq", "tag", "embed", "prefer", "reason"]
 PreferenceLoss = Literal["sigmoid", "ipo", "kto", "orpo"]
 Quant = Literal["nf4", "int8", "none"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]

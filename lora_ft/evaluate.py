@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import class_metrics, drift, judged, losses, metrics, modes
+from lora_ft import class_metrics, drift, judged, losses, metrics, modes, retrieval
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
@@ -42,6 +42,7 @@ def compare(
     rows: Sequence[Features],
     *,
     names: Sequence[str] = (),
+    index: Sequence[Features] = (),
     batch_size: int = 4,
     note: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -51,6 +52,7 @@ def compare(
 
     Args:
         names: metrics on generated replies.
+        index: rows to look the held-out ones up among, for a task that makes vectors.
         note: told what is being measured, for a progress display.
     """
     if task.reward is not None:
@@ -60,10 +62,10 @@ def compare(
     score_replies(wanted, wanted, names)
     note("measuring the base")
     with modes.without(model):
-        base_losses, base_values = _measured(task, model, examples, rows, batch_size)
+        base_losses, base_values = _measured(task, model, examples, rows, index, batch_size)
         before = replies(task, model, examples) if names else []
     note("measuring the adapter")
-    adapter_losses, adapter_values = _measured(task, model, examples, rows, batch_size)
+    adapter_losses, adapter_values = _measured(task, model, examples, rows, index, batch_size)
     after = replies(task, model, examples) if names else []
     found = {"loss": losses.difference_interval(base_losses, adapter_losses)}
     found |= losses.change_intervals(base_losses, adapter_losses)
@@ -92,7 +94,7 @@ def measure(
     """Returns loss, accuracy and the metrics `names` of rows for the model as it stands."""
     if task.reward is not None:
         return _rewarded(task, model, examples, rows, names)[1]
-    _, values = _measured(task, model, examples, rows, batch_size)
+    _, values = _measured(task, model, examples, rows, (), batch_size)
     return values | (replies_match(task, model, examples, names) if names else {})
 
 
@@ -157,11 +159,18 @@ def score_replies(found: Sequence[str], wanted: Sequence[str], names: Sequence[s
 
 
 def _measured(
-    task: Task, model: Any, examples: Sequence[Example], rows: Sequence[Features], batch_size: int
+    task: Task,
+    model: Any,
+    examples: Sequence[Example],
+    rows: Sequence[Features],
+    index: Sequence[Features],
+    batch_size: int,
 ) -> tuple[Losses, dict[str, Any]]:
     """Returns the loss of each row, and what there is to say of all, by plain name."""
     values: dict[str, Any] = {}
-    if task.measure or task.own_metrics:
+    if task.contrasts:
+        found, values = retrieval.measured(task, model, rows, index, batch_size)
+    elif task.measure or task.own_metrics:
         found, logits = losses.answers(task, model, rows, batch_size)
     else:
         found = losses.of_rows(task, model, rows, batch_size)

@@ -149,8 +149,12 @@ class ExactSteps:
         rows: Sized = trainer.train_dataset if train_dataset is None else train_dataset
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
         now = lambda: self.place_of(trainer.state.global_step)[0]  # noqa: E731
-        self.order = EpochOrder(len(rows), seed, now, _drawn_by(sampler))
+        self.order = EpochOrder(len(rows), seed, now, self.drawn_by(sampler))
         return self.order
+
+    def drawn_by(self, sampler: Any) -> Callable[[torch.Generator], Iterable[int]] | None:
+        """Returns how a sampler of transformers orders its rows, None where by a permutation. Raises ConfigError."""
+        return _drawn_by(sampler)
 
     def place_of(self, step: int) -> tuple[int, int]:
         """Returns the epoch that a step, counted from 0, belongs to, and its number in it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -72,29 +72,46 @@ class Halving:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if trainer.sharded:
-                    raise OutOfMemoryError(
-                        "The batch does not fit, and with --train.shard-base all processes must make the same passes: "
-                        "halve --train.batch-size and double --train.accumulate, which trains the same."
-                    ) from None
+                self.refuse_shards()
             # Outside of the clause, whose error holds all that the pass had made.
-            model.zero_grad(set_to_none=True)
             self.tokens_seen, micro_steps = self._seen_before, again
-            self._halve()
-            heap.give_back()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self.make_room([inputs for inputs, _ in self._batches])
+            self.made_smaller()
+
+    def made_smaller(self) -> None:
+        """Takes that the batches of the step being made are made in more passes from here on, and from their start."""
+
+    def refuse_shards(self) -> None:
+        """Raises OutOfMemoryError where no process may make more passes than the others."""
+        if self.sharded:
+            raise OutOfMemoryError(
+                "The batch does not fit, and with --train.shard-base all processes must make the same passes: "
+                "halve --train.batch-size and double --train.accumulate, which trains the same."
+            ) from None
+
+    def make_room(self, batches: Sequence[Inputs]) -> None:
+        """Has each batch be made in twice as many passes, of those that these batches leave to be halved.
+
+        Raises:
+            OutOfMemoryError: no batch has parts that could be smaller.
+        """
+        trainer: Any = self
+        trainer.model.zero_grad(set_to_none=True)
+        self._halve(batches)
+        heap.give_back()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _in_parts(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any) -> torch.Tensor:
         step = super().training_step  # type: ignore[misc]
         losses = [step(model, part, num_items_in_batch) for part in split(inputs, self.parts)]
         return torch.stack(losses).sum() if losses[1:] else losses[0]
 
-    def _halve(self) -> None:
+    def _halve(self, batches: Sequence[Inputs]) -> None:
         """Raises OutOfMemoryError where no batch of the step has parts that could be smaller."""
-        most = max(rows(inputs) for inputs, _ in self._batches)
+        most = max(rows(inputs) for inputs in batches)
         if self.parts >= most:
-            longest = max(tokens for inputs, _ in self._batches for tokens in lengths(inputs))
+            longest = max(tokens for inputs in batches for tokens in lengths(inputs))
             raise OutOfMemoryError(
                 f"One row of {longest} tokens alone does not fit the memory: shorten rows (--data.max-length), or see "
                 "what `lora-ft plan` says of --train.checkpoint-activations and --quant nf4."

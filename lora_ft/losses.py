@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_ft import four_bits, heap
+from lora_ft.data.mask import IGNORE
 from lora_ft.devices import is_out_of_memory
 from lora_ft.errors import OutOfMemoryError
 from lora_ft.modes import evaluating
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 BOOTSTRAP_DRAWS = 2000
 # All draws of 100,000 rows at once would take 5 GB; a divisor of the above.
 DRAWS_AT_ONCE = 50
+# Rows whose similarities to all texts exist at a time.
+BLOCK = 1024
 # Of fewer rows a draw with replacement gives few different samples: with four, one in 64 is a single row over again.
 FEWEST_ROWS = 5
 
@@ -63,6 +66,8 @@ def of_rows(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
     Raises:
         OutOfMemoryError: it does not, and that is not allowed.
     """
+    if task.contrasts:
+        return contrasted(task, vectors(task, model, rows, batch_size, halves=halves), len(rows))
     found: dict[str, np.ndarray] = {}
 
     def take(chosen: list[int], batch: Batch) -> None:
@@ -91,6 +96,36 @@ def answers(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: 
 
     each_batch(task, model, rows, batch_size, take)
     return Losses(*sums), logits
+
+
+def vectors(task: Task, model: nn.Module, rows: Sequence[Features], batch_size: int, *, halves: bool = True) -> Batch:
+    """Returns what `collate` says of each text of `rows`, with its `vector` [R, D] and `row`, the place of that.
+
+    In the order of the rows and on the processor; of a task that `contrasts`.
+    """
+    parts: list[Batch] = []
+
+    def take(chosen: list[int], batch: Batch) -> None:
+        told = {key: value.cpu() for key, value in batch.items() if value.ndim == 1}
+        told["row"] = torch.tensor([place for place in chosen for _ in task.lengths(rows[place])])
+        parts.append(told | {"vector": task.vectors(model, batch).cpu()})
+
+    each_batch(task, model, rows, batch_size, take, halves=halves)
+    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    order = whole["row"].argsort(stable=True)
+    return {key: value[order] for key, value in whole.items()}
+
+
+def contrasted(task: Task, found: Batch, rows: int) -> Losses:
+    """Returns the loss of each of so many rows among all of them, however they were batched.
+
+    Args:
+        found: of `vectors`.
+    """
+    nll = np.zeros(rows)
+    for anchors_A in (found["labels"] != IGNORE).nonzero()[:, 0].split(BLOCK):
+        nll[found["row"][anchors_A].numpy()] = task.contrast(found["vector"], found, anchors_A).numpy()
+    return Losses(nll, np.ones(rows), np.zeros(rows))
 
 
 def each_batch(

@@ -110,6 +110,8 @@ class _Parts:
     groups: dict[str, set[str]]
     """Parameters that are one and the same in the base, by any of their names."""
     shapes: dict[str, torch.Size]
+    files: dict[str, Any]
+    """What other libraries read beside the model, by name."""
 
     @classmethod
     def of(cls, folder: Path, base_name: str | None) -> _Parts:
@@ -118,7 +120,7 @@ class _Parts:
         saved.lora_settings(folder)
         sealed = seal.read(folder)
         source = saved.find_base(folder, record["base"], base_name)
-        _, task = recorded.task(folder, record)
+        run, task = recorded.task(folder, record)
         tokenizer = bases.load_tokenizer(folder)
         try:
             config = bases.read_config(source.folder)
@@ -154,6 +156,7 @@ class _Parts:
             changed,
             groups,
             shapes,
+            task.files(config, bases.longest_row(source, task.model_class, run.data.max_length)),
         )
 
 
@@ -232,6 +235,7 @@ def _layout(parts: _Parts) -> _Layout:
         same = {member for member in parts.groups.get(name, {name}) if parts.changed.get(member) is change}
         if not same & supplied:
             absent.append(name)
+    absent = [name for name in absent if not bases.is_spare(name)]
     require(parts.weights, absent, parts.source.name)
     return layout
 
@@ -264,6 +268,7 @@ def _write(parts: _Parts, draft: atomicio.Draft, kind: Onto, dtype: torch.dtype)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         draft.write_json("model.safetensors.index.json", index)
     _write_config(parts, draft, dtype, layout.unties)
+    draft.write_files(parts.files)
     return survival
 
 

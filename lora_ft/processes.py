@@ -152,6 +152,21 @@ def gathered(numbers: Sequence[float]) -> list[list[float]]:
     return [numbers.tolist() for numbers in found]
 
 
+def joined(tensor: Any) -> Any:
+    """Returns the tensors of all processes one after the other, by rank; they may have unlike numbers of rows."""
+    if count() == 1:
+        return tensor
+    import torch
+    from torch import distributed
+
+    sizes = [int(size) for (size,) in gathered([len(tensor)])]
+    mine = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    mine[: len(tensor)] = tensor
+    found = [torch.empty_like(mine) for _ in sizes]
+    distributed.all_gather(found, mine)
+    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+
 def share(tensors: Iterable[Any]) -> None:
     """Makes the numbers of tensors those of the first process."""
     from torch import distributed

@@ -29,9 +29,9 @@ NO_REST = 1e-7
 def canaries(task: Task, rows: Sequence[Features]) -> list[Batch]:
     """Returns up to 16 rows spread over `rows`, cut and batched by length."""
     paired = task.peft_task == "SEQ_2_SEQ_LM"
-    spread = [task.texts(row)[0] for row in rows[:: -(-len(rows) // ROWS) or 1]]
+    spread = [task.canary(row) for row in rows[:: -(-len(rows) // ROWS) or 1]]
     # Of such a row no label is that of a token, however many it has.
-    per_row = task.peft_task == "SEQ_CLS"
+    per_row = task.peft_task in ("SEQ_CLS", "FEATURE_EXTRACTION")
     cut = [row for row in (_cut(row, paired, per_row) for row in spread) if row is not None]
     if not cut:
         raise ProofError("No row has a position to score, so the adapter cannot be sealed; give more or longer rows.")
@@ -69,7 +69,7 @@ def ask(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[torch.Te
     """Returns the logits [N, V] at the scored positions of each batch, on the processor."""
     device = next(model.parameters()).device
     with evaluating(model):
-        return [task.score(model, losses.to(batch, device)).logits_NV.cpu() for batch in batches]
+        return [task.said(model, losses.to(batch, device)).cpu() for batch in batches]
 
 
 def distance(ids_NK: torch.Tensor, logp_NK: torch.Tensor, replies: Sequence[torch.Tensor]) -> float:

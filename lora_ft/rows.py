@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import base as bases
-from lora_ft import environment, evaluate, sources, tasks
+from lora_ft import environment, evaluate, processes, sources, tasks
 from lora_ft.config import RunConfig
 from lora_ft.data import formats, labels
 from lora_ft.data.formats import Example, Labelled, Tagged
@@ -134,6 +134,7 @@ def prepare(
         task.weigh(examples)
     tokenizer = bases.load_tokenizer(source.folder)
     tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
+    task.meet(source.folder, bases.text_config(source, task.model_class))
     task.prepare(tokenizer, bases.longest_row(source, task.model_class, data.max_length))
     facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": _digest(examples)}
     if held_out:
@@ -148,6 +149,11 @@ def prepare(
         features = tasks.featurize(task, examples)
     held_out_features = tasks.featurize(task, held_out)
     _check_evaluation(config, task, source, held_out)
+    if task.contrasts and config.train.batch_size * config.train.accumulate * processes.asked() == 1:
+        raise ConfigError(
+            f"{task.name} tells the texts of a step from each other, and a step would have a single row: give a larger "
+            "--train.batch-size, or --train.accumulate."
+        )
     for rule in task.rules:
         log.info("the chat template %s", rule)
     tasks.tell_of_cut_rows(task)
@@ -197,6 +203,8 @@ def _split(examples: Sequence[Example], fraction: float, seed: int, task: str) -
     # What else there is among them is refused with its place.
     if task == "classify" and labelled and len(labelled) == len(examples):
         chosen = labels.held_out(labelled, fraction, seed)
+    elif task == "embed" and labelled and len(labelled) == len(examples) and labelled[0].text_pair is None:
+        chosen = labels.held_out_by([labels.of_row(row.label) for row in labelled], labels.SINGLE, fraction, seed)
     elif task == "tag" and tagged and len(tagged) == len(examples):
         types = [tuple(sorted({tag[2:] for tag in row.tags if tag != OUTSIDE})) for row in tagged]
         chosen = labels.held_out_by(types, labels.MULTI, fraction, seed)
@@ -253,9 +261,8 @@ def first_batches(task: Task, rows: Rows, config: RunConfig) -> list[dict[str, A
         raise LoraFtError("lora.init=eva reads rows before training starts, which data.streaming does not allow.")
     size = config.train.batch_size
     starts = range(0, min(len(rows.train_features), EVA_BATCHES * size), size)
-    texts = [[task.texts(row)[0] for row in rows.train_features[start : start + size]] for start in starts]
-    batches = [task.collate(batch) for batch in texts]
-    return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    batches = [[task.texts(row)[0] for row in rows.train_features[start : start + size]] for start in starts]
+    return [task.inputs(task.collate(batch)) for batch in batches]
 
 
 def _digest(examples: Sequence[Example]) -> str:

@@ -210,6 +210,7 @@ def _run(
                 rows.held_out,
                 rows.held_out_features,
                 names=config.data.metrics,
+                index=[] if isinstance(rows.train_features, Streamed) else rows.train_features,
                 batch_size=EVALUATION * config.train.batch_size,
                 note=status.update,
             )
@@ -338,6 +339,7 @@ def _save(
         saved.write(model, draft)
         draft.library(task.tokenizer.save_pretrained)
         draft.write("config.yaml", to_yaml(config))
+        draft.write_files(task.files(base.model.config, task.max_length))
         record = environment.describe(
             base,
             task=task.facts(),

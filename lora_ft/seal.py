@@ -365,7 +365,7 @@ def _verify_merged(checks: Checks, sealed: Seal, folder: Path, model_folder: Pat
     checks.add(
         "architecture", fits, f"{_some(written)}, loaded as {found}", f"the model is a {sealed.record['architecture']}"
     )
-    missing = sorted(info["missing_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not bases.is_spare(name))
     lost = [*missing, *(f"{name} is unexpected" for name in sorted(info["unexpected_keys"]))]
     lost += [f"{item[0]} has another shape" for item in sorted(info["mismatched_keys"])]
     checks.add("tensors", not lost, _some(lost) or "all", "every weight of the model is in its files, and no other")

@@ -308,6 +308,9 @@ def _unit(summary: Summary) -> str:
     if summary.task == "prefer":
         units = {"ipo": "squared nats per token, in the mean over rows", "kto": "of at most 1 per row"}
         return units.get(summary.config["prefer"]["loss"], "nats per row")
+    if summary.task == "embed":
+        scored = "spearman" in summary.metrics.get("adapter", {})
+        return "squared differences of cosine and score" if scored else "nats per text"
     if summary.task != "classify":
         return "nats per scored token"
     if problem_type(summary) == "regression":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lora_ft.checkpoints import Checkpoints
 from lora_ft.config import RunConfig
 from lora_ft.data.mask import IGNORE
 from lora_ft.frozen import Frozen
+from lora_ft.gradcache import GradientCache
 from lora_ft.guard import GuardedSteps
 from lora_ft.halving import Halving
 from lora_ft.modes import mixed_precision
@@ -162,8 +163,9 @@ class TaskLoss:
         trainer: Any = self
         rows = self.eval_rows if eval_dataset is None else eval_dataset
         with self.interrupt.evaluation(), attention.unpacked(trainer.model):
-            # Of a base that is spread over processes, all have to make the same passes.
-            alike = self.sharded or processes.count() == 1
+            # Of a base that is spread over processes, all have to make the same passes; a row that is contrasted with
+            # the others needs them all.
+            alike = self.sharded or processes.count() == 1 or self.task.contrasts
             share = rows if alike else rows[processes.rank() :: processes.count()]
             size = trainer.args.per_device_eval_batch_size
             found = losses.of_rows(self.task, trainer.model, share, size, halves=not self.sharded)
@@ -179,10 +181,15 @@ class TaskLoss:
         return metrics
 
 
-class AdapterTrainer(TaskLoss, Replicas, Proven, Halving, Trainer):
+class AdapterTrainer(TaskLoss, Replicas, Proven, GradientCache, Halving, Trainer):
     """The Trainer of every task that names no other."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Our loss divides by the global count itself; the Trainer must not divide by the accumulation again.
         self.model_accepts_loss_kwargs = True
+
+    def drawn_by(self, sampler: Any) -> Callable[[torch.Generator], Iterable[int]] | None:
+        trainer: Any = self
+        # Rows that are streamed have no order but their own.
+        return self.task.order(getattr(trainer.train_dataset, "rows", ())) or super().drawn_by(sampler)

@@ -168,6 +168,7 @@ def test_data_check_counts_and_shows(place, capsys):
     [
         ("classify", [{"text": "w50 w51", "label": "x"}, {"text": "w52", "label": "y"}], "bert", "-> x", [2, 1]),
         ("seq2seq", [{"source": "w50 w51", "target": "w60 w61"}], "t5", "-> w60 w61 </s>", [2, 3]),
+        ("embed", [{"anchor": "w50 w51", "positive": "w60 w61 w62"}] * 2, "bert", "-> w60 w61 w62", [2, 3, 2, 3]),
     ],
 )
 def test_data_check_shows_and_counts_what_is_trained(tmp_path, capsys, task, rows, architecture, told, lengths):

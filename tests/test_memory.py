@@ -253,7 +253,8 @@ def test_planning_leaves_nothing_changed(small):
 @pytest.mark.parametrize("device", ["cpu", "RTX 3060", "T4"])
 @pytest.mark.parametrize("quant", ["nf4", "int8", "none"])
 @pytest.mark.parametrize(
-    ("task", "architecture"), [("chat", "qwen3"), ("classify", "bert"), ("seq2seq", "t5"), ("tag", "llama")]
+    ("task", "architecture"),
+    [("chat", "qwen3"), ("classify", "bert"), ("seq2seq", "t5"), ("tag", "llama"), ("embed", "bert")],
 )
 def test_every_kind_is_planned_for_every_device(tmp_path, task, architecture, quant, device):
     folder = str(tiny.model_folder(tmp_path / "base", architecture))

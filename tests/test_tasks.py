@@ -23,10 +23,11 @@ LONG: dict[str, Example] = {
     "complete": Text("a:1", WORDS),
     "classify": Labelled("a:1", WORDS, "good", "w40 w41"),
     "seq2seq": Pair("a:1", WORDS, WORDS),
+    "embed": Labelled("a:1", WORDS, "good"),
     "tag": Tagged("a:1", tuple(WORDS.split()), ("good",) * 20),
 }
 # Of 20 words each: chat adds BOS, a mark and a word with its end, and a mark, and the end; the others the end alone.
-WHOLE = {"chat": 26, "complete": 21, "classify": 22, "seq2seq": 20 + 21, "tag": 20}
+WHOLE = {"chat": 26, "complete": 21, "classify": 22, "seq2seq": 20 + 21, "embed": 20, "tag": 20}
 
 
 def prepared(name: str, max_length: int) -> tasks.Task:

@@ -7,6 +7,7 @@ one row for each paragraph, that is for the lines between blank ones.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from lora_ft.foreign.strictjson import bare
 
 Label = str | tuple[str, ...] | float
 
+# A number as people write it; Python reads more, such as 1_000 and nan.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # A report of more problems than this is of no use, and a broken file can have millions.
 MAX_PROBLEMS = 1000
 
@@ -89,7 +92,27 @@ class Tagged:
     """Where each word begins and ends in the text, in characters."""
 
 
-Example = Chat | Pair | Text | Labelled | Tagged | Preference | Judged | Problem
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A text, one that belongs to it, and where there is one a third that does not."""
+
+    where: str
+    anchor: str
+    positive: str
+    negative: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Two texts, and how alike they are."""
+
+    where: str
+    text: str
+    text_pair: str
+    score: float
+
+
+Example = Chat | Pair | Text | Labelled | Tagged | Match | Scored | Preference | Judged | Problem
 
 
 def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]:
@@ -292,6 +315,21 @@ def _class(row: Fields, value: Any, place: str) -> str:
     return row.faults.text(value, place, "give the class as a string or a whole number")
 
 
+def _match(row: Fields, *needs: str) -> Match:
+    return Match(row.where, *(row.text(name) for name in needs))
+
+
+def _scored(row: Fields, text: str, text_pair: str, score: str) -> Scored:
+    said, value, place = (row.text(text), row.text(text_pair)), row.get(score), row.place(score)
+    # A table has nothing but words.
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        row.faults.add(place, found(value), "give how alike the texts are, as a number from -1 to 1")
+        value = 0.0
+    return Scored(row.where, *said, float(value))
+
+
 def _tagged(row: Fields, words: str, tags: str) -> Tagged:
     return Tagged(row.where, *sentence(row.get(words), row.get(tags), (row.place(words), row.place(tags)), row.faults))
 
@@ -318,6 +356,10 @@ FORMATS = (
     Format(("sentence1", "sentence2", "label"), _labelled),
     Format(("text", "label"), _labelled),
     Format(("sentence", "label"), _labelled),
+    Format(("text", "text_pair", "score"), _scored),
+    Format(("sentence1", "sentence2", "score"), _scored),
+    Format(("anchor", "positive", "negative"), _match),
+    Format(("anchor", "positive"), _match),
     Format(("words", "tags"), _tagged),
     Format(("tokens", "ner_tags"), _tagged),
     Format(("tokens", "tags"), _tagged),

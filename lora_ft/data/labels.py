@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
-from lora_ft.data.formats import Label, Labelled
+from lora_ft.data.formats import NUMBER, Label, Labelled
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import shown
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 """As `problem_type` in a model's configuration has it."""
 SINGLE, MULTI, REGRESSION = get_args(Problem)
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 RULE = "give every row one class, or every row a list of classes, or every row a number"
 # What the Trainer takes for a position without loss. A number to predict may be the same.
 NO_LOSS = -100.0

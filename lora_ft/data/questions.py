@@ -89,4 +89,5 @@ CONVERSATIONS = (
 PROBLEMS = (Format(("prompt",), of_prompt), *CONVERSATIONS)
 PROMPTS = (_INSTRUCTION, *_PROMPTS, _TEXT)
 TEXTS = (*_PAIRS, Format(("sentence",), _text), _TEXT)
+ANCHORS = (Format(("anchor",), _text), Format(("question",), _text), Format(("sentence",), _text), _TEXT)
 WORDS = (Format(("words",), _words), Format(("tokens",), _words), _TEXT)

@@ -104,6 +104,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": TEXT,
     "bias": (lambda value: value == "none", "none"),
     "ensure_weight_tying": BOOL,
+    "exclude_modules": NAMES,
     "fan_in_fan_out": BOOL,
     "inference_mode": BOOL,
     "init_lora_weights": (lambda value: _is_bool(value) or _is_text(value), "true, false or a name"),

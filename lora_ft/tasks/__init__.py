@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 MADE_UP = 24
 """Rows that a task makes up."""
 NAMES = {"chat": "Chat", "complete": "Complete", "classify": "Classify", "seq2seq": "Seq2Seq", "tag": "Tag",
-         "prefer": "Prefer", "reason": "Reason"}  # fmt: skip
+         "embed": "Embed", "prefer": "Prefer", "reason": "Reason"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Task:
     """What it said of the last one: sums over rows, and over how many."""
     reward: Reward | None = None
     """What judges the replies of a task that is trained on its own ones; such a one has no loss to evaluate."""
+    contrasts: bool = False
+    """Whether the loss of a row depends on those beside it: `vectors` and `contrast` make it, of all rows of a step."""
     tokenizer: Any = None
     """Set by `prepare`, as what follows is."""
     max_length: int
@@ -97,6 +100,9 @@ class Task:
     """The two ways of finding a conversation's trained text that must agree."""
     cut_rows: int = 0
     """Rows longer than `max_length` among those that `features` has returned."""
+
+    def meet(self, folder: Path, config: Any) -> None:
+        """Takes what the folder of a base, and its configuration, say of how it is used."""
 
     def learn(self, examples: Sequence[Example], held_out: Sequence[Example] = ()) -> None:
         """Takes what the task must know of all rows before the model is made, such as the set of labels."""
@@ -145,12 +151,16 @@ class Task:
         tokens = [0] * self.max_length
         return {"input_ids": tokens, "attention_mask": [1] * self.max_length, "labels": tokens}
 
+    def files(self, config: Any, max_length: int) -> dict[str, Any]:
+        """Returns what other libraries read beside an adapter or a merged model, by name of the file, as JSON."""
+        return {}
+
     def answer(self, row: Features) -> str | None:
         """Returns what `features` made the row learn, in words; None where it is some of the row's own tokens."""
         return None
 
     def texts(self, row: Features) -> list[Features]:
-        """Returns the texts of a row, each a row that `score` takes; of the first a seal keeps what was said."""
+        """Returns the texts of a row, each a row that `score` takes."""
         return [row]
 
     def passes(self, row: Features) -> list[Features]:
@@ -160,6 +170,14 @@ class Task:
     def lengths(self, row: Features) -> list[int]:
         """Returns how many tokens each text of a row has: one text, but where the target is another."""
         return [len(row["input_ids"])]
+
+    def canary(self, row: Features) -> Features:
+        """Returns what of a row is kept in a seal."""
+        return self.texts(row)[0]
+
+    def order(self, rows: Sequence[Features]) -> Callable[[torch.Generator], Iterable[int]] | None:
+        """Returns how to draw the order of the rows in an epoch, where any permutation will not do; else None."""
+        return None
 
     def question(self, example: Example) -> tuple[list[int], str]:
         """Returns the prompt of a row as token ids, and the reply it should get. Raises DataError if it has none."""
@@ -189,6 +207,27 @@ class Task:
         """Returns rows one after the other in a single one without padding, for `loss`, where `shares_rows`.
 
         Only a model in which no example sees another may be given it (`lora_ft.attention`).
+        """
+        raise NotImplementedError
+
+    def inputs(self, batch: Batch) -> Batch:
+        """Returns what of a batch the model takes."""
+        return {key: value for key, value in batch.items() if key != "labels"}
+
+    def said(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Returns what a seal keeps of a batch: the logits of classes or words [N, V], or numbers [N, 1]."""
+        return self.score(model, batch).logits_NV
+
+    def vectors(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Returns the vector of each text of a batch, float32 [R, D], where the task `contrasts`."""
+        raise NotImplementedError
+
+    def contrast(self, vectors_RD: torch.Tensor, batch: Batch, anchors_A: torch.Tensor) -> torch.Tensor:
+        """Returns the loss of some of the texts among all of them, float32 [A], where the task `contrasts`.
+
+        Args:
+            batch: what there is to say of each text, as `collate` gives it.
+            anchors_A: the places of those texts, int64.
         """
         raise NotImplementedError
 
