@@ -54,10 +54,17 @@ class Part:
 
     @classmethod
     def of(cls, folder: Path, weight: float) -> Part:
-        """Returns an adapter as its folder has it. Raises AdapterError where that is incomplete or damaged."""
-        record = recorded.read(folder)
+        """Returns an adapter as its folder has it. Raises AdapterError where that is incomplete, or changed since."""
+        record, settings = recorded.read(folder), saved.lora_settings(folder)
         config, task = recorded.task(folder, record)
-        return cls(folder, weight, record, saved.lora_settings(folder), config, task, seal.read(folder))
+        sealed = seal.read(folder)
+        digest, was = environment.file_sha256(folder / saved.WEIGHTS), sealed.record["adapter_sha256"]
+        if digest != was:
+            raise AdapterError(
+                f"{folder / saved.WEIGHTS}: its sha256 is {digest[:16]}, the seal was made of {was[:16]}: the weights "
+                "were changed after they were sealed, so what they do is not known. Put back the file of then."
+            )
+        return cls(folder, weight, record, settings, config, task, sealed)
 
     @property
     def rank(self) -> int:
@@ -234,8 +241,7 @@ def _loaded_beside_each_other(parts: Sequence[Part], base_name: str | None) -> L
     """Returns the base with all adapters on it, by `_name`."""
     loaded = saved.load(parts[0].folder, base_name)
     for number, part in enumerate(parts):
-        loaded.model.add_adapter(_name(number), part.settings)
-        saved.fill(loaded.model, part.folder, _name(number))
+        saved.add(loaded, part.folder, part.settings, _name(number))
     loaded.model.set_adapter(_name(0))
     loaded.model.delete_adapter("default")
     loaded.model.eval()

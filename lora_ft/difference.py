@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from lora_ft import environment, saved, seal, summary
 from lora_ft.config import RunConfig, from_yaml, plain
 from lora_ft.errors import AdapterError, LoraFtError
 from lora_ft.foreign import tensors
-from lora_ft.foreign.adapter import refuse_names
+from lora_ft.foreign.adapter import patterns_of, refuse_names
 from lora_ft.foreign.files import object_of
 from lora_ft.foreign.strictjson import shown
 
@@ -92,14 +91,14 @@ def of(first: Path, second: Path) -> Difference:
     """Returns in what two adapter folders differ.
 
     Raises:
-        AdapterError: one of them is no adapter, or was damaged.
+        AdapterError: one of them is no adapter, or was damaged; its patterns take too long to match.
     """
     told = [_facts(folder) for folder in (first, second)]
     facts = {kind: _unlike(*(each[kind] for each in told)) for kind in told[0]}
     changes = [_changes(folder) for folder in (first, second)]
     names = sorted(changes[0].keys() | changes[1].keys())
     layers = [_layer(name, *(each.get(name) for each in changes)) for name in names]
-    layers = sorted((layer for layer in layers if layer.difference > 0), key=lambda layer: -layer.difference)
+    layers = sorted((layer for layer in layers if layer.difference != 0), key=lambda layer: -layer.difference)
     return Difference(facts, layers, _notes(first, second))
 
 
@@ -166,6 +165,16 @@ def _changes(folder: Path) -> dict[str, _Change]:
     settings, file = saved.lora_settings(folder), folder / saved.WEIGHTS
     refuse_names(tensors.header(file, AdapterError)[1], file)
     held = tensors.load(file, AdapterError)
+    for name, tensor in sorted(held.items()):
+        if not torch.isfinite(tensor.double()).all():
+            raise AdapterError(f"{file}: {name} is not finite: the file was damaged.")
+    modules = [
+        name.removeprefix(PREFIX).removesuffix(a_name)
+        for a_name, _ in FACTORS
+        for name in held
+        if name.endswith(a_name)
+    ]
+    patterns = patterns_of(settings.alpha_pattern, modules, str(folder / saved.CONFIG))
     found: dict[str, _Change] = {}
     for a_name, b_name in FACTORS:
         for name in [name for name in held if name.endswith(a_name)]:
@@ -174,7 +183,7 @@ def _changes(folder: Path) -> dict[str, _Change]:
             if b_MR is None or b_MR.shape[1] != len(held[name]):
                 raise AdapterError(f"{file}: {name} has no other factor of its rank: the file was damaged.")
             a_RK = held.pop(name).double()
-            alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, module), settings.lora_alpha)
+            alpha = settings.alpha_pattern.get(patterns.get(module, ""), settings.lora_alpha)
             scaling = alpha / (math.sqrt(len(a_RK)) if settings.use_rslora else len(a_RK))
             found[module] = _Change(scaling * a_RK, b_MR.double())
     return found | {name.removeprefix(PREFIX): _Change(tensor.double()) for name, tensor in held.items()}

@@ -154,6 +154,21 @@ def load(folder: Path, base_name: str | None = None, device: str | None = None) 
     return Loaded(folder, base, model, task, config, record)
 
 
+def add(loaded: Loaded, folder: Path, settings: peft.LoraConfig, name: str) -> None:
+    """Puts the adapter in another folder, of the same base and task, beside those in the model.
+
+    Raises:
+        AdapterError: tensors do not fit, PEFT cannot use its settings with this model, or would take forever to.
+    """
+    foreign.refuse_names(tensors.header(folder / WEIGHTS, AdapterError)[1], folder / WEIGHTS)
+    _compare(_outline(loaded.base, loaded.task, folder), folder)
+    # The names are more by those of the adapters that are there.
+    foreign.refuse_patterns(vars(settings), loaded.model, str(folder / CONFIG))
+    with _named(folder / CONFIG):
+        loaded.model.add_adapter(name, settings)
+    fill(loaded.model, folder, name)
+
+
 def _check_vocabulary(base: Base, settings: peft.LoraConfig, folder: Path) -> None:
     """Raises AdapterError where the adapter trains tokens that are none, or adds more than it has rows for."""
     size, rows = len(base.tokenizer), base.model.get_input_embeddings().weight.shape[0]

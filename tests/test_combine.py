@@ -24,6 +24,8 @@ METHODS = (
     "cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
 )  # fmt: skip
 DENSITY, SEED = 0.4, 7
+# On a name of forty letters this takes years.
+HOSTILE = r"([a-z_.0-9]+)+!"
 WEIGHTS = (0.7, -0.4)
 
 
@@ -49,6 +51,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tiny.Run]:
         place / "second", base, targets=("q_proj", "down_proj"), rslora=True, features=later, quant="none"
     )
     return [first, second]
+
+
+def copied(run: tiny.Run, folder: Path, **settings: Any) -> Path:
+    """Returns a copy of an adapter folder with some of PEFT's settings changed."""
+    shutil.copytree(run.folder, folder)
+    file = folder / saved.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
 
 
 def configured(runs: list[tiny.Run], out: Path, **options: Any) -> CombineConfig:
@@ -226,6 +236,34 @@ def test_heads_and_tasks_of_their_own_are_refused(runs, tmp_path: Path) -> None:
         combine.combine(CombineConfig(adapters=(runs[0].folder, headed.folder), out=tmp_path / "out"))
 
 
+def test_a_part_whose_weights_were_changed_after_sealing_is_refused(runs, tmp_path: Path) -> None:
+    changed = copied(runs[1], tmp_path / "changed")
+    tensors = load_file(changed / saved.WEIGHTS)
+    save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, changed / saved.WEIGHTS, metadata={"format": "pt"}
+    )
+    with pytest.raises(AdapterError, match=r"changed.*the weights were changed after they were sealed"):
+        combine.combine(CombineConfig(adapters=(runs[0].folder, changed), out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"target_modules": HOSTILE}, "takes more than 1 s"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "PEFT cannot use it"),
+        ({"r": 4096}, "does not fit its base"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_later_part_are_held_to_what_the_first_ones_are(
+    changed: dict[str, Any], reason: str, runs, tmp_path: Path
+) -> None:
+    other = copied(runs[1], tmp_path / "other", **changed)
+    parts = [combine.Part.of(folder, 1.0) for folder in (runs[0].folder, other)]
+    with pytest.raises(AdapterError, match=rf"other.*{reason}"):
+        combine._loaded_beside_each_other(parts, None)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -298,6 +336,29 @@ def test_other_factors_of_one_update_are_no_difference(runs, tmp_path: Path, cap
     a_RK = held[name.replace("lora_B", "lora_A")].double()
     moved = held[name].double() - load_file(runs[0].folder / saved.WEIGHTS)[name].double()
     assert layer.difference == pytest.approx(float((4 * moved @ a_RK).norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_diff_refuses_numbers_that_are_none(number: float, runs, tmp_path: Path) -> None:
+    broken = copied(runs[0], tmp_path / "broken")
+    tensors = load_file(broken / saved.WEIGHTS)
+    name = sorted(tensors)[-1]
+    tensors[name][0, 0] = number
+    save_file(tensors, broken / saved.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=rf"broken.*{name}.* is not finite"):
+        difference.of(runs[0].folder, broken)
+
+
+def test_diff_matches_patterns_as_peft_does_and_for_no_longer_than_a_second(runs, tmp_path: Path) -> None:
+    patterns = {"layers.1.+q_proj": 4.0, ".*q_proj": 8.0}
+    told = difference._changes(copied(runs[0], tmp_path / "patterned", alpha_pattern=patterns))
+    plain = difference._changes(runs[0].folder)
+    for name, change in told.items():
+        factor = 1.0 if "q_proj" not in name else 4 / 16 if "layers.1." in name else 8 / 16
+        torch.testing.assert_close(change.a_RK, factor * plain[name].a_RK)
+    hostile = copied(runs[0], tmp_path / "hostile", alpha_pattern={HOSTILE: 4.0})
+    with pytest.raises(AdapterError, match=r"hostile.*takes more than 1 s"):
+        difference.of(runs[0].folder, hostile)
 
 
 def test_diff_takes_adapters_of_others_and_refuses_what_is_none(runs, tmp_path: Path, capsys) -> None:

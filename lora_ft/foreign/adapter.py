@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,40 +177,70 @@ def refuse_patterns(settings: Mapping[str, Any], model: Any, where: str) -> None
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     patterns = list({pattern for key in ("rank_pattern", "alpha_pattern") for pattern in settings.get(key) or ()})
     modules = sum(1 for _ in model.named_modules())
-    if len(patterns) > max(MAX_PATTERNS, modules):
-        raise AdapterError(
-            f"{where}: rank_pattern and alpha_pattern have {len(patterns):,} patterns, more than {MAX_PATTERNS} and "
-            f"than the {modules:,} modules of the base: one that fits many modules will do."
-        )
+    _require_few(patterns, modules, where)
     targets = settings.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
         patterns.append(targets)
-    cell = Cell(unmatched, seconds=MATCHING_S, memory_bytes=MATCHING_BYTES)
-    try:
-        simple = all(PLAIN.fullmatch(pattern) for pattern in patterns)
-        lost = (unmatched if simple else cell.ask)([patterns, names])
-    except DiedError as why:
-        raise AdapterError(
-            f"{where}: its patterns were not matched with the names of the base's modules: {why}."
-        ) from None
-    except (StoppedError, RaisedError) as why:
-        raise AdapterError(
-            f"{where}: to match its patterns ({shown(patterns[0])}) with the names of the base's modules {why}: "
-            "name the modules instead."
-        ) from None
-    finally:
-        cell.close()
+    lost = _matched(unmatched, patterns, names, where)
     whole = [name for name in settings.get("modules_to_save") or () if name not in HEADS]
     lost += [name for name in whole if not any(module.endswith(name) for module in names)]
     if lost:
         raise AdapterError(f"{where}: no module of the base is called {', '.join(map(shown, lost[:8]))}.")
 
 
-def unmatched(question: list[list[str]]) -> list[str]:
-    """Returns which of the patterns fit none of the names, the way PEFT fits them."""
+def patterns_of(patterns: Iterable[str], names: Sequence[str], where: str) -> dict[str, str]:
+    """Returns the pattern that PEFT applies to each name that one fits.
+
+    Raises:
+        AdapterError: to match them takes too long.
+    """
+    patterns = list(patterns)
+    _require_few(patterns, len(names), where)
+    fitting = _matched(first_fits, patterns, names, where)
+    return {name: pattern for name, pattern in zip(names, fitting, strict=True) if pattern is not None}
+
+
+def _require_few(patterns: Sequence[str], modules: int, where: str) -> None:
+    if len(patterns) > max(MAX_PATTERNS, modules):
+        raise AdapterError(
+            f"{where}: rank_pattern and alpha_pattern have {len(patterns):,} patterns, more than {MAX_PATTERNS} and "
+            f"than the {modules:,} modules that they are for: one that fits many modules will do."
+        )
+
+
+def _matched(answer: Callable[[list[Any]], Any], patterns: Sequence[str], names: Sequence[str], where: str) -> Any:
+    """Returns the answer to patterns and names, within limits. Raises AdapterError where it takes too much."""
+    cell = Cell(answer, seconds=MATCHING_S, memory_bytes=MATCHING_BYTES)
+    try:
+        simple = all(PLAIN.fullmatch(pattern) for pattern in patterns)
+        return (answer if simple else cell.ask)([patterns, names])
+    except DiedError as why:
+        raise AdapterError(f"{where}: its patterns were not matched with the names of modules: {why}.") from None
+    except (StoppedError, RaisedError) as why:
+        raise AdapterError(
+            f"{where}: to match its patterns ({shown(patterns[0])}) with the names of modules {why}: "
+            "name the modules instead."
+        ) from None
+    finally:
+        cell.close()
+
+
+def _forms(patterns: Sequence[str]) -> dict[str, re.Pattern[str]]:
+    """Returns the patterns the way PEFT fits them."""
+    return {pattern: re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns}
+
+
+def unmatched(question: list[Any]) -> list[str]:
+    """Returns which of the patterns fit none of the names."""
     patterns, names = question
-    forms = {pattern: re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns}
-    return [pattern for pattern, form in forms.items() if not any(form.match(name) for name in names)]
+    return [pattern for pattern, form in _forms(patterns).items() if not any(form.match(name) for name in names)]
+
+
+def first_fits(question: list[Any]) -> list[str | None]:
+    """Returns the first of the patterns that fits each name, None where none does."""
+    patterns, names = question
+    forms = _forms(patterns)
+    return [next((pattern for pattern, form in forms.items() if form.match(name)), None) for name in names]
 
 
 def refuse_names(names: Iterable[str], file: Path) -> None:
