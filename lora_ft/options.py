@@ -251,7 +251,7 @@ class PublishConfig:
     repo: str
     """Repository to publish to, NAMESPACE/NAME; made where there is none."""
     public: bool = False
-    """Let everybody read the repository."""
+    """Let everybody read the repository; with pr, agree that everybody can read the request on a public one."""
     pr: bool = False
     """Open a pull request on the repository, which may be another's, instead of changing it."""
     base: str | None = None
@@ -261,8 +261,6 @@ class PublishConfig:
         for name, value in (("repo", self.repo), ("base", self.base)):
             if value is not None and not HUB_ID.fullmatch(value):
                 raise ValueError(f"{name} must be NAMESPACE/NAME, as in a hub's addresses, got {value}.")
-        if self.pr and self.public:
-            raise ValueError("pr opens a request on a repository as it is: leave out public.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,8 @@ def publish(
     Args:
         repo: `NAMESPACE/NAME`.
         public: let everybody read it.
-        as_request: open a pull request instead, which may be on the repository of somebody else.
+        as_request: open a pull request instead, which may be on the repository of somebody else; one on a public
+            repository is for everybody to read, and needs `public` too. A private one stays private.
         base_name: hub id of the base, of an adapter whose record does not name one.
 
     Raises:
@@ -86,6 +87,11 @@ def publish(
         AdapterError: the folder is incomplete, its base is none that others could get, or a file names the machine.
         PublishError: the hub did not take it.
     """
+    if base_name is not None and Path(base_name).exists():
+        raise PublishError(
+            f"--base {base_name}: a folder of this name is here, and would be compared in place of the repository on the "
+            "hub: call the same command from another folder."
+        )
     remote = Remote(repo)
     told = summary.read(folder)
     from_file = told.base["source"] == "gguf"
@@ -98,7 +104,7 @@ def publish(
         state, changed, commit = _send(remote, files, message, public=public, as_request=as_request)
     tag = None if as_request else remote.tag(commit)
     private = state.private
-    if public and private:
+    if public and private and not as_request:
         remote.make_public()
         private = False
     left_out = sorted(p.name for p in folder.iterdir() if p.name not in (*BELONG, manifest.NAME) and p.is_file())
@@ -120,8 +126,7 @@ def _send(
             raise PublishError(
                 f"{remote.repo}: the name is taken by a repository that this token may not see: choose another."
             )
-    if not as_request:
-        _refuse_other_use(remote.repo, state, public)
+    _refuse_other_use(remote.repo, state, public=public, as_request=as_request)
     changed = state.lacks(files)
     gone = [name for name in state.files if name in BELONG and name not in files]
     if not changed and not gone:
@@ -135,17 +140,18 @@ def _send(
     return state, True, remote.commit(chosen, gone, message, state.head, request=as_request)
 
 
-def _refuse_other_use(repo: str, state: State, public: bool) -> None:
+def _refuse_other_use(repo: str, state: State, *, public: bool, as_request: bool) -> None:
     """Raises PublishError where the repository is another thing's, or would show more people what is published."""
     others = [name for name in state.files if not ANYBODYS.fullmatch(name)]
-    if others and seal.FILES[1] not in state.files:
+    if others and not as_request and seal.FILES[1] not in state.files:
         raise PublishError(
             f"{repo}: the name is taken: it holds {others[0]}, and no adapter of lora-ft: choose another, or open a "
             "pull request on it with --pr."
         )
     if not state.private and not public:
         raise PublishError(
-            f"{repo}: everybody can read this repository: add --public if that is meant, or choose another."
+            f"{repo}: everybody can read this repository{', and requests on it' if as_request else ''}: add --public "
+            "if that is meant, or choose another."
         )
 
 

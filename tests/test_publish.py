@@ -224,9 +224,9 @@ def test_a_pull_request_leaves_the_repository_alone_and_is_not_opened_twice(
     hub: PublishingHub, adapter: Path, unproven: None
 ) -> None:
     hub.repos["other/model"] = publishing_hub.Kept(branches={"main": "0" * 40}, commits={"0" * 40: {"README.md": b"x"}})
-    done = publish.publish(adapter, "other/model", as_request=True)
+    done = publish.publish(adapter, "other/model", as_request=True, public=True)
     assert (done.commit, done.tag) == ("refs/pr/1", None)
-    again = publish.publish(adapter, "other/model", as_request=True)
+    again = publish.publish(adapter, "other/model", as_request=True, public=True)
     assert (again.commit, again.changed) == ("refs/pr/1", False)
     repo = hub.kept("other/model")
     assert repo.commits[repo.branches["main"]] == {"README.md": b"x"}
@@ -234,14 +234,14 @@ def test_a_pull_request_leaves_the_repository_alone_and_is_not_opened_twice(
     assert len(repo.requests) == 1
     # Opened, with the answer lost: the request is found.
     hub.begin()
-    publish.publish(adapter, "other/model", as_request=True)
+    publish.publish(adapter, "other/model", as_request=True, public=True)
     repo.requests.clear()
     for number in range(hub.asked + 6):
         hub.begin((number, "lost"))
         with contextlib.suppress(PublishError):
-            publish.publish(adapter, "other/model", as_request=True)
+            publish.publish(adapter, "other/model", as_request=True, public=True)
         hub.begin()
-        publish.publish(adapter, "other/model", as_request=True)
+        publish.publish(adapter, "other/model", as_request=True, public=True)
         assert len(repo.requests) == 1
         repo.requests.clear()
 
@@ -255,6 +255,23 @@ def test_public_is_only_what_is_asked_to_be(
     assert not hub.kept(f"{PLACE}-seen").private
     assert main(["publish", str(adapter), "--repo", f"{PLACE}-seen"]) == 1
     assert "everybody can read this repository: add --public" in capsys.readouterr().err
+
+
+def test_a_request_on_a_public_repository_needs_consent_and_never_changes_who_may_read(
+    hub: PublishingHub, adapter: Path, unproven: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, private in (("other/seen", False), ("other/unseen", True)):
+        hub.repos[name] = publishing_hub.Kept(
+            branches={"main": "2" * 40}, commits={"2" * 40: {"README.md": b"x"}}, private=private
+        )
+    words = ["publish", str(adapter), "--pr"]
+    assert main([*words, "--repo", "other/seen"]) == 1
+    assert "everybody can read this repository, and requests on it: add --public" in capsys.readouterr().err
+    assert not hub.kept("other/seen").requests
+    assert main([*words, "--repo", "other/seen", "--public"]) == 0
+    assert "for everybody to read" in capsys.readouterr().out
+    assert main([*words, "--repo", "other/unseen", "--public"]) == 0
+    assert hub.kept("other/unseen").private
 
 
 def test_a_broken_seal_is_never_published(
@@ -398,6 +415,11 @@ def test_a_local_base_needs_a_name_on_the_hub_and_the_same_weights(
     hub.add_folder("org/other", tiny.model_folder(tmp_path / "other", seed=3))
     assert main(["publish", str(folder), "--repo", "me/mine", "--base", "org/other"]) == 3
     assert "org/other" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        tiny.model_folder(tmp_path / "org" / "base")
+        assert main(["publish", str(folder), "--repo", "me/mine", "--base", "org/base"]) == 1
+    assert "--base org/base: a folder of this name is here" in capsys.readouterr().err
     assert main(["publish", str(folder), "--repo", "me/mine", "--base", "org/base"]) == 0
     repo = hub.kept("me/mine")
     files = repo.commits[repo.branches["main"]]
