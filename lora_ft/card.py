@@ -17,6 +17,8 @@ from typing import Any
 import jinja2
 import yaml
 
+from lora_ft import tasks
+from lora_ft.export.portable import most_rank, vllm_rank, why_not_vllm
 from lora_ft.summary import DRIFT, Summary, clean, cut, flattened, portable, problem_type, templates, view
 
 FILE = "README.md"
@@ -36,8 +38,6 @@ TASKS = {
 SAMPLES = 3
 # A sample is there to be read; longer texts are cut.
 SAMPLE_CHARS = 700
-# The ranks that vLLM can be told to make room for.
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # What a hub data set is called: its owner and name, and the split.
 HUB_DATA = re.compile(r"([\w.-]+/[\w.-]+)(:[\w.-]+)?", re.ASCII)
 
@@ -142,14 +142,14 @@ def vllm(summary: Summary, published: Published | None = None) -> str | None:
     vLLM takes low-rank matrices of linear layers alone (its documentation of LoRA adapters, "Limitations").
     """
     lora, base = summary.config["lora"], published.base if published else summary.base.get("repo")
-    whole = (*lora.get("save_modules", ()), *lora.get("train_tokens", ()), *summary.config["data"]["special_tokens"])
-    if TASKS[summary.task][1] != "AutoModelForCausalLM" or base is None or lora["dora"] or whole:
-        return None
-    # Of these starts up to twice the rank is saved.
-    rank = max(lora["rank"], *lora["rank_pattern"].values()) if lora["rank_pattern"] else lora["rank"]
-    rank *= 2 if lora["init"] in ("pissa", "olora", "eva") else 1
-    room = next((most for most in VLLM_RANKS if rank <= most), None)
-    if room is None:
+    rank = most_rank(lora["rank"], lora["rank_pattern"], lora["init"])
+    if base is None or why_not_vllm(
+        tasks.get(summary.task).peft_task,
+        rank=rank,
+        dora=lora["dora"],
+        whole=lora.get("save_modules", ()),
+        token_rows=len(lora.get("train_tokens", ())) + len(summary.config["data"]["special_tokens"]),
+    ):
         return None
     name = published.repo.split("/")[1] if published else "adapter"
     exact = summary.base["source"] == "hub" and summary.base.get("repo") == base and summary.base.get("revision")
@@ -157,7 +157,7 @@ def vllm(summary: Summary, published: Published | None = None) -> str | None:
     adapter = published.repo if published else "."
     return (
         f"vllm serve {base}{revision} \\\n"
-        f"    --enable-lora --max-lora-rank {room} --lora-modules {name}={adapter}"
+        f"    --enable-lora --max-lora-rank {vllm_rank(rank)} --lora-modules {name}={adapter}"
     )  # fmt: skip
 
 

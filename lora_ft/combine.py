@@ -82,8 +82,9 @@ class Kept:
     """KL(adapter, base) on the rows of its seal, in nats per position, as sealed."""
     kl_combined: float
     """KL(adapter, combined) on the same rows: 0 where nothing was lost, `kl_effect` where all was."""
-    loss: dict[str, float]
-    """Of `base`, `alone` and `combined`, on the same rows, in nats per scored position."""
+    loss: dict[str, float | None]
+    """Of `base`, `alone` and `combined`, on the same rows, in nats per scored position; None of vectors, whose loss is
+    of rows that are contrasted, while a seal keeps single texts."""
     rows: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Metrics on the rows that were named for it, of `base`, `alone` and `combined`; empty where none were."""
 
@@ -96,11 +97,13 @@ class Kept:
     def gain_kept(self) -> float | None:
         """Share of what it gained in loss on its rows, or those of its seal, that the combined one has too.
 
-        None where it gained nothing there itself.
+        None where it gained nothing there itself, or no loss is known.
         """
         losses_of = {name: found["loss"] for name, found in self.rows.items()} or self.loss
-        gained = losses_of["base"] - losses_of["alone"]
-        return (losses_of["base"] - losses_of["combined"]) / gained if gained >= LEAST_GAIN else None
+        base, alone, combined = (losses_of[name] for name in ("base", "alone", "combined"))
+        if base is None or alone is None or combined is None or base - alone < LEAST_GAIN:
+            return None
+        return (base - combined) / (base - alone)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns all of it as JSON."""
@@ -170,12 +173,9 @@ def rows_of(task: Task, batches: Sequence[Batch]) -> list[Features]:
     for batch in batches:
         for index, mask_T in enumerate(batch["attention_mask"].bool()):
             row = {key: values[index] for key, values in batch.items()}
-            rows.append(
-                {
-                    key: (values[values != IGNORE] if paired and key == "labels" else values[mask_T]).tolist()
-                    for key, values in row.items()
-                }
-            )
+            kept = {key: values != IGNORE if paired and key == "labels" else mask_T for key, values in row.items()}
+            # A number is of the row as a whole.
+            rows.append({key: (values[kept[key]] if values.ndim else values).tolist() for key, values in row.items()})
     return rows
 
 
@@ -186,6 +186,7 @@ def _refuse_what_does_not_fit(parts: Sequence[Part], config: CombineConfig) -> N
         pairs = {
             "the base": [p.record["base"]["weights_sha256"] for p in (first, part)],
             "the task": [p.config.task for p in (first, part)],
+            "how vectors are pooled": [p.task.facts().get("pooling") for p in (first, part)],
             "the tokenizer or chat template": [p.sealed.record["tokenizer_sha256"] for p in (first, part)],
             "how the base is quantized": [p.record["quant"] for p in (first, part)],
         }
@@ -280,7 +281,7 @@ class _Measured:
         self.model, self.task, self.parts, self.names = loaded.model, loaded.task, parts, names
         self.examples = examples
         self.features = [tasks.featurize(loaded.task, rows) for rows in examples]
-        self.loss: list[dict[str, float]] = [{} for _ in parts]
+        self.loss: list[dict[str, float | None]] = [{} for _ in parts]
         self.rows: list[dict[str, dict[str, Any]]] = [{} for _ in parts]
         self.drift: list[float] = []
 
@@ -310,8 +311,10 @@ class _Measured:
         ]
 
 
-def _loss(task: Task, model: torch.nn.Module, batches: Sequence[Batch]) -> float:
-    """Returns the loss at the scored positions of a seal, in nats a position."""
+def _loss(task: Task, model: torch.nn.Module, batches: Sequence[Batch]) -> float | None:
+    """Returns the loss at the scored positions of a seal, in nats a position; None of a task that contrasts."""
+    if task.contrasts:
+        return None
     with evaluating(model):
         device = next(model.parameters()).device
         scores = [task.score(model, losses.to(batch, device)) for batch in batches]
@@ -325,6 +328,8 @@ def _write(draft: atomicio.Draft, loaded: Loaded, parts: Sequence[Part], config:
     draft.library(loaded.base.tokenizer.save_pretrained)
     settings = _settings(loaded, parts, config, rank)
     draft.write("config.yaml", to_yaml(settings))
+    longest = bases.longest_row(loaded.base.source, loaded.task.model_class, settings.data.max_length)
+    draft.write_files(loaded.task.files(loaded.base.model.config, longest))
     record = environment.describe(
         loaded.base,
         task=loaded.task.facts(),

@@ -37,6 +37,8 @@ HUB_METRIC = re.compile(r"hub:\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 REWARDS = ("exact", "json_schema", "regex", "unit_tests")
 OWN_REWARD = re.compile(r".+\.py:[A-Za-z_]\w*", re.ASCII)
 """A function of the user's in a file: whoever types it lets its code run."""
+COMPUTED = ("pissa", "olora", "eva")
+"""Starts of an adapter that are computed, not drawn; what is saved has up to twice the rank that was asked for."""
 T = TypeVar("T")
 
 
@@ -73,7 +75,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         # What is saved must be loaded again. An adapter that moved its base is saved at twice its rank, and EVA gives
         # some layers up to twice the rank.
-        twice = 2 if self.init in ("pissa", "olora", "eva") else 1
+        twice = 2 if self.init in COMPUTED else 1
         ranks = {"lora.rank": self.rank} | {f"lora.rank-pattern {k}": v for k, v in self.rank_pattern.items()}
         for name, rank in ranks.items():
             at_least(name, rank, 1)

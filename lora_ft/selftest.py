@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from lora_ft import adapters, atomicio, attention, generate, heap, losses, miniature, rows, sources, tasks, train
 from lora_ft import base as bases
 from lora_ft.base import Base
-from lora_ft.config import RunConfig
+from lora_ft.config import COMPUTED, RunConfig
 from lora_ft.data.formats import Example
 from lora_ft.data.mask import IGNORE
 from lora_ft.errors import ConfigError, DataError, ProofError
@@ -36,8 +36,6 @@ from lora_ft.watch import peak_bytes
 ROWS, FEWEST_ROWS = 7, 3
 # Of the norm of the gradient, and of the loss. Sums in another order differ by some 1e-6; planted faults by 1e-2.
 TOLERANCE = 1e-4
-# Starts of an adapter that are computed, not drawn.
-COMPUTED = ("pissa", "olora", "eva")
 DRAWN = (".lora_A.", ".lora_embedding_B.")
 PASS, FAIL, OTHER = "PASS", "FAIL", "not for this task"
 

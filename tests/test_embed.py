@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from lora_ft import (
     adapters,
     base,
+    combine,
     config,
     gradcache,
     losses,
@@ -36,7 +37,8 @@ from lora_ft import (
 from lora_ft.cli import main
 from lora_ft.data import formats, vectors
 from lora_ft.data.formats import Labelled, Match, Pair, Scored, Text
-from lora_ft.errors import DataError, SourceError, UnsupportedModelError
+from lora_ft.errors import AdapterError, DataError, SourceError, UnsupportedModelError
+from lora_ft.options import CombineConfig
 from lora_ft.tasks.embed import Embed
 from tests import tiny
 from tests.test_replicas import done, launched, lines
@@ -368,6 +370,29 @@ def runs(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
 
 def of_run(run: tiny.Run, model: Any) -> torch.Tensor:
     return losses.vectors(run.task, model, run.rows, 8)["vector"]
+
+
+def test_adapters_that_make_vectors_are_combined(runs: dict[str, tiny.Run], tmp_path: Path, capsys: Any) -> None:
+    run = runs["llama"]
+    rows, out = written(tmp_path / "rows.jsonl", examples("triplets", 8)), tmp_path / "both"
+    words = ["combine", *[str(run.folder)] * 2, "--weights", "0.75", "0.25", "--data", *[str(rows)] * 2]
+    assert main([*words, "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for part in found["parts"]:
+        # They are one and the same, so nothing of either is lost.
+        assert part["loss"] == dict.fromkeys(("base", "alone", "combined"))
+        assert part["effect_kept"] == pytest.approx(1, abs=1e-4)
+        assert part["rows"]["combined"]["loss"] == pytest.approx(part["rows"]["alone"]["loss"], rel=1e-4)
+    torch.testing.assert_close(of_run(run, saved.load(out).model), of_run(run, run.model), atol=1e-5, rtol=1e-4)
+    assert vectors.pooling_of(out, False) == "weightedmean"
+    assert "own seal keeps. Kept is" in (out / "README.md").read_text()
+
+
+def test_vectors_that_are_pooled_otherwise_are_not_combined(runs: dict[str, tiny.Run], tmp_path: Path) -> None:
+    parts = [combine.Part.of(runs["llama"].folder, 1.0) for _ in range(2)]
+    parts[1].task = prepared("lasttoken")
+    with pytest.raises(AdapterError, match="how vectors are pooled is another"):
+        combine._refuse_what_does_not_fit(parts, CombineConfig(adapters=(tmp_path,) * 2, out=tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -408,18 +408,22 @@ def test_a_modelfile_holds_the_system_turn_of_the_training_and_no_bos_twice() ->
         ({"save_modules": ("lm_head",)}, ["vLLM", "llama.cpp", "Ollama"]),
         ({"train_tokens": ("a",)}, ["vLLM", "llama.cpp", "Ollama"]),
         ({"targets": ("q_proj", "lm_head")}, ["llama.cpp", "Ollama"]),
+        ({"task": "classify"}, ["vLLM", "llama.cpp", "Ollama"]),
+        ({"task": "tag"}, ["vLLM", "llama.cpp", "Ollama"]),
+        ({"task": "embed"}, ["vLLM", "llama.cpp", "Ollama"]),
     ],
     ids=str,
 )
 def test_who_will_take_an_adapter_is_known_before_it_is_trained(
     options: dict[str, Any], refusing: list[str], place: Path, tmp_path: Path, capsys
 ) -> None:
+    lora = {key: value for key, value in options.items() if key != "task"}
     config = tiny.config.RunConfig(
-        task="chat",
+        task=options.get("task", "chat"),
         base=str(place / "base"),
         out=tmp_path / "run",
         quant="none",
-        lora=tiny.config.LoraConfig(**options),
+        lora=tiny.config.LoraConfig(**lora),
     )
     text = tiny.config.to_yaml(config).replace("base: base", f"base: {place / 'base'}")
     (tmp_path / "run.yaml").write_text(text)

@@ -2,19 +2,20 @@
 
 What each program takes was read in its source: vLLM's `lora/peft_helper.py` and `config/lora.py`, llama.cpp's
 `llama-adapter.cpp` and `convert_lora_to_gguf.py`, PEFT's `config.py` from 0.13.2 to 0.21. That Ollama takes none any
-more is what generative-computing/mellea#1651 found of ollama/ollama#14969.
+more is what generative-computing/mellea#1651 found of ollama/ollama#14969, that vLLM leaves out what it finds no layer
+for is vllm-project/vllm#34186.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_ft import base as bases
 from lora_ft import recorded, saved, sources, tasks
-from lora_ft.config import RunConfig, from_yaml
+from lora_ft.config import COMPUTED, RunConfig, from_yaml
 from lora_ft.errors import AdapterError, UnsupportedModelError
 from lora_ft.export.model import Described
 from lora_ft.foreign import tensors
@@ -25,8 +26,6 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_UNASKED = 16
 # The first that leaves out settings it does not know; those before it refuse the file. Rows of tokens came later.
 PEFT_LEAST, PEFT_TOKENS = "0.14", "0.15"
-# Starts that are saved at up to twice their rank.
-TWICE = ("pissa", "olora", "eva")
 EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
@@ -94,10 +93,9 @@ def _all(traits: Traits) -> list[Answer]:
 def _of_config(config: RunConfig, base_name: str | None) -> Traits:
     lora, data = config.lora, config.data
     source = sources.describe(base_name or config.base, None if base_name else config.revision)
-    ranks = (lora.rank, *lora.rank_pattern.values())
     return Traits(
         task=tasks.of(config),
-        rank=max(ranks) * (2 if lora.init in TWICE else 1),
+        rank=most_rank(lora.rank, lora.rank_pattern, lora.init),
         rslora=lora.uses_rslora,
         dora=lora.dora,
         patterns=bool(lora.rank_pattern or lora.alpha_pattern or lora.init == "eva"),
@@ -138,27 +136,52 @@ def _of_base(folder: Path) -> dict[str, Any]:
         return {"unsupported": bases.read_config(folder).model_type, "tied": False}
 
 
-def _vllm(traits: Traits) -> Answer:
-    said = Answer("vLLM")
-    if traits.task.peft_task == "SEQ_2_SEQ_LM":
-        said.why.append("it serves no encoder-decoder text models")
-    if traits.task.peft_task == "TOKEN_CLS":
-        said.why.append("it takes adapters on models that generate, or classify whole texts")
-    if traits.rank > VLLM_RANKS[-1]:
-        said.why.append(f"rank {traits.rank} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}")
-    if traits.dora:
-        said.why.append("it does not know DoRA")
-    if traits.whole:
-        said.why.append(f"modules are saved whole: {', '.join(traits.whole)}")
-    if traits.token_rows:
-        said.why.append(
-            f"rows of {traits.token_rows} single tokens are trained, which only some versions take, started with "
-            f"--max-lora-trainable-tokens {traits.token_rows}"
+def most_rank(rank: int, patterns: Mapping[str, int], init: str) -> int:
+    """Returns the largest rank that a layer may have in the file of a run with such settings."""
+    return max((rank, *patterns.values())) * (2 if init in COMPUTED else 1)
+
+
+def why_not_vllm(peft_task: str, *, rank: int, dora: bool, whole: Sequence[str], token_rows: int) -> list[str]:
+    """Returns why vLLM does not take an adapter, nothing where it does.
+
+    Args:
+        peft_task: PEFT's name of what its base does.
+        whole: modules that are saved whole, without the task's own head.
+    """
+    why = []
+    if peft_task == "SEQ_2_SEQ_LM":
+        why.append("it serves no encoder-decoder text models")
+    if peft_task in ("SEQ_CLS", "TOKEN_CLS"):
+        why.append("the head is saved whole, and of such modules (modules_to_save) it takes none")
+    if peft_task == "FEATURE_EXTRACTION":
+        why.append("layers are called as in a model without a head, and where it finds none of a name it says nothing")
+    if rank > VLLM_RANKS[-1]:
+        why.append(f"rank {rank} is above the largest --max-lora-rank, {VLLM_RANKS[-1]}")
+    if dora:
+        why.append("it does not know DoRA")
+    if whole:
+        why.append(f"modules are saved whole: {', '.join(whole)}")
+    if token_rows:
+        why.append(
+            f"rows of {token_rows} single tokens are trained, which only some versions take, started with "
+            f"--max-lora-trainable-tokens {token_rows}"
         )
-    if said.why:
+    return why
+
+
+def vllm_rank(rank: int) -> int:
+    """Returns the --max-lora-rank that has room for a rank that vLLM takes."""
+    return next(most for most in VLLM_RANKS if rank <= most)
+
+
+def _vllm(traits: Traits) -> Answer:
+    kind = traits.task.peft_task
+    why = why_not_vllm(kind, rank=traits.rank, dora=traits.dora, whole=traits.whole, token_rows=traits.token_rows)
+    said = Answer("vLLM", why)
+    if why:
         said.how = "lora-ft merge DIR --out MERGED, then vllm serve MERGED"
         return said
-    at_least = "" if traits.rank <= VLLM_UNASKED else f" --max-lora-rank {_next(VLLM_RANKS, traits.rank)}"
+    at_least = "" if traits.rank <= VLLM_UNASKED else f" --max-lora-rank {vllm_rank(traits.rank)}"
     said.how = f"vllm serve BASE --enable-lora --lora-modules NAME=DIR{at_least}"
     if traits.patterns:
         said.notes.append("versions that do not know rank_pattern and alpha_pattern scale some layers wrongly")
@@ -222,7 +245,3 @@ def _with_note_on_quantized_training(said: Answer, traits: Traits) -> Answer:
             "measures by how much"
         )
     return said
-
-
-def _next(steps: Iterable[int], value: int) -> int:
-    return next(step for step in steps if step >= value)
