@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_ft.config import RunConfig, from_yaml
 from lora_ft.options import CombineConfig, DiffConfig, ExportConfig
 from lora_ft.terminal import say, table
 
@@ -35,9 +37,13 @@ def export(config: ExportConfig) -> None:
 
 
 def _tell_who_takes(config: ExportConfig) -> None:
+    from lora_ft import origin
     from lora_ft.export import portable
 
-    answers = portable.answers(config.source, config.base)
+    source: Path | RunConfig = config.source
+    if config.source.is_file():
+        source, _ = origin.adopted(from_yaml(RunConfig, config.source))
+    answers = portable.answers(source, config.base)
     if config.json:
         say(json.dumps({answer.program: asdict(answer) | {"takes": answer.takes} for answer in answers}))
         return

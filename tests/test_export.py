@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_ft import adapters, base, export, merge, saved, seal, tasks
+from lora_ft import adapters, base, environment, export, merge, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import AdapterError, ProofError, StorageError, UnsupportedModelError
@@ -330,6 +331,7 @@ def test_models_and_tokenizers_that_llama_cpp_reads_otherwise_are_refused(tmp_pa
         (lambda rules: rules["pre_tokenizer"].update(add_prefix_space=True), "splits texts in a way"),
         (lambda rules: rules.update(normalizer={"type": "Lowercase"}), "changes texts first, by Lowercase"),
         (lambda rules: rules["added_tokens"][1].update(lstrip=True), "swallows spaces"),
+        (lambda rules: rules["added_tokens"][1].update(single_word=True), "is none within a word"),
         (lambda rules: rules["model"].update(byte_fallback=True), "SentencePiece's"),
     ],
 )
@@ -384,6 +386,34 @@ def test_a_template_that_does_more_than_wrap_its_turns_is_refused(kind: str) -> 
         modelfile.of("it", made, "model.gguf", None)
 
 
+WRAPPED = (
+    "{%% for m in messages %%}({{ m['role'] }}){{ m['content'] }}%s{%% endfor %%}"
+    "{%% if add_generation_prompt %%}(assistant)%s{%% endif %%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "system", "reason"),
+    [
+        (WRAPPED % ("{{ '\"' * 3 }}<|end|>", ""), None, None, "a text of a Modelfile"),
+        (WRAPPED % ("<|end|>", "{{ '\"' }}"), None, None, "a text of a Modelfile"),
+        (WRAPPED % ("<|end|>", ""), None, 'Say "no"', "a text of a Modelfile"),
+        (WRAPPED % ("<|end|>", ""), '<|"\nFROM x|>', None, "it stops at"),
+        (WRAPPED % ("<|end|>", ""), "<|\nFROM x|>", None, "it stops at"),
+    ],
+    ids=["made in the template", "before the end", "system", "quote in a stop", "line break in a stop"],
+)
+def test_no_text_ends_where_a_modelfile_would_go_on(
+    template: str, end: str | None, system: str | None, reason: str
+) -> None:
+    made = tiny_words.tokenizer()
+    made.chat_template = template
+    if end is not None:
+        made.eos_token = end
+    with pytest.raises(UnsupportedModelError, match=reason):
+        modelfile.of("it", made, "model.gguf", system)
+
+
 def test_a_modelfile_holds_the_system_turn_of_the_training_and_no_bos_twice() -> None:
     made = tiny_words.tokenizer()
     assert 'SYSTEM """Be kind."""' in modelfile.of("it", made, "model.gguf", "Be kind.")
@@ -434,6 +464,33 @@ def test_who_will_take_an_adapter_is_known_before_it_is_trained(
     if options == {"rank": 64}:
         assert "--max-lora-rank 64" in found["vLLM"]["how"]
         assert any("rsLoRA" in note for note in found["llama.cpp"]["notes"])
+
+
+def changed(run: tiny.Run, folder: Path, file: str, **keys: Any) -> Path:
+    """Returns a copy of an adapter folder with some keys of a JSON file in it changed."""
+    shutil.copytree(run.folder, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | keys))
+    return folder
+
+
+def test_a_run_that_goes_on_from_an_adapter_has_its_rank(run: tiny.Run, place: Path, tmp_path: Path, capsys) -> None:
+    wide = changed(run, tmp_path / "wide", saved.CONFIG, r=40)
+    lines = ["task: chat", f"base: {place / 'base'}", f"out: {tmp_path / 'run'}", "quant: none", f"init_from: {wide}"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    assert main(["export", str(tmp_path / "run.yaml"), "--portable", "--json"]) == 0
+    assert "--max-lora-rank 64" in json.loads(capsys.readouterr().out)["vLLM"]["how"]
+
+
+@pytest.mark.parametrize(("task", "facts"), [("classify", {"labels": ["a", "b"]}), ("embed", {"pooling": "mean"})])
+@pytest.mark.parametrize("form", ["gguf", "gguf-lora"])
+def test_an_adapter_on_a_model_that_does_not_generate_is_refused(
+    form: str, task: str, facts: dict[str, Any], run: tiny.Run, tmp_path: Path, capsys
+) -> None:
+    folder = changed(run, tmp_path / "other", environment.FILE, task=facts)
+    settings = folder / "config.yaml"
+    settings.write_text(settings.read_text().replace("task: chat", f"task: {task}"))
+    assert main(["export", str(folder), "--format", form, "--out", str(tmp_path / "a.gguf")]) == 1
+    assert "GGUF is for models that generate: merge it" in capsys.readouterr().err
 
 
 def test_who_takes_an_adapter_is_told_of_its_folder_in_words(run: tiny.Run, capsys) -> None:

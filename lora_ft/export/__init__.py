@@ -41,18 +41,21 @@ def export(source: Path, out: Path, *, form: Format = "gguf", kind: Kind = "f16"
     is_adapter = (source / saved.CONFIG).is_file()
     if not is_adapter and not (source / "config.json").is_file():
         raise AdapterError(f"{source}: it holds neither {saved.CONFIG} nor config.json: name an adapter or a model.")
-    if form == "gguf-lora":
-        if not is_adapter:
-            raise AdapterError(f"{source}: it is a whole model, not an adapter: use --format gguf.")
-        return atomicio.by_library(out, lambda file: lora.write(source, file, base_name))
     if not is_adapter:
+        if form == "gguf-lora":
+            raise AdapterError(f"{source}: it is a whole model, not an adapter: use --format gguf.")
         return _write(source, out, form, kind, _name_of(source), None)
     record = recorded.read(source)
     _, task = recorded.task(source, record)
+    if task.peft_task != "CAUSAL_LM":
+        raise AdapterError(
+            f"{source}: it was trained for {task.name}, and GGUF is for models that generate: merge it instead, with "
+            "lora-ft merge, and load that with transformers."
+        )
+    if form == "gguf-lora":
+        return atomicio.by_library(out, lambda file: lora.write(source, file, base_name))
     # Before the merge, which takes a while.
     Described.of(saved.find_base(source, record["base"], base_name).folder)
-    if task.peft_task != "CAUSAL_LM":
-        raise AdapterError(f"{source}: it was trained for {task.name}, and GGUF is for models that generate.")
     with atomicio.draft(out) as scratch:
         merged = scratch.path / "merged"
         try:

@@ -14,6 +14,7 @@ from typing import Any
 from lora_ft.data.template import Message, RefusedError, Template
 from lora_ft.data.tokens import adds_bos
 from lora_ft.errors import UnsupportedModelError
+from lora_ft.foreign.strictjson import shown
 
 INSTEAD = "llama.cpp's server runs the template as it is: export --format gguf and start llama-server with --jinja."
 # Words that no template holds.
@@ -115,15 +116,21 @@ def of(name: str, tokenizer: Any, weights: str, system: str | None) -> str:
             raise RefusedError("it takes no system turn")
         if turns.takes_system and asked_with is None and template.prompt([_USER]) != turns.render([_USER]):
             raise RefusedError("it begins otherwise where the system says nothing")
-        if '"""' in source + str(asked_with):
-            raise RefusedError('it holds """, which ends a text of a Modelfile')
+        # As it is written, for a template can make of its parts what none of them is.
+        written, said = _in_go(turns, _bos(tokenizer)), asked_with or ""
+        if any('"""' in text or text.endswith('"') for text in (written, said)):
+            raise RefusedError('it writes """ or ends with a quote, which ends a text of a Modelfile')
+        stops = [stop for stop in dict.fromkeys((template.end_of_turn, tokenizer.eos_token)) if stop]
+        unfit = [stop for stop in stops if '"' in stop or not stop.isprintable()]
+        if unfit:
+            raise RefusedError(f"it stops at {shown(unfit[0])}, and a Modelfile has no quotes or line breaks in such")
     except RefusedError as why:
         raise UnsupportedModelError(
             f"{name}: its chat template cannot be written for Ollama: {str(why).rstrip('.')}. {INSTEAD}"
         ) from None
-    lines = [f"FROM ./{weights}", f'TEMPLATE """{_in_go(turns, _bos(tokenizer))}"""']
-    lines += [f'SYSTEM """{asked_with}"""'] if asked_with else []
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys((template.end_of_turn, tokenizer.eos_token)) if stop]
+    lines = [f"FROM ./{weights}", f'TEMPLATE """{written}"""']
+    lines += [f'SYSTEM """{said}"""'] if said else []
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
 
 

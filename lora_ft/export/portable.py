@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_ft import base as bases
 from lora_ft import recorded, saved, sources, tasks
-from lora_ft.config import COMPUTED, RunConfig, from_yaml
+from lora_ft.config import COMPUTED, RunConfig
 from lora_ft.errors import AdapterError, UnsupportedModelError
 from lora_ft.export.model import Described
 from lora_ft.foreign import tensors
@@ -69,21 +69,18 @@ class Answer:
         return not self.why
 
 
-def answers(place: Path, base_name: str | None = None) -> list[Answer]:
-    """Returns the answer of each program on an adapter folder, or on the configuration of a run to come.
+def answers(what: Path | RunConfig, base_name: str | None = None) -> list[Answer]:
+    """Returns the answer of each program on an adapter folder, or on a run to come.
 
     Args:
+        what: of a run that goes on from an adapter, with the shape of that one (`origin.adopted`).
         base_name: where to find the base, when it has moved.
 
     Raises:
-        AdapterError, ConfigError: the place is neither.
+        AdapterError: the folder is no adapter.
         SourceError: the base cannot be found; no weights are fetched for a run to come.
     """
-    if place.is_dir():
-        return _all(_of_folder(place, base_name))
-    if not place.is_file():
-        raise AdapterError(f"{place}: there is no such file or folder.")
-    return _all(_of_config(from_yaml(RunConfig, place), base_name))
+    return _all(_of_folder(what, base_name) if isinstance(what, Path) else _of_config(what, base_name))
 
 
 def _all(traits: Traits) -> list[Answer]:

@@ -95,6 +95,9 @@ def _problems(tokenizer: Any, rows: int) -> list[str]:
     stripping = [token["content"] for token in rules["added_tokens"] if token["lstrip"] or token["rstrip"]]
     if stripping:
         problems.append(f"the token {stripping[0]} swallows spaces")
+    alone = [token["content"] for token in rules["added_tokens"] if token["single_word"]]
+    if alone:
+        problems.append(f"the token {alone[0]} is none within a word, and llama.cpp finds it there too")
     if len(tokenizer) > rows:
         problems.append(f"it has {len(tokenizer):,} tokens, and the model rows for {rows:,}")
     return problems
