@@ -89,8 +89,8 @@ def publish(
     """
     if base_name is not None and Path(base_name).exists():
         raise PublishError(
-            f"--base {base_name}: a folder of this name is here, and would be compared in place of the repository on the "
-            "hub: call the same command from another folder."
+            f"--base {base_name}: a folder of this name is here, and would be compared in place of the repository on "
+            "the hub: call the same command from another folder."
         )
     remote = Remote(repo)
     told = summary.read(folder)
