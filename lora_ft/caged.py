@@ -19,17 +19,25 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-# Numbers of Linux (asm/unistd.h) by machine: those of `clone` first, then all that is refused.
+# Numbers of Linux (asm/unistd.h) by machine: those of `clone` and `prlimit64` first, then all that is refused: other
+# programs, sockets, signals and memory of other processes; their priority, processors and scheduling (from the line of
+# 141 and of 140 on); what System V and POSIX share between processes and keep after them; clocks, and the machine.
 CALLS = {
     "x86_64": (
-        0xC000003E, 56,
+        0xC000003E, 56, 302,
         (57, 58, 59, 322, 41, 53, 101, 62, 200, 234, 129, 297, 424, 434, 438, 310, 311, 425, 165, 166, 272, 308, 321,
-         250, 248, 249, 90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199),
+         250, 248, 249, 90, 91, 268, 452, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199,
+         141, 142, 144, 203, 251, 314, 256, 279, 298, 440, 448,
+         29, 30, 31, 64, 65, 66, 67, 68, 69, 70, 71, 220, 240, 241, 242, 243, 244, 245,
+         159, 164, 169, 227, 304, 305),
     ),
     "aarch64": (
-        0xC00000B7, 220,
+        0xC00000B7, 220, 261,
         (221, 281, 198, 199, 117, 129, 130, 131, 138, 240, 424, 434, 438, 270, 271, 425, 40, 39, 97, 268, 280, 219, 217,
-         218, 52, 53, 452, 54, 55, 88, 5, 6, 7, 14, 15, 16),
+         218, 52, 53, 452, 54, 55, 88, 5, 6, 7, 14, 15, 16,
+         140, 118, 119, 122, 30, 274, 238, 239, 241, 440, 448,
+         180, 181, 182, 183, 184, 185, 186, 187, 188, 189, 190, 191, 192, 193, 194, 195, 196, 197,
+         112, 142, 170, 171, 265, 266),
     ),
 }  # fmt: skip
 CLONE3 = 435
@@ -69,7 +77,7 @@ def without_calls(libc: ctypes.CDLL) -> bool:
     known = CALLS.get(platform.machine())
     if known is None:
         return False
-    machine, clone, refused = known
+    machine, clone, limits, refused = known
     program = [
         (LOAD, 0, 0, 4),
         (EQUAL, 1, 0, machine),
@@ -86,6 +94,12 @@ def without_calls(libc: ctypes.CDLL) -> bool:
         # Its arguments lie in memory; told that there is none, the C library takes `clone`.
         (EQUAL, 0, 1, CLONE3),
         (RETURN, 0, 0, ABSENT),
+        # The C library looks up the limits of the process that it is in, as process 0.
+        (EQUAL, 0, 4, limits),
+        (LOAD, 0, 0, 16),
+        (EQUAL, 0, 1, 0),
+        (RETURN, 0, 0, ALLOWED),
+        (RETURN, 0, 0, REFUSED),
     ]
     for number in refused:
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSED)]

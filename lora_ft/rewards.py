@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import json
 import logging
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -17,7 +19,7 @@ from typing import Any
 
 from lora_ft import sandbox
 from lora_ft.errors import ConfigError, LoraFtError
-from lora_ft.foreign.cell import Cell, RaisedError, StoppedError
+from lora_ft.foreign.cell import Cell, DiedError, RaisedError, StoppedError
 from lora_ft.foreign.strictjson import JsonError, loads
 
 log = logging.getLogger(__name__)
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 FINAL = "####"
 # A sign belongs to a number where nothing stands before it: of `8-3` the numbers are 8 and 3.
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?", re.ASCII)
-FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+# A block to its closing fence or, as in Markdown, to the end of the text.
+FENCED = re.compile(r"^[ \t]*(`{3,})[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^[ \t]*\1`*[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+PYTHON = ("", "py", "python", "python3")
 # For one pattern on one reply.
 PATTERN_S = 1.0
 PATTERN_BYTES = 256 * 2**20
@@ -35,8 +39,19 @@ PATTERN_BYTES = 256 * 2**20
 class Reward(ABC):
     """What replies are worth."""
 
+    is_known = True
+    """Whether it can be told without running what another file than this program's names."""
+
     def require(self) -> None:  # noqa: B027 - most need nothing
-        """Makes the reward ready for replies. Raises ConfigError where it cannot be had."""
+        """Makes the reward ready for replies, of whoever typed its name. Raises ConfigError where it cannot be had."""
+
+    def admit(self) -> None:
+        """Makes the reward ready for replies where an adapter folder names it, if `require` has not.
+
+        Raises:
+            LoraFtError: it cannot be had, or would do what is not done because a folder names it.
+        """
+        self.require()
 
     def fault(self, answer: str) -> str | None:
         """Returns what is wrong with the answer of a row, and how to mend it; None where replies can be checked."""
@@ -69,6 +84,7 @@ class JsonSchema(Reward):
             raise ConfigError("reason.reward json_schema needs a validator: pip install 'lora-ft[prefer]'.")
 
     def fault(self, answer: str) -> str | None:
+        self.require()
         try:
             self._validator(answer)
         except (ValueError, RecursionError) as error:
@@ -109,7 +125,7 @@ class Pattern(Reward):
 
     def fault(self, answer: str) -> str | None:
         try:
-            self._cell.ask([answer, ""])
+            self._ask(answer, "")
         except (RaisedError, StoppedError) as error:
             return f"is no regular expression ({_line(error)}); mend it"
         return None
@@ -119,19 +135,34 @@ class Pattern(Reward):
 
     def _match(self, reply: str, pattern: str) -> float:
         try:
-            return float(self._cell.ask([pattern, reply.strip()]))
+            return float(self._ask(pattern, reply.strip()))
         except StoppedError as error:
             if not self._told:
                 log.warning("the pattern %s %s on a reply: such replies earn nothing", json.dumps(pattern), error)
             self._told = True
             return 0.0
 
+    def _ask(self, pattern: str, text: str) -> bool:
+        try:
+            return bool(self._cell.ask([pattern, text]))
+        except DiedError as error:
+            raise LoraFtError(f"reason.reward regex: the pattern {json.dumps(pattern[:200])}: {error}.") from error
+
 
 class UnitTests(Reward):
     """The reply's program, its last fenced block or all of it, passes the row's tests: Python with `assert`."""
 
+    def __init__(self) -> None:
+        self._ready = False
+
     def require(self) -> None:
         sandbox.require()
+        self._ready = True
+
+    def admit(self) -> None:
+        if not self._ready:
+            sandbox.require(closed=True)
+        self._ready = True
 
     def fault(self, answer: str) -> str | None:
         try:
@@ -143,7 +174,7 @@ class UnitTests(Reward):
         return None
 
     def of(self, replies: Sequence[str], answers: Sequence[str]) -> list[float]:
-        programs = [(FENCED.findall(reply) or [reply])[-1] for reply in replies]
+        programs = [_program(reply) for reply in replies]
         return [float(well) for well in sandbox.passed(list(zip(programs, answers, strict=True)))]
 
 
@@ -154,29 +185,49 @@ class Own(Reward):
         self.name = name
         self._function: Callable[[str, str], Any] | None = None
 
+    @property
+    def is_known(self) -> bool:  # type: ignore[override]
+        return self._function is not None
+
     def require(self) -> None:
-        """Runs the file, which whoever starts a training has named."""
+        """Runs the file, which whoever starts a training has named, as a module that finds its neighbours."""
         place, _, function = self.name.rpartition(":")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        spec = importlib.util.spec_from_file_location(f"lora_ft_reward_{Path(place).stem}", place)
         if spec is None or spec.loader is None or not Path(place).is_file():
             raise ConfigError(f"reason.reward {self.name}: there is no Python file {place}.")
         module = importlib.util.module_from_spec(spec)
+        # Where dataclasses and pickles look for it.
+        sys.modules[spec.name] = module
+        folder = str(Path(place).resolve().parent)
+        sys.path.insert(0, folder)
         try:
             spec.loader.exec_module(module)
         # Whatever the user's own code raises is theirs to mend.
         except Exception as error:
+            del sys.modules[spec.name]
             raise ConfigError(f"reason.reward {self.name}: the file raised {_named(error)}.") from error
-        self._function = getattr(module, function, None)
-        if not callable(self._function):
+        finally:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(folder)
+        found = getattr(module, function, None)
+        if not callable(found):
             raise ConfigError(f"reason.reward {self.name}: {place} has no function {function}.")
+        self._function = found
+
+    def admit(self) -> None:
+        self._loaded()
 
     def of(self, replies: Sequence[str], answers: Sequence[str]) -> list[float]:
+        function = self._loaded()
+        return [self._of(function, reply, answer) for reply, answer in zip(replies, answers, strict=True)]
+
+    def _loaded(self) -> Callable[[str, str], Any]:
         if self._function is None:
             raise LoraFtError(
-                f"The reward is {self.name}, and no code is run because an adapter folder names it: measure another "
-                "metric, or in Python what `rewards.get` returns, once its `require` has read the file."
+                f"The reward is {self.name}, and no code is run because an adapter folder names it: name metrics to "
+                "tell instead of it (--metrics exact_match), or call `reward.require` of the loaded task in Python."
             )
-        return [self._of(self._function, reply, answer) for reply, answer in zip(replies, answers, strict=True)]
+        return self._function
 
     def _of(self, function: Callable[[str, str], Any], reply: str, answer: str) -> float:
         try:
@@ -196,6 +247,12 @@ KINDS: dict[str, type[Reward]] = {
 def get(name: str) -> Reward:
     """Returns the reward called so, one of `config.REWARDS` or a function of the user's; nothing of theirs is run."""
     return KINDS[name]() if name in KINDS else Own(name)
+
+
+def _program(reply: str) -> str:
+    """Returns the last fenced block of Python in a reply, or all of it where there is none."""
+    blocks = [block for _, tag, block in FENCED.findall(reply) if tag.lower() in PYTHON]
+    return blocks[-1] if blocks else reply
 
 
 def _is_right(reply: str, answer: str) -> bool:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,6 +27,9 @@ SECONDS = 5
 PATIENCE_S = 20.0
 MEMORY_BYTES = 512 * 2**20
 FILE_BYTES = 2**20
+# Of all files of a program together, and how many there may be; looked at so often.
+FOLDER_BYTES, FOLDER_FILES = 2**24, 256
+WATCH_S = 0.05
 CAGED = Path(__file__).with_name("caged.py")
 
 
@@ -40,17 +44,35 @@ def passed(programs: Sequence[tuple[str, str]]) -> list[bool]:
         return list(pool.map(lambda pair: _run(*pair)[0], programs))
 
 
+def require(*, closed: bool = False) -> None:
+    """Says what this system cannot keep programs from.
+
+    Args:
+        closed: whether that is refused, as where nobody has asked for programs to be run.
+
+    Raises:
+        ConfigError: this system runs no program, or not `closed`.
+    """
+    open_to = _open_to()
+    if open_to and closed:
+        raise ConfigError(
+            f"reason.reward unit_tests: this system cannot keep the programs of replies from {', '.join(open_to)}, and "
+            "the adapter's folder alone names this reward: measure on a Linux with Landlock and seccomp."
+        )
+    if open_to:
+        log.warning("this system cannot keep the programs of replies from %s: run in a container", ", ".join(open_to))
+
+
 @cache
-def require() -> None:
-    """Says what this system cannot keep programs from. Raises ConfigError where it runs none."""
+def _open_to() -> tuple[str, ...]:
+    """Returns what this system cannot keep programs from. Raises ConfigError where it runs none."""
     well, open_to = _run("def one():\n    return 1", "assert one() == 1")
     if not well or _run("", "assert False")[0]:
         raise ConfigError(
             "reason.reward unit_tests: this machine runs no Python program within limits, so no reply could pass; see "
             f"what `{sys.executable} -I {CAGED.name}` says, or use another reward."
         )
-    if open_to:
-        log.warning("this system cannot keep the programs of replies from %s: run in a container", ", ".join(open_to))
+    return tuple(open_to)
 
 
 def _run(code: str, tests: str) -> tuple[bool, list[str]]:
@@ -70,8 +92,7 @@ def _run(code: str, tests: str) -> tuple[bool, list[str]]:
             pass_fds=(tells, told), start_new_session=True,
         )  # fmt: skip
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(json.dumps(asked).encode("utf-8", "surrogatepass"), timeout=PATIENCE_S)
+            _wait(process, json.dumps(asked).encode("utf-8", "surrogatepass"), folder)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -83,3 +104,36 @@ def _run(code: str, tests: str) -> tuple[bool, list[str]]:
         return rest == token, json.loads(line)
     except ValueError:
         return False, []
+
+
+def _wait(process: subprocess.Popen[bytes], asked: bytes | None, folder: str) -> None:
+    """Gives a process what is asked, and waits till it has ended, was too slow or has filled its folder."""
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until and not _is_full(folder):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(asked, timeout=WATCH_S)
+            return
+        asked = None
+
+
+def _is_full(folder: str) -> bool:
+    """Returns whether files take more than they may, or cannot be looked at."""
+    taken = count = 0
+    folders = [folder]
+    try:
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    # A program deletes files meanwhile.
+                    with contextlib.suppress(FileNotFoundError):
+                        taken += entry.stat(follow_symlinks=False).st_blocks * 512
+                    count += 1
+                    if taken > FOLDER_BYTES or count > FOLDER_FILES:
+                        return True
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

@@ -1,6 +1,7 @@
 """Rewards: what earns one and what must not, and programs that a reply must not be able to run."""
 
 import json
+import sys
 from pathlib import Path
 
 import psutil
@@ -8,6 +9,7 @@ import pytest
 
 from lora_ft import rewards, sandbox
 from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.foreign.cell import DiedError
 
 GSM8K = "She sold 48/2 = 24 clips.\nTogether 48+24 = 72.\n#### 72"
 
@@ -104,8 +106,50 @@ def test_unit_tests_run_the_last_fenced_program():
     assert reward.fault(TESTS) is None
 
 
+@pytest.mark.parametrize(
+    ("reply", "worth"),
+    [
+        ("```bash\npip install it\n```\nThen that:\n```\n{ADD}```\n", 1),
+        ("```python\n{ADD}```\nRun it:\n```bash\npytest\n```", 1),
+        ("```Python3\n{ADD}```", 1),
+        ("```python title=add.py\n{ADD}```", 1),
+        ('````py\n{ADD}inside = """\n```\n"""\n````', 1),
+        ("```python\n{ADD}", 1),
+        ("```js\n{ADD}```", 0),
+    ],
+)
+def test_the_last_block_of_python_is_the_program(reply, worth):
+    assert rewards.get("unit_tests").of([reply.replace("{ADD}", ADD)], [TESTS]) == [worth]
+
+
+@pytest.fixture
+def open_system(monkeypatch):
+    monkeypatch.setattr(sandbox, "_open_to", lambda: ("network",))
+
+
+@pytest.mark.usefixtures("open_system")
+def test_programs_are_not_run_unfenced_because_a_folder_names_them(caplog):
+    reward = rewards.get("unit_tests")
+    with pytest.raises(ConfigError, match="cannot keep the programs of replies from network, and the adapter's folder"):
+        reward.admit()
+    with caplog.at_level("WARNING", logger="lora_ft"):
+        reward.require()
+    assert "run in a container" in caplog.text
+    reward.admit()  # of whoever has typed its name
+
+
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits of memory and calls are Linux's")
+OTHERS = "import os\nother = os.getppid()\n"
+# Each changes nothing where it is let.
 HOSTILE = {
+    "parent's limits": OTHERS + "import resource\nresource.prlimit(other, 7, resource.prlimit(other, 7))",
+    "parent's processors": OTHERS + "os.sched_setaffinity(other, os.sched_getaffinity(other))",
+    "parent's priority": OTHERS + "os.setpriority(0, other, os.getpriority(0, other))",
+    "parent's scheduling": OTHERS + "os.sched_setscheduler(other, os.sched_getscheduler(other), os.sched_param(0))",
+    "memory that stays": "import ctypes, errno\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.shmget(1, 0, 0) < 0 and ctypes.get_errno() == errno.EPERM:\n    raise PermissionError",
+    "many files": "import time\nfor n in range(40):\n    open(str(n), 'wb').write(bytes(2**20))\ntime.sleep(2)",
+    "many folders": "import os, time\nfor n in range(400):\n    os.mkdir(str(n))\ntime.sleep(2)",
     "exit": "import sys\nsys.exit(0)",
     "exit at once": "import os\nos._exit(0)",
     "memory": "held = bytearray(2**34)",
@@ -151,6 +195,7 @@ def test_harmless_programs_pass(monkeypatch):
         "prints a lot": "for _ in range(50):\n    print('x' * 10**6)",
         "its own file": "open('mine', 'w').write('x')\nassert open('mine').read() == 'x'",
         "a thread": "import threading\none = threading.Thread(target=int)\none.start()\none.join()",
+        "its own limits": "import resource\nassert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)",
         "no environment": "import os\nassert not set(os.environ) - {'LC_CTYPE'}",
         "no main": "if __name__ == '__main__':\n    raise SystemExit",
     }
@@ -200,3 +245,35 @@ def test_the_users_own_function(tmp_path):
     place.write_text("1 / 0")
     with pytest.raises(ConfigError, match="the file raised ZeroDivisionError"):
         rewards.get(f"{place}:length").require()
+
+
+def test_a_function_finds_its_neighbours_and_may_be_in_a_file_with_dataclasses(tmp_path):
+    (tmp_path / "beside_it.py").write_text("WORTH = 3\n")
+    place = tmp_path / "json.py"  # in no module's place
+    place.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_it import WORTH\n"
+        "@dataclass\nclass Answer:\n    text: str\n    worth: int = WORTH\n"
+        "def own(reply, answer):\n    return Answer(reply).worth\n"
+    )
+    before = list(sys.path)
+    reward = rewards.get(f"{place}:own")
+    reward.require()
+    assert reward.of(["a"], ["b"]) == [3]
+    assert sys.path == before
+    assert sys.modules["json"] is json
+
+
+def test_a_process_that_is_killed_is_told_as_an_error_of_the_run(monkeypatch):
+    def killed(self, question):
+        raise DiedError("the process it runs in was ended twice (SIGKILL)")
+
+    monkeypatch.setattr(rewards.Cell, "ask", killed)
+    for asked in (lambda reward: reward.of(["a"], ["a+"]), lambda reward: reward.fault("a+")):
+        with pytest.raises(LoraFtError, match=r'the pattern "a\+": the process it runs in was ended twice'):
+            asked(rewards.get("regex"))
+
+
+def test_a_missing_validator_is_one_error(monkeypatch):
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="json_schema needs a validator: pip install"):
+        rewards.get("json_schema").fault(SCHEMA)
