@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import __version__, locks, processes
-from lora_ft.config import PreferConfig, RunConfig, cli, from_yaml
+from lora_ft.config import PreferConfig, RunConfig, cli, from_yaml, refuse_code
 from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
     BenchConfig,
@@ -125,6 +125,7 @@ def evaluate(config: EvaluateConfig) -> None:
     examples = formats.read(config.data, config.columns)
     loaded = saved.load(config.adapter, config.base)
     loaded.prepare_task()
+    evaluation.require(loaded.task, config.metrics)
     rows = tasks.featurize(loaded.task, examples)
     tasks.tell_of_cut_rows(loaded.task)
     found = evaluation.compare(
@@ -308,9 +309,11 @@ def data_prepare(config: DataPrepareConfig) -> None:
 def selftest(config: SelftestConfig) -> None:
     from lora_ft import selftest as checks
 
+    run = from_yaml(RunConfig, config.run)
+    refuse_code(run, (), str(config.run), "leave it out of the file that is checked; no check needs it.")
     # The model is made three times.
     logging.getLogger("lora_ft").setLevel(logging.WARNING)
-    found = checks.check(from_yaml(RunConfig, config.run), twin=config.twin)
+    found = checks.check(run, twin=config.twin)
     if config.json:
         say(json.dumps(found.as_dict()))
     else:

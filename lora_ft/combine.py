@@ -280,6 +280,8 @@ class _Measured:
     ) -> None:
         self.model, self.task, self.parts, self.names = loaded.model, loaded.task, parts, names
         self.examples = examples
+        if examples:
+            evaluate.require(loaded.task, names)
         self.features = [tasks.featurize(loaded.task, rows) for rows in examples]
         self.loss: list[dict[str, float | None]] = [{} for _ in parts]
         self.rows: list[dict[str, dict[str, Any]]] = [{} for _ in parts]

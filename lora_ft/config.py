@@ -333,7 +333,7 @@ def cli(cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None
     """
     saved, typed = _words(cls, list(sys.argv[1:] if argv is None else argv))
     parsed = tyro.cli(cls, args=saved + typed, prog=prog, config=(tyro.conf.AvoidSubcommands,))
-    _refuse_code(parsed, typed)
+    refuse_code(parsed, typed)
     return parsed
 
 
@@ -419,21 +419,37 @@ def _refuse_secrets(words: Sequence[str]) -> None:
             )
 
 
-def _refuse_code(parsed: Any, typed: Sequence[str]) -> None:
-    """Raises ConfigError where a file alone names a metric on the hub or a function: it may be another's code."""
+def refuse_code(parsed: Any, typed: Sequence[str], named_by: str = "--config", remedy: str | None = None) -> None:
+    """Raises ConfigError where a file alone names a metric on the hub or a function: it may be another's code.
+
+    Args:
+        typed: the words on the command line that say what to run.
+        named_by: the file.
+        remedy: what to do instead of typing the name, where it cannot be typed.
+    """
     said = {part for word in typed for part in (word, word.partition("=")[2])}
     reward = getattr(getattr(parsed, "reason", None), "reward", REWARDS[0])
     if reward not in REWARDS and reward not in said:
         raise ConfigError(
-            f"--config names the reward {reward}, whose code would be run: if you want that, type "
-            f"--reason.reward {reward} too."
+            f"{named_by} names the reward {reward}, whose code would be run: "
+            + (remedy or f"if you want that, type --reason.reward {reward} too.")
         )
-    for name in getattr(getattr(parsed, "data", parsed), "metrics", ()):
+    group = "data." if hasattr(getattr(parsed, "data", None), "metrics") else ""
+    for name in getattr(parsed.data if group else parsed, "metrics", ()):
         if name.startswith(FROM_HUB) and name not in said:
             raise ConfigError(
-                f"--config names the metric {name}, whose code would be fetched and run: if you want that, type "
-                f"--data.metrics {name} too."
+                f"{named_by} names the metric {name}, whose code would be fetched and run: "
+                + (remedy or f"if you want that, type --{group}metrics {name} too.")
             )
+
+
+def without_code(config: RunConfig) -> RunConfig:
+    """Returns a run in which nothing that was learned is judged: no metric, and a reward that runs no code."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, metrics=()),
+        reason=dataclasses.replace(config.reason, reward=REWARDS[0]),
+    )
 
 
 def _portable(name: str) -> str:

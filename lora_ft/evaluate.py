@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.losses import Losses
 from lora_ft.tasks import Features, Task
+
+log = logging.getLogger(__name__)
 
 # Longest reply generated, over the longest one wanted: what runs on further is wrong already.
 ROOM = 1.25
@@ -82,6 +85,20 @@ def compare(
     )
 
 
+def require(task: Task, names: Sequence[str] = ()) -> None:
+    """Raises LoraFtError where the reward of a task, which an adapter folder names, cannot judge replies here.
+
+    Where it is left out, that is said.
+
+    Args:
+        names: the metrics that are asked for besides.
+    """
+    if _is_judged(task, names):
+        task.reward.admit()  # type: ignore[union-attr]
+    elif task.reward is not None:
+        log.warning("the reward is left out: it is a function, and none is run because an adapter folder names it")
+
+
 def measure(
     task: Task,
     model: Any,
@@ -115,9 +132,11 @@ def _judged(
     note("measuring the adapter")
     after, adapter_values = _rewarded(task, model, examples, rows, names)
     one_each = np.ones(len(rows))
-    was, now = (Losses(said.rewards, one_each, one_each) for said in (before, after))
-    change = losses.difference_interval(was, now)
-    interval = {"reward_change_interval": change and list(change)}
+    interval = {}
+    if isinstance(before, judged.Judged) and isinstance(after, judged.Judged):
+        was, now = (Losses(said.rewards, one_each, one_each) for said in (before, after))
+        change = losses.difference_interval(was, now)
+        interval = {"reward_change_interval": change and list(change)}
     note("measuring the drift on general text")
     base_drift, adapter_drift = drift.measure(model, task.tokenizer)
     return Comparison(
@@ -127,12 +146,21 @@ def _judged(
 
 def _rewarded(
     task: Task, model: Any, examples: Sequence[Example], rows: Sequence[Features], names: Sequence[str]
-) -> tuple[judged.Judged, dict[str, Any]]:
-    """Returns the likeliest replies, and their mean reward and length and the metrics `names`, by plain name."""
-    said = judged.judge(task, model, rows)
+) -> tuple[judged.Said, dict[str, Any]]:
+    """Returns the likeliest replies, and their mean reward and length and the metrics `names`, by plain name.
+
+    The reward is left out where its function is not loaded and there are metrics to tell instead.
+    """
+    said = (judged.judge if _is_judged(task, names) else judged.say)(task, model, rows)
     wanted = [task.question(example)[1] for example in examples] if names else []
-    values = {"reward": float(said.rewards.mean()), "reply_tokens": float(said.tokens.mean()), "rows": len(rows)}
+    values: dict[str, Any] = {"reward": float(said.rewards.mean())} if isinstance(said, judged.Judged) else {}
+    values |= {"reply_tokens": float(said.tokens.mean()), "rows": len(rows)}
     return said, values | score_replies(said.replies, wanted, names)
+
+
+def _is_judged(task: Task, names: Sequence[str]) -> bool:
+    """Returns whether replies are given to the task's reward."""
+    return task.reward is not None and (task.reward.is_known or not names)
 
 
 def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[str]) -> dict[str, float]:

@@ -13,14 +13,20 @@ from lora_ft.tasks import Features
 
 
 @dataclass(frozen=True)
-class Judged:
+class Said:
     """The likeliest reply to each of some rows."""
 
     replies: list[str]
-    rewards: np.ndarray
-    """Float64 [rows]."""
     tokens: np.ndarray
     """Tokens of each reply, its end among them, float64 [rows]."""
+
+
+@dataclass(frozen=True)
+class Judged(Said):
+    """The same, with what each is worth."""
+
+    rewards: np.ndarray
+    """Float64 [rows]."""
 
 
 def replies(task: Any, model: Any, rows: Sequence[Features], **sampling: Any) -> list[list[int]]:
@@ -35,9 +41,20 @@ def replies(task: Any, model: Any, rows: Sequence[Features], **sampling: Any) ->
     return [ids for ids, _ in made]
 
 
-def judge(task: Any, model: Any, rows: Sequence[Features]) -> Judged:
-    """Returns the likeliest replies to rows of a task with a reward, and what they are worth."""
+def say(task: Any, model: Any, rows: Sequence[Features]) -> Said:
+    """Returns the likeliest replies to rows of a task with a reward."""
     ids = replies(task, model, rows)
     texts = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    worth = task.reward.of(texts, [row["answer"] for row in rows])
-    return Judged(texts, np.array(worth, dtype=np.float64), np.array([len(one) for one in ids], dtype=np.float64))
+    return Said(texts, np.array([len(one) for one in ids], dtype=np.float64))
+
+
+def judge(task: Any, model: Any, rows: Sequence[Features]) -> Judged:
+    """Returns the likeliest replies to rows of a task with a reward, and what they are worth.
+
+    Raises:
+        LoraFtError: an adapter folder names the reward, and what it would do is not done for a folder.
+    """
+    task.reward.admit()
+    said = say(task, model, rows)
+    worth = task.reward.of(said.replies, [row["answer"] for row in rows])
+    return Judged(said.replies, said.tokens, np.array(worth, dtype=np.float64))

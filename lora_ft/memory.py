@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +45,7 @@ from lora_ft import base as bases
 from lora_ft import optimizer as optimizers
 from lora_ft.activations import Checkpointing
 from lora_ft.config import BaseCache, RunConfig
+from lora_ft.data.formats import Example
 from lora_ft.devices import GIB, Device
 from lora_ft.errors import ConfigError, UnsupportedModelError
 from lora_ft.foreign.reading import first_line
@@ -288,7 +289,7 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
         asked_device: as `devices.find` takes it.
 
     Raises:
-        SourceError, UnsupportedModelError: there is no such base, or it does not suit the task or packing.
+        SourceError, UnsupportedModelError: there is no such base, or it does not suit the task, packing or a plan.
         ConfigError: the device is unknown, or the adapter starts from numbers.
         DataError: with all problems of the rows.
     """
@@ -300,11 +301,24 @@ def plan(config: RunConfig, asked_device: str | None = None) -> Plan:
     if in_epoch is not None and (device.kind == "cpu" or asked_device is None):
         dtype = getattr(torch, device.dtype if config.train.dtype == "auto" else config.train.dtype)
         device = dataclasses.replace(device, flops_per_s=matmul_rate(dtype, torch.device(device.kind)))
-    planner = Planner(config, task, source, device, items)
     train = config.train
-    asked, of = planner.asked(), train.batch_size * train.accumulate
-    fitting = planner.fitting(of)
+    of = train.batch_size * train.accumulate
+    with shapes_suffice(config.base):
+        planner = Planner(config, task, source, device, items)
+        asked, fitting = planner.asked(), planner.fitting(of)
     return Plan(device, asked, fitting, train.accumulate if fitting is None else of // fitting.rows, in_epoch)
+
+
+@contextmanager
+def shapes_suffice(base: str) -> Iterator[None]:
+    """Raises UnsupportedModelError where a model asks for numbers in the block."""
+    try:
+        yield
+    except NO_NUMBERS as error:
+        raise UnsupportedModelError(
+            f"{base} cannot be planned: its step depends on numbers, and a plan has shapes only ({first_line(error)}); "
+            "train it without one: where the memory does not suffice, a training makes its batches in smaller passes."
+        ) from error
 
 
 def of_training(config: RunConfig, task: Task, source: Source, found: rows.Rows) -> Step | None:
@@ -393,11 +407,18 @@ def _words(step: Step, asked: Step) -> str:
     return " and ".join(words) or "there is no smaller one"
 
 
-def items_of(config: RunConfig, task: Task, source: Source) -> tuple[list[list[Features]], int | None]:
-    """Returns what batches are made of, the longest first, and the tokens of an epoch where rows are named."""
-    if config.data.train is None or config.data.streaming:
+def items_of(
+    config: RunConfig, task: Task, source: Source, examples: Sequence[Example] | None = None
+) -> tuple[list[list[Features]], int | None]:
+    """Returns what batches are made of, the longest first, and the tokens of an epoch where rows are known.
+
+    Args:
+        examples: rows to train on, instead of those that `config.data` names.
+    """
+    if config.data.streaming or (examples is None and config.data.train is None):
         return [[_longest(config, task, source)]], None
-    features: Any = rows.prepare(config, task, source, *rows.read(config)).train_features
+    read = rows.read(config) if examples is None else (examples, ())
+    features: Any = rows.prepare(config, task, source, *read).train_features
     in_epoch = sum(length for row in features for length in task.lengths(row))
     return _longest_items(config, task, features), in_epoch
 

@@ -136,14 +136,14 @@ def prepare(
     tokenizer.add_tokens(list(data.special_tokens), special_tokens=True)
     task.meet(source.folder, bases.text_config(source, task.model_class))
     task.prepare(tokenizer, bases.longest_row(source, task.model_class, data.max_length))
-    facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": _digest(examples)}
+    facts["train"] = {"name": _name(data.train), "rows": len(examples), "sha256": digest(examples)}
     if held_out:
-        facts["eval"] = {"name": _name(data.eval), "rows": len(held_out), "sha256": _digest(held_out)}
+        facts["eval"] = {"name": _name(data.eval), "rows": len(held_out), "sha256": digest(held_out)}
     features: Sequence[Features] | Streamed
     if streamed:
         local = Path(str(data.train))
-        digest = environment.streamed_facts(local) if local.is_file() else {"sha256": None}
-        facts["train"] = {"name": _name(data.train), "rows": None, **digest}
+        of_file = environment.streamed_facts(local) if local.is_file() else {"sha256": None}
+        facts["train"] = {"name": _name(data.train), "rows": None, **of_file}
         features = Streamed(lambda: _stream(config, task, facts["train"]))
     else:
         features = tasks.featurize(task, examples)
@@ -188,10 +188,10 @@ def _refuse_rows_trained_on(config: RunConfig, examples: Sequence[Example], held
     if not held_out:
         return
     same_name = config.data.eval is not None and config.data.eval == config.data.train
-    if same_name or _digest(examples) == _digest(held_out):
+    if same_name or digest(examples) == digest(held_out):
         raise ConfigError("data.eval names the rows of data.train, so nothing is held out: give other rows, or 0.1.")
-    trained = {_digest([example]) for example in examples}
-    shared = sum(_digest([example]) in trained for example in held_out)
+    trained = {digest([example]) for example in examples}
+    shared = sum(digest([example]) in trained for example in held_out)
     if shared:
         log.warning("%d of %d held-out rows are trained on too: they look better than new ones", shared, len(held_out))
 
@@ -265,11 +265,12 @@ def first_batches(task: Task, rows: Rows, config: RunConfig) -> list[dict[str, A
     return [task.inputs(task.collate(batch)) for batch in batches]
 
 
-def _digest(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
+def digest(examples: Sequence[Example]) -> str:
+    """Returns the SHA-256 of what rows hold, wherever they stand."""
+    found = hashlib.sha256()
     for example in examples:
-        digest.update(repr(dataclasses.astuple(example)[1:]).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+        found.update(repr(dataclasses.astuple(example)[1:]).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def _name(source: str | None) -> str:

@@ -289,6 +289,14 @@ def test_what_starts_from_numbers_is_refused(small):
         memory.plan(config, "cpu")
 
 
+def test_a_model_that_asks_for_numbers_is_told_with_what_to_do(small, monkeypatch):
+    from lora_ft.tasks.causal import Causal
+
+    monkeypatch.setattr(Causal, "loss", lambda self, model, batch: next(model.parameters()).sum().item())
+    with pytest.raises(UnsupportedModelError, match=r"cannot be planned: its step depends on numbers.*train it with"):
+        memory.plan(settings("chat", small), "cpu")
+
+
 def test_packing_is_refused_where_rows_cannot_share_one(tmp_path):
     config = settings("complete", str(tiny.model_folder(tmp_path / "base", "openai-gpt")), quant="none")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=True))

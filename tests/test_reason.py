@@ -3,19 +3,24 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import TrainerCallback
 
-from lora_ft import checkpoints, evaluate, guard, judged, memory, runs, seal, tasks
+from lora_ft import checkpoints, evaluate, guard, judged, memory, planned, runs, seal, tasks
+from lora_ft.cli import main
 from lora_ft.config import DataConfig, LoraConfig, ReasonConfig, RunConfig, TrainConfig, cli, from_yaml, to_yaml
 from lora_ft.data import formats
 from lora_ft.data.formats import Chat, Pair, Problem, Text
-from lora_ft.errors import ConfigError, DataError, OutOfMemoryError, ProofError
+from lora_ft.errors import ConfigError, DataError, OutOfMemoryError, ProofError, SourceError
 from lora_ft.modes import unwrapped
+from lora_ft.options import EvaluateConfig
+from lora_ft.rows import digest
 from tests import tiny
 
 trl = pytest.importorskip("trl")
@@ -91,10 +96,89 @@ def test_a_folder_is_evaluated_without_running_the_code_it_names(finished):
     rows = tasks.featurize(loaded.task, problems(6))
     with pytest.raises(LoraFtError, match="no code is run because an adapter folder names it"):
         evaluate.compare(loaded.task, loaded.model, problems(6), rows)
+    with pytest.raises(LoraFtError, match=r"no code is run.*--metrics exact_match"):
+        evaluate.require(loaded.task)
+    # What the error advises.
+    evaluate.require(loaded.task, ("exact_match",))
+    found = evaluate.compare(loaded.task, loaded.model, problems(6), rows, names=("exact_match",))
+    assert found.adapter["exact_match"] == 0
+    assert not {"reward", "reward_change_interval"} & found.adapter.keys()
     loaded.task.configure(ReasonConfig(reward="exact", max_new_tokens=4))
     found = evaluate.compare(loaded.task, loaded.model, problems(6), rows, names=("exact_match",))
     assert found.adapter["reward"] == found.adapter["exact_match"] == 0
     assert seal.verify(finished.folder).passed
+
+
+def test_a_folder_whose_rewards_would_run_programs_unfenced_is_not_evaluated(finished, monkeypatch):
+    from lora_ft import sandbox, saved
+
+    monkeypatch.setattr(sandbox, "_open_to", lambda: ("network",))
+    loaded = saved.load(finished.folder, None)
+    loaded.prepare_task()
+    loaded.task.configure(ReasonConfig(reward="unit_tests", max_new_tokens=4))
+    rows = [{"prompt": [1, 50], "answer": "assert one() == 1"}]
+    for measure in (lambda: judged.judge(loaded.task, loaded.model, rows), lambda: evaluate.require(loaded.task)):
+        with pytest.raises(ConfigError, match="cannot keep the programs of replies from network"):
+            measure()
+
+
+def test_a_plan_of_a_folder_runs_nothing_that_it_names(finished, tmp_path, monkeypatch):
+    """Its rows are those of the run alone, whatever file has their name."""
+    folder, given = tmp_path / "theirs", problems(9)
+    shutil.copytree(finished.folder, folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("open('ran', 'w').close()\n" + FEW)
+    lines = [json.dumps({"prompt": row.prompt, "answer": row.answer}) + "\n" for row in given]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["reason"]["reward"] == "mine.py:few"
+    settings["data"] |= {"train": "rows.jsonl", "eval": "theirs/rows", "metrics": ["hub:theirs/metric"]}
+    settings["train"] |= {"eval_steps": 2}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    record = json.loads((folder / "environment.json").read_text())
+    record["data"]["train"]["sha256"] = digest(given)
+    (folder / "environment.json").write_text(json.dumps(record))
+    measured = planned.plan(folder)
+    assert measured["measured_rows"]
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:-1]))
+    without = planned.plan(folder)
+    assert not without["measured_rows"]
+    assert without["tokens"] > measured["tokens"]
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert planned.plan(folder) == without
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_report_is_written_where_there_can_be_no_plan(finished, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "moved"
+    shutil.copytree(finished.folder, folder)
+
+    def lost(*args, **kwargs):
+        raise SourceError("the base is gone")
+
+    monkeypatch.setattr(planned.sources, "recall", lost)
+    with caplog.at_level("WARNING", logger="lora_ft"):
+        page = planned.report(folder)
+    assert "the report has no plan: the base is gone" in caplog.text
+    assert "reward" in page.read_text()
+
+
+def test_a_selftest_runs_no_function_that_its_file_names(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("open('ran', 'w').close()\n" + FEW)
+    text = to_yaml(config(place, tmp_path / "out", reward=f"{tmp_path}/mine.py:few"))
+    (tmp_path / "theirs.yaml").write_text(text)
+    assert main(["selftest", "theirs.yaml", "--twin"]) == 2
+    assert "theirs.yaml names the reward mine.py:few, whose code would be run" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_alone_names_no_metric_of_the_hub_for_an_evaluation(tmp_path):
+    (tmp_path / "theirs.yaml").write_text("adapter: a\ndata: rows.jsonl\nmetrics: [hub:theirs/metric]\n")
+    words = ["--config", str(tmp_path / "theirs.yaml")]
+    with pytest.raises(ConfigError, match="type --metrics hub:theirs/metric too"):
+        cli(EvaluateConfig, words)
+    assert cli(EvaluateConfig, [*words, "--metrics", "hub:theirs/metric"]).metrics == ("hub:theirs/metric",)
 
 
 class Die(TrainerCallback):
@@ -331,7 +415,7 @@ def test_a_plan_counts_every_reply(place, tmp_path):
 def test_a_dry_run_counts_the_tokens_that_replies_may_have(place, tmp_path):
     rows = problems(4)
     told = runs.dry_run(config(place, tmp_path / "out"), rows)
-    assert told["tokens"] == 4 * sum(len(row.prompt.split()) + 4 for row in rows)
+    assert told["tokens"] == 8 * sum(len(row.prompt.split()) + 4 for row in rows)
     assert told["longest_row"] == 9
     assert told["cut_rows"] == 0
 
