@@ -19,7 +19,8 @@ import yaml
 
 from lora_ft import tasks
 from lora_ft.export.portable import most_rank, vllm_rank, why_not_vllm
-from lora_ft.summary import DRIFT, Summary, clean, cut, flattened, portable, problem_type, templates, view
+from lora_ft.redaction import portable
+from lora_ft.summary import DRIFT, Summary, clean, cut, flattened, problem_type, templates, view
 
 FILE = "README.md"
 PICTURE = "loss.png"
@@ -54,6 +55,11 @@ class Published:
     """`license`, and of one that the hub does not know `license_name` and `license_link`: the base's."""
     data_licenses: dict[str, str] = field(default_factory=dict)
     """Of hub data sets, by `train` and `eval`."""
+
+    @property
+    def title(self) -> str:
+        """What it is called: the repository's name."""
+        return self.repo.split("/")[1]
 
 
 def card(summary: Summary, published: Published | None = None, picture: bool = False) -> str:
@@ -123,7 +129,7 @@ def _index(summary: Summary, published: Published | None, results: list[dict[str
     rows = view(summary)["held_out"]
     kind = hub_data(summary.data["eval"]) or "held-out-rows"
     task = {"type": TASKS[summary.task][0]}
-    name = published.repo.split("/")[1] if published else _line(summary.title)
+    name = published.title if published else _line(summary.title)
     return {"name": name, "results": [{"task": task, "dataset": {"type": kind, "name": _line(rows["name"])},
                                        "metrics": results}]}  # fmt: skip
 
@@ -151,7 +157,7 @@ def vllm(summary: Summary, published: Published | None = None) -> str | None:
         token_rows=len(lora.get("train_tokens", ())) + len(summary.config["data"]["special_tokens"]),
     ):
         return None
-    name = published.repo.split("/")[1] if published else "adapter"
+    name = published.title if published else "adapter"
     exact = summary.base["source"] == "hub" and summary.base.get("repo") == base and summary.base.get("revision")
     revision = f" --revision {summary.base['revision']}" if exact else ""
     adapter = published.repo if published else "."

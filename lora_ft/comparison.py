@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from lora_ft import atomicio, curves, summary
+from lora_ft import atomicio, curves, logged, summary
 from lora_ft.curves import number
 from lora_ft.redaction import redacted
 from lora_ft.summary import Summary
@@ -36,7 +36,8 @@ def read(folders: Sequence[Path]) -> list[Run]:
     deep = next((n for n in range(1, most) if len({part[-n:] for part in parts}) == len(set(parts))), most)
     names = ["/".join(part[-deep:]) for part in parts]
     return [
-        Run(name, summary.read(folder), summary.read_lines(folder)) for name, folder in zip(names, folders, strict=True)
+        Run(name, summary.read(folder), logged.read(folder / logged.FILE))
+        for name, folder in zip(names, folders, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ typed, so later ones win and there is one set of types, checks and messages. Nev
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import math
@@ -20,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 import yaml
 
-from lora_ft import flags
+from lora_ft import flags, redaction
 from lora_ft.errors import ConfigError
 from lora_ft.foreign.adapter import MAX_ALPHA, MAX_RANK, is_pattern
 from lora_ft.redaction import holds_secret, redacted
@@ -39,6 +40,8 @@ OWN_REWARD = re.compile(r".+\.py:[A-Za-z_]\w*", re.ASCII)
 """A function of the user's in a file: whoever types it lets its code run."""
 COMPUTED = ("pissa", "olora", "eva")
 """Starts of an adapter that are computed, not drawn; what is saved has up to twice the rank that was asked for."""
+PLACES = (("out",), ("base",), ("init_from",), ("data", "train"), ("data", "eval"), ("reason", "reward"))
+"""The settings that may be paths."""
 T = TypeVar("T")
 
 
@@ -364,9 +367,11 @@ def plain(value: Any) -> Any:
 
 
 def portable(config: RunConfig) -> RunConfig:
-    """Returns the run started anew, without any path of the machine, so that none leaves with an adapter.
+    """Returns the run started anew, without any absolute path of the machine.
 
-    Paths under the current folder are kept relative to it; others keep their last name only.
+    Paths under the current folder are kept relative to it; others keep their last name only. Those that were typed as
+    relative stay, so that the run can be repeated from the same folder; `without_places` takes them out of what is
+    published.
     """
     return dataclasses.replace(
         config,
@@ -384,6 +389,18 @@ def portable(config: RunConfig) -> RunConfig:
         dry_run=False,
         twin=False,
     )
+
+
+def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a run, as `plain` makes them, as others may read them: see `redaction.portable`."""
+    made = copy.deepcopy(settings)
+    for *groups, name in PLACES:
+        held = made
+        for group in groups:
+            held = held.get(group, {})
+        if isinstance(held.get(name), str):
+            held[name] = redaction.portable(held[name])
+    return made
 
 
 def to_yaml(config: RunConfig) -> str:

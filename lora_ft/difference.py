@@ -7,7 +7,6 @@ Shapes: M outputs, K inputs, R rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lora_ft import environment, saved, seal, summary
+from lora_ft import environment, logged, saved, seal
 from lora_ft.config import RunConfig, from_yaml, plain
 from lora_ft.errors import AdapterError, LoraFtError
 from lora_ft.foreign import tensors
@@ -123,14 +122,8 @@ def _facts(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _last_metrics(folder: Path) -> dict[str, Any]:
     """Returns the last value of everything that a run measured as it trained, but for time and memory."""
-    file, found = folder / summary.METRICS, {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            measured = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
-        if isinstance(measured, dict):
-            found.update({key: value for key, value in measured.items() if isinstance(value, int | float)})
+    lines = logged.read(folder / logged.FILE)
+    found = {key: value for line in lines for key, value in line.items() if isinstance(value, int | float)}
     return {key: value for key, value in found.items() if key not in OF_THE_MACHINE}
 
 

@@ -123,7 +123,18 @@ def read(place: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         raise StorageError(f"{file}: is not there, so nothing says that the folder is whole.")
     refuse_way_out(place, NAME)
-    data = bytes_of(file, MAX_BYTES, StorageError)
+    found = parsed(bytes_of(file, MAX_BYTES, StorageError), file)
+    for name in found["files"]:
+        refuse_way_out(place, name)
+    return found
+
+
+def parsed(data: bytes, file: Path) -> dict[str, Any]:
+    """Returns the manifest of these bytes, whose names may be any. Raises StorageError where it is not as written.
+
+    Args:
+        file: what the error calls it.
+    """
     try:
         found = json.loads(data)
         whole = sealed({key: value for key, value in found.items() if key != "sha256"}) == data
@@ -135,8 +146,6 @@ def read(place: Path) -> dict[str, Any]:
         raise StorageError(f"{file}: has format {bare(str(found.get('format')))}; this version reads format {FORMAT}.")
     if not isinstance(found.get("facts"), dict) or not _is_list_of_files(found.get("files")):
         raise StorageError(f"{file}: holds no facts, or no sizes and digests of files: it was not written by lora-ft.")
-    for name in found["files"]:
-        refuse_way_out(place, name)
     return found
 
 

@@ -34,7 +34,7 @@ def report(folder: Path) -> Path:
             told = dataclasses.replace(told, plan=plan(folder))
         except LoraFtError as error:
             log.warning("the report has no plan: %s", error)
-    reports.write(folder, told)
+    reports.write_page(folder, told)
     return folder / reports.PAGE
 
 

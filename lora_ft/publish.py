@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import getpass
+import hashlib
 import json
 import logging
 import re
@@ -19,9 +20,11 @@ from typing import Any
 
 import yaml
 
-from lora_ft import atomicio, card, environment, hub, manifest, report, saved, seal, sources, summary
-from lora_ft.errors import AdapterError
-from lora_ft.foreign.files import MAX_TOKENIZER_BYTES, object_of, text_of
+from lora_ft import atomicio, card, environment, hub, logged, manifest, report, saved, seal, sources, summary
+from lora_ft.config import without_places
+from lora_ft.data import vectors
+from lora_ft.errors import AdapterError, StorageError
+from lora_ft.foreign.files import MAX_TOKENIZER_BYTES, MB, bytes_of, object_of, text_of
 from lora_ft.hub import UnavailableError
 from lora_ft.redaction import HIDDEN, holds_secret, redacted
 from lora_ft.remote import PublishError, Remote, State
@@ -30,16 +33,18 @@ from lora_ft.summary import Summary
 log = logging.getLogger(__name__)
 
 # All that is published, where it is there. Texts may hold words of rows, and are searched for this machine's places.
-TEXTS = (card.FILE, report.PAGE, summary.FILE, summary.METRICS)
+TEXTS = (card.FILE, report.PAGE, summary.FILE, logged.FILE)
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
 SETTINGS = ("config.yaml", saved.CONFIG, environment.FILE, seal.FILES[1])
 TENSORS = (saved.WEIGHTS, seal.FILES[0])
-BELONG = (*TENSORS, *SETTINGS, *TOKENIZER, *TEXTS, card.PICTURE)
+BELONG = (*TENSORS, *SETTINGS, *TOKENIZER, *vectors.FILES, *TEXTS, card.PICTURE)
 # What a hub puts into a repository itself, and people beside any model.
 ANYBODYS = re.compile(r"\.git\w+|README\.md|(LICEN[CS]E|NOTICE)(\.\w+)?", re.IGNORECASE)
+
+MAX_CARD_BYTES = 4 * MB
 
 
 @dataclass(frozen=True)
@@ -96,27 +101,31 @@ def publish(
     told = summary.read(folder)
     from_file = told.base["source"] == "gguf"
     seal.verify(folder, base_name=None if from_file else base_name).require(folder)
+    _warn_of_edits(folder, told)
     told, published = _described(folder, told, remote, base_name)
+    state = remote.state()
+    edited = _edited_card(remote, state)
     with atomicio.draft(sources.cache_home() / "publications" / repo.replace("/", "--")) as draft:
-        _fill(draft, folder, told, published)
+        _fill(draft, folder, told, published, edited)
         files = {path.relative_to(draft.path).as_posix(): path for path in manifest.files_of(draft.path)}
-        message = f"{told.title}, adapter {environment.file_sha256(draft.path / manifest.NAME)[:12]}"
-        state, changed, commit = _send(remote, files, message, public=public, as_request=as_request)
+        message = f"{published.title}, adapter {environment.file_sha256(draft.path / manifest.NAME)[:12]}"
+        state, changed, commit = _send(remote, state, files, message, public=public, as_request=as_request)
     tag = None if as_request else remote.tag(commit)
     private = state.private
     if public and private and not as_request:
         remote.make_public()
         private = False
     left_out = sorted(p.name for p in folder.iterdir() if p.name not in (*BELONG, manifest.NAME) and p.is_file())
-    left_out += sorted(f"{p.name}/" for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    inner = {name.partition("/")[0] for name in BELONG if "/" in name}
+    folders = (p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    left_out += sorted(f"{name}/" for name in folders if name not in inner)
     return Done(repo, commit, tag, changed, private, tuple(left_out), _shown(told))
 
 
 def _send(
-    remote: Remote, files: dict[str, Path], message: str, *, public: bool, as_request: bool
+    remote: Remote, state: State | None, files: dict[str, Path], message: str, *, public: bool, as_request: bool
 ) -> tuple[State, bool, str]:
     """Returns the repository as it was found, whether it was changed, and the commit or request that has `files`."""
-    state = remote.state()
     if state is None and as_request:
         raise PublishError(f"{remote.repo}: there is no such repository, or this token may not see it: leave out --pr.")
     if state is None:
@@ -153,6 +162,43 @@ def _refuse_other_use(repo: str, state: State, *, public: bool, as_request: bool
             f"{repo}: everybody can read this repository{', and requests on it' if as_request else ''}: add --public "
             "if that is meant, or choose another."
         )
+
+
+def _warn_of_edits(folder: Path, told: Summary) -> None:
+    """Says it where the card in the folder is not the one that belongs to it: the one published is written anew."""
+    file = folder / card.FILE
+    written = report.encoded(card.card(told, picture=(folder / card.PICTURE).is_file()))
+    if file.is_file() and bytes_of(file, MAX_CARD_BYTES, AdapterError) != written:
+        log.warning(
+            "%s was edited, or is of another version of lora-ft: the card published is written anew; what you edit in "
+            "the repository on the hub stays there",
+            file,
+        )
+
+
+def _edited_card(remote: Remote, state: State | None) -> bytes | None:
+    """Returns the card in the repository where somebody has edited it since it was published, which is to stay."""
+    if state is None or card.FILE not in state.files:
+        return None
+    if manifest.NAME not in state.files:
+        log.warning("%s: its %s makes room for the card; the commit before has it", remote.repo, card.FILE)
+        return None
+    held = remote.bytes_of(card.FILE, state.head, MAX_CARD_BYTES)
+    try:
+        last = remote.bytes_of(manifest.NAME, state.head, manifest.MAX_BYTES)
+        told = manifest.parsed(last, Path(manifest.NAME))
+        written = told["facts"].get("card_sha256") or told["files"].get(card.FILE, {}).get("sha256")
+    except StorageError:  # somebody has edited that, too
+        written = None
+    if hashlib.sha256(held).hexdigest() == written:
+        return None
+    log.warning(
+        "%s: %s was edited there, and stays as it is, whatever it says of an earlier version: remove it there to have "
+        "the card written anew",
+        remote.repo,
+        card.FILE,
+    )
+    return held
 
 
 def _described(folder: Path, told: Summary, remote: Remote, base_name: str | None) -> tuple[Summary, card.Published]:
@@ -223,18 +269,23 @@ def _unquantized(name: str, about: dict[str, Any]) -> tuple[str, dict[str, Any]]
     return of, found if found.get("license") else {**found, **{k: v for k, v in about.items() if "license" in k}}
 
 
-def _fill(draft: atomicio.Draft, folder: Path, told: Summary, published: card.Published) -> None:
+def _fill(draft: atomicio.Draft, folder: Path, told: Summary, published: card.Published, edited: bytes | None) -> None:
     """Puts into the draft what is published of `folder`, the manifest last.
+
+    Args:
+        edited: the card that stays in the repository, in place of the one that is written.
 
     Raises:
         AdapterError: a file holds a secret or names the machine, or is not the one that was verified.
     """
     for name in BELONG:
         if (folder / name).is_file() and name not in (*TEXTS, *SETTINGS):
-            draft.copy(folder / name)
-    for name in (report.PAGE, summary.FILE, summary.METRICS, "config.yaml", seal.FILES[1]):
+            atomicio.make_folder((draft.path / name).parent)
+            draft.copy(folder / name, name)
+    for name in (logged.FILE, "config.yaml", seal.FILES[1]):
         if (folder / name).is_file():
             draft.write(name, text_of(folder / name, MAX_TOKENIZER_BYTES, AdapterError))
+    _rewrite_config(draft, published.title)
     draft.write_json(environment.FILE, told.environment)
     settings = saved.read_settings(folder)
     exact = told.base["source"] == "hub" and told.base["repo"] == published.base
@@ -248,11 +299,15 @@ def _fill(draft: atomicio.Draft, folder: Path, told: Summary, published: card.Pu
             draft.write_json("tokenizer_config.json", kept)
     told = dataclasses.replace(
         told,
-        title=published.repo.split("/")[1],
+        title=published.title,
+        config=without_places({**told.config, "out": published.title}),
         files={name: environment.file_sha256(draft.path / name) for name in (saved.WEIGHTS, saved.CONFIG)},
     )
     picture = (draft.path / card.PICTURE).is_file()
     draft.write(card.FILE, card.card(told, published, picture).encode("utf-8", errors="replace"))
+    draft.write_json(summary.FILE, summary.kept(told))
+    if (folder / report.PAGE).is_file():
+        draft.write(report.PAGE, report.encoded(report.page(told, logged.read(draft.path / logged.FILE))))
     for name in TEXTS:
         if (draft.path / name).is_file():
             text = (draft.path / name).read_text(encoding="utf-8")
@@ -264,16 +319,31 @@ def _fill(draft: atomicio.Draft, folder: Path, told: Summary, published: card.Pu
     sealed = seal.read(draft.path)
     if environment.file_sha256(draft.path / saved.WEIGHTS) != sealed.record["adapter_sha256"]:
         raise AdapterError(f"{folder / saved.WEIGHTS}: has changed since it was verified: publish it again.")
-    facts = {"base": told.base, "base_model": published.base, "data": told.data, "seed": told.config["train"]["seed"],
+    written = environment.file_sha256(draft.path / card.FILE)
+    if edited is not None:
+        draft.write(card.FILE, edited)
+    facts = {"card_sha256": written,
+             "base": told.base, "base_model": published.base, "data": told.data, "seed": told.config["train"]["seed"],
              "versions": told.environment["versions"], "fit": told.fit, "kl_effect": sealed.effect}  # fmt: skip
     draft.write(manifest.NAME, manifest.made_of(draft.path, facts))
+
+
+def _rewrite_config(draft: atomicio.Draft, title: str) -> None:
+    """Rewrites the configuration without places outside the folder that it was made in, or the name of the run's own.
+
+    One that holds what is refused is left as it is, for the refusal to name the line.
+    """
+    text = (draft.path / "config.yaml").read_text(encoding="utf-8")
+    if not holds_secret(text) and not _places().search(text):
+        kept = without_places({**yaml.safe_load(text), "out": title})
+        draft.write("config.yaml", yaml.safe_dump(kept, sort_keys=False))
 
 
 def _refuse_leaks(place: Path) -> None:
     """Raises AdapterError naming each file in which a secret is, or a place of this or another machine."""
     problems, places = [], _places()
     for path in manifest.files_of(place):
-        name = path.name
+        name = path.relative_to(place).as_posix()
         if name in TENSORS:
             with path.open("rb") as stream:
                 text = stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8", "replace")
@@ -310,7 +380,9 @@ def _places() -> re.Pattern[str]:
 
 
 def _is_place(value: str) -> bool:
-    """Returns whether a text is nothing but an absolute path."""
+    """Returns whether a text is nothing but a path that leads to a place of its machine: absolute, or outwards."""
+    if re.fullmatch(r"(~[\w.-]*|\.\.)([\\/]\.\.)*[\\/][\w.@ +:\\/-]*\w[\\/]?", value):
+        return True
     if "\n" in value or not (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
         return False
     return bool(re.fullmatch(r"(/[\w.@ +-]+){2,}/?|[A-Za-z]:[\\/].+", value))

@@ -11,6 +11,7 @@ import html
 import json
 import linecache
 import logging
+import ntpath
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
@@ -56,6 +57,17 @@ def redacted(text: str) -> str:
 def holds_secret(text: str) -> bool:
     """Returns whether any part of `text` is, or looks like, a secret."""
     return redacted(text) != text
+
+
+def portable(name: str) -> str:
+    """Returns a name as others may read it: of a path that leads out of the current folder its last part alone."""
+    if PurePosixPath(name).is_absolute():
+        return PurePosixPath(name).name
+    # Takes both kinds of slashes.
+    inner = ntpath.normpath(name)
+    if PureWindowsPath(name).is_absolute() or inner.startswith("..\\") or (name.startswith("~") and "\\" in inner):
+        return PureWindowsPath(inner).name
+    return "." if inner == ".." else name
 
 
 def install() -> None:

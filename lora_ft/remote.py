@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import LoraFtError
+from lora_ft.foreign.files import bytes_of
 from lora_ft.hub import reason
 
 # A hub that says nothing for so long will say nothing. Uploads and downloads are counted by the piece, not as a whole.
@@ -74,6 +75,14 @@ class Remote:
             entries = list(self.api.list_repo_tree(self.repo, recursive=True, revision=info.sha))
         files = {e.path: e.lfs.sha256 if e.lfs else e.blob_id for e in entries if isinstance(e, RepoFile)}
         return State(str(info.sha), bool(info.private), files)
+
+    def bytes_of(self, name: str, commit: str, most_bytes: int) -> bytes:
+        """Returns what a file held at a commit."""
+        from huggingface_hub import hf_hub_download
+
+        with self._told(f"reading {name}"):
+            file = hf_hub_download(self.repo, name, revision=commit, endpoint=self.api.endpoint)
+        return bytes_of(Path(file), most_bytes, PublishError)
 
     def create(self, *, public: bool) -> None:
         """Makes the repository, unless there is one of that name."""

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from lora_ft import atomicio, card, summary
+from lora_ft import atomicio, card, logged, summary
 from lora_ft.curves import by_layer, confusion, curves, picture
 from lora_ft.redaction import redacted
 from lora_ft.summary import Summary
@@ -38,14 +38,23 @@ def write(folder: Path, told: Summary) -> None:
 
     The curves come from its `metrics.jsonl`.
     """
-    lines = summary.read_lines(folder)
+    lines = logged.read(folder / logged.FILE)
     summary.write(folder, told)
     drawn = picture(lines, told.metrics, told.fit.get("steps", 0))
     if drawn is not None:
         atomicio.write(folder / card.PICTURE, drawn)
-    made = {card.FILE: card.card(told, picture=drawn is not None), PAGE: page(told, lines)}
-    for name, text in made.items():
-        atomicio.write(folder / name, redacted(text).encode("utf-8", errors="replace"))
+    atomicio.write(folder / card.FILE, encoded(card.card(told, picture=drawn is not None)))
+    write_page(folder, told)
+
+
+def write_page(folder: Path, told: Summary) -> None:
+    """Writes the page alone: the card may have been edited."""
+    atomicio.write(folder / PAGE, encoded(page(told, logged.read(folder / logged.FILE))))
+
+
+def encoded(text: str) -> bytes:
+    """Returns the bytes of a card or a page, without any secrets in it."""
+    return redacted(text).encode("utf-8", errors="replace")
 
 
 def page(told: Summary, lines: Sequence[Mapping[str, Any]] = ()) -> str:

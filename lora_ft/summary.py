@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,9 +21,9 @@ from lora_ft.class_metrics import TABLES
 from lora_ft.curves import number
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.files import MB, object_of
+from lora_ft.redaction import portable
 
 FILE = "summary.json"
-METRICS = "metrics.jsonl"
 # Confusion matrices of many classes are the most there is in one.
 MAX_BYTES = 64 * MB
 # What the record of the run says already.
@@ -91,8 +91,12 @@ KINDS: dict[str, Any] = {
 
 def write(folder: Path, summary: Summary) -> None:
     """Writes `summary.json`, without what the record of the run says; what is not a number is null in it."""
-    told = {key: value for key, value in dataclasses.asdict(summary).items() if key not in RECORDED}
-    atomicio.write_json(folder / FILE, _finite(told))
+    atomicio.write_json(folder / FILE, kept(summary))
+
+
+def kept(summary: Summary) -> dict[str, Any]:
+    """Returns what `summary.json` holds."""
+    return {key: _finite(value) for key, value in dataclasses.asdict(summary).items() if key not in RECORDED}
 
 
 def read(folder: Path) -> Summary:
@@ -130,13 +134,6 @@ def _unlike_parts(found: dict[str, Any]) -> Iterator[str]:
     for kind, count in found["plan"].get("bytes", {}).items():
         if type(count) is not int:
             yield f"plan.bytes.{kind} is no number of bytes"
-
-
-def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of `metrics.jsonl`, none where there is no such file."""
-    path = folder / METRICS
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def view(summary: Summary) -> dict[str, Any]:
@@ -252,13 +249,6 @@ def cut(sample: Mapping[str, Any], limit: int) -> dict[str, Any]:
         text = clean(text)
         texts[key] = text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit:,} more characters)"
     return texts
-
-
-def portable(name: str) -> str:
-    """Returns a name without any folder of this machine."""
-    if PurePosixPath(name).is_absolute() or name.startswith(("~", "../")):
-        return PurePosixPath(name).name
-    return PureWindowsPath(name).name if PureWindowsPath(name).is_absolute() else name
 
 
 def size(count: float) -> str:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import activations, attention, four_bits, heap, optimizer, processes, sharding, trainers
+from lora_ft import activations, attention, four_bits, heap, logged, optimizer, processes, sharding, trainers
 from lora_ft.activations import Checkpointing
 from lora_ft.base import Base
 from lora_ft.config import BaseCache, RunConfig, TrainConfig
@@ -32,7 +32,6 @@ from lora_ft.watch import Clock, GradientProof, Interrupt, MetricsFile, peak_byt
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -156,7 +155,7 @@ def fit(
     if isinstance(data, Packs):
         row_names = data.names(row_names)
     interrupt, clock, proof = Interrupt(), Clock(base.device), GradientProof()
-    chosen = [proof, interrupt, clock, MetricsFile(out / METRICS, clock), *callbacks]
+    chosen = [proof, interrupt, clock, MetricsFile(out / logged.FILE, clock), *callbacks]
     if "tensorboard" in train.report_to:
         chosen.append(_tensorboard(out))
     if train.patience is not None:

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lora_ft import adapters, atomicio, processes
+from lora_ft import adapters, atomicio, logged, processes
 from lora_ft.errors import Interrupted, ProofError, StorageError
 
 log = logging.getLogger(__name__)
@@ -212,19 +212,10 @@ class MetricsFile(TrainerCallback):
         self.unwritten.clear()
 
     def _lines(self) -> list[dict[str, Any]]:
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        return [line for line in map(_parsed, lines) if line is not None]
+        return logged.read(self.path)
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         atomicio.write(self.path, "".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Returns a line of `metrics.jsonl`, or None for one cut short by a crash."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -51,6 +51,8 @@ class PublishingHub(LocalHub):
         self.status: dict[str, tuple[int, dict[str, str]]] = {}
         """Part of a path -> the status and headers that it is answered with."""
         self.uploaded: list[str] = []
+        self.messages: list[str] = []
+        """Of each commit that came."""
 
     def begin(self, fault: tuple[int, str] | None = None) -> None:
         """Counts requests from here on, and makes one of them fail."""
@@ -207,6 +209,7 @@ class PublishingHub(LocalHub):
 
     def _commit(self, handler: BaseHTTPRequestHandler, name: str, body: bytes, asks: bool) -> None:
         header, *changes = [json.loads(line) for line in body.splitlines()]
+        self.messages.append(header["value"]["summary"])
         repo = self.kept(name)
         head = repo.branches["main"]
         if header["value"].get("parentCommit", head) != head:

@@ -133,7 +133,8 @@ def test_the_command_compares_runs_and_draws_one_anew_with_its_plan(
         assert main(train_words(tmp_path, tmp_path / name, "--train.steps", "4", "--lora.rank", rank)) == 0
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    card = (tmp_path / "one" / "README.md").read_bytes()
+    card = (tmp_path / "one" / "README.md").read_bytes() + b"\nEdited by hand.\n"
+    (tmp_path / "one" / "README.md").write_bytes(card)
     assert main(["report", "one"]) == 0
     page = (tmp_path / "one" / report.PAGE).read_text()
     assert "the longest of the training rows" in page or "as long as rows may be" in page

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_ft import checkpoints, optimizer, train, trainers
+from lora_ft import checkpoints, logged, optimizer, train, trainers
 from lora_ft.config import TrainConfig
 from lora_ft.errors import AdapterError
 from tests import tiny
@@ -55,7 +55,7 @@ class Look(TrainerCallback):
 
 
 def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / train.METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / logged.FILE).read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 

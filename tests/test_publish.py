@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import shlex
@@ -23,8 +24,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from markdown_it import MarkdownIt
 
-from lora_ft import card, environment, manifest, publish, saved, summary
+from lora_ft import card, environment, manifest, publish, redaction, saved, summary
 from lora_ft.cli import main
+from lora_ft.data import vectors
 from lora_ft.errors import AdapterError
 from lora_ft.foreign import tensors
 from lora_ft.remote import PublishError, Remote
@@ -116,7 +118,7 @@ def test_what_is_published_downloads_loads_and_says_the_same(
     assert manifest.verify(got)["base_model"] == "org/base"
     assert {f.name for f in got.iterdir()} == {*publish.BELONG, ".gitattributes", manifest.NAME} - {
         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
-        "spiece.model", "sentencepiece.bpe.model",
+        "spiece.model", "sentencepiece.bpe.model", *vectors.FILES,
     }  # fmt: skip
     settings = json.loads((got / saved.CONFIG).read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == (
@@ -384,13 +386,107 @@ def test_nothing_of_the_machine_nor_any_secret_is_published(
 
 
 def test_the_same_folder_gives_the_same_bytes(hub: PublishingHub, adapter: Path, unproven: None) -> None:
-    one, two = (publish.publish(adapter, f"me/{space}") for space in ("same", "again"))
+    one, two = (publish.publish(adapter, f"me/{space}") for space in ("first-place", "other-place"))
     files = [hub.kept(done.repo).commits[done.commit] for done in (one, two)]
-    named = {"README.md", manifest.NAME}
     assert files[0].keys() == files[1].keys()
-    assert all(files[0][name] == files[1][name] for name in files[0] if name not in named)
-    one_card, other_card = (held["README.md"].decode() for held in files)
-    assert one_card.replace("same", "again") == other_card.replace("same", "again")
+    for name in files[0].keys() - {manifest.NAME}:
+        assert files[0][name].replace(b"first-place", b"other-place") == files[1][name], name
+
+
+def test_what_is_published_names_no_place_outside_the_folder_nor_the_folder(
+    hub: PublishingHub, adapter: Path, unproven: None, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "acme-secret")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["data"] |= {"train": "../../bob/acme/rows.jsonl", "eval": "x/../../bob/acme/held.jsonl"}
+    settings |= {"out": "acme-secret", "init_from": "~/bob/first"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    told = summary.read(folder)
+    summary.write(folder, dataclasses.replace(told, title="acme-secret", config={**told.config, **settings}))
+    done = publish.publish(folder, "me/places")
+    repo = hub.kept("me/places")
+    files = repo.commits[done.commit]
+    for name, body in files.items():
+        assert not [word for word in (b"bob", b"acme") if word in body], name
+    assert hub.messages[-1].startswith("places, adapter ")
+    made = yaml.safe_load(files["config.yaml"])
+    assert (made["data"]["train"], made["data"]["eval"], made["out"]) == ("rows.jsonl", "held.jsonl", "places")
+    assert made["init_from"] == "first"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("/home/bob/rows.jsonl", "rows.jsonl"), ("../../bob/acme/rows.jsonl", "rows.jsonl"), ("~/acme/x", "x"),
+        ("~bob/acme/x", "x"), ("./../bob/x.py:reward", "x.py:reward"), ("runs/../../bob/x", "x"), ("..", "."),
+        ("C:\\Users\\bob\\x", "x"), ("..\\bob\\x", "x"), ("org/name", "org/name"), ("runs/x", "runs/x"),
+        ("0.1", "0.1"), ("runs/a..b", "runs/a..b"), ("runs/../x", "runs/../x"),
+    ],
+)  # fmt: skip
+def test_of_a_path_that_leads_out_the_last_part_is_left(name: str, told: str) -> None:
+    assert redaction.portable(name) == told
+    assert not publish._is_place(told)
+
+
+def test_a_place_that_is_left_is_refused(
+    hub: PublishingHub, adapter: Path, unproven: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutation: with nothing taken out, the search finds what leads outwards."""
+    folder = shutil.copytree(adapter, tmp_path / "tiny")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(
+        re.sub(r"(?m)^  train: .*$", "  train: ../../bob/acme/rows.jsonl", text, count=1)
+    )
+    monkeypatch.setattr(publish, "without_places", lambda told: told)
+    with pytest.raises(AdapterError, match=r"data\.train is a path"):
+        publish.publish(folder, "me/outwards")
+
+
+def test_what_sentence_transformers_reads_is_published_with_its_folder(
+    hub: PublishingHub, adapter: Path, unproven: None, tmp_path: Path
+) -> None:
+    folder, made = shutil.copytree(adapter, tmp_path / "tiny"), vectors.files("mean", 64, 128)
+    assert tuple(made) == vectors.FILES
+    for name, value in made.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value))
+    done = publish.publish(folder, "me/vectors")
+    files = hub.kept("me/vectors").commits[done.commit]
+    assert {name: json.loads(files[name]) for name in made} == made
+    assert not done.left_out
+    assert json.loads(files[manifest.NAME])["files"].keys() >= made.keys()
+
+
+def test_a_card_edited_on_the_hub_stays_and_one_edited_here_is_told(
+    hub: PublishingHub, adapter: Path, unproven: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(adapter, tmp_path / "tiny")
+    publish.publish(folder, "me/edited")
+    assert "edited" not in caplog.text, "nobody has edited anything yet"
+    repo = hub.kept("me/edited")
+    files = dict(repo.commits[repo.branches["main"]])
+    mine = files["README.md"] + b"\nMine.\n"
+    hub._put("me/edited", {**files, "README.md": mine})
+    for number in range(2):
+        summary.write(folder, dataclasses.replace(summary.read(folder), adapter_bytes=number + 1))
+        caplog.clear()
+        done = publish.publish(folder, "me/edited")
+        assert "me/edited: README.md was edited there, and stays as it is" in caplog.text
+        assert done.changed
+        got = repo.commits[done.commit]
+        assert got["README.md"] == mine
+        listed = json.loads(got[manifest.NAME])["files"]["README.md"]["sha256"]
+        assert listed == hashlib.sha256(mine).hexdigest()
+    assert not publish.publish(folder, "me/edited").changed
+    (folder / "README.md").write_text("mine alone")
+    caplog.clear()
+    publish.publish(folder, "me/edited-here")
+    assert "README.md was edited, or is of another version of lora-ft" in caplog.text
+    # Removed on the hub, it is written anew.
+    hub._put("me/edited", {name: body for name, body in got.items() if name != "README.md"})
+    done = publish.publish(folder, "me/edited")
+    assert b"Mine." not in repo.commits[done.commit]["README.md"]
+    assert b"## Use" in repo.commits[done.commit]["README.md"]
 
 
 # The base

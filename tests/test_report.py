@@ -19,7 +19,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from lora_ft import card as cards
-from lora_ft import config, curves, report
+from lora_ft import config, curves, logged, report
 from lora_ft import summary as summaries
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
@@ -311,7 +311,7 @@ def test_no_path_of_the_machine() -> None:
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    (tmp_path / summaries.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines()), encoding="utf-8")
+    (tmp_path / logged.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines()), encoding="utf-8")
     report.write(tmp_path, summary())
     first = [(tmp_path / name).read_bytes() for name in (cards.FILE, report.PAGE)]
     program = "import sys, test_report as t; from pathlib import Path; t.report.write(Path(sys.argv[1]), t.summary())"

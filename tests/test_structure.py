@@ -16,7 +16,7 @@ LIBRARY = ROOT / "lora_ft"
 # A module may import those of its own layer and of the layers before it.
 LAYERS = [
     {"redaction", "disk", "allowance"},
-    {"errors", "heap", "processes", "terminal", "__init__"},
+    {"errors", "logged", "heap", "processes", "terminal", "__init__"},
     {"verdict"},
     {"foreign"},
     {"hub"},

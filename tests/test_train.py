@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, atomicio, base, checkpoints, frozen, losses, manifest, tasks, train, trainers
+from lora_ft import adapters, atomicio, base, checkpoints, frozen, logged, losses, manifest, tasks, train, trainers
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
 from tests import tiny
@@ -437,7 +437,7 @@ def test_packing_is_refused_where_an_example_would_see_another(tmp_path):
 
 def test_a_packed_run_resumes_exactly(tmp_path, folder):
     def lines(out):
-        return [json.loads(line).get("fingerprint") for line in (out / train.METRICS).read_text().splitlines()]
+        return [json.loads(line).get("fingerprint") for line in (out / logged.FILE).read_text().splitlines()]
 
     def run(out, resume=False):
         task, loaded, model = prepared(folder)

@@ -12,7 +12,7 @@ from lora_ft.foreign.strictjson import JsonError, loads, shown
 # As sentence-transformers calls them: the mean of the tokens' states; the state of the first token, or the last; the
 # mean in which a token counts by its place.
 POOLINGS = ("mean", "cls", "lasttoken", "weightedmean")
-MODULES, POOLING = "modules.json", "1_Pooling/config.json"
+MODULES, READING, POOLING = FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
 # How its earlier versions write them, which later ones read too.
 FLAGS = {
     "cls": "pooling_mode_cls_token",
@@ -63,7 +63,7 @@ def files(pooling: str, width: int, max_length: int) -> dict[str, Any]:
             {"idx": i, "name": str(i), "path": path, "type": f"{package}.{kind}"}
             for i, (path, kind) in enumerate(modules)
         ],
-        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        READING: {"max_seq_length": max_length, "do_lower_case": False},
         POOLING: {"word_embedding_dimension": width} | {flag: mode == pooling for mode, flag in FLAGS.items()},
     }
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import lora_ft.runs  # noqa: F401 - and all that it imports, once for every fork
-from lora_ft import atomicio, cli, curves, train
+from lora_ft import atomicio, cli, curves, logged, train
 from lora_ft.checkpoints import found
 from lora_ft.started import is_trained
 from tests import tiny
@@ -151,7 +151,7 @@ def fingerprints(out: Path) -> list[tuple[int, str]]:
     """Returns step and fingerprint of each line of the metrics that has one; a line cut short is left out."""
     told = []
     with contextlib.suppress(FileNotFoundError):
-        for line in (out / train.METRICS).read_text(encoding="utf-8").splitlines():
+        for line in (out / logged.FILE).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 found = json.loads(line)
                 if "fingerprint" in found:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from lora_ft import cli, train, trainers
+from lora_ft import cli, logged, train, trainers
 from lora_ft.checkpoints import found, newest, step_of
 from tests.reliability.forks import MEMORY, Place, fingerprints, start, wait
 
@@ -77,7 +77,7 @@ def faults(folder: Path) -> list[str]:
             return cli.main(place.words(out))
 
     pid = start(stuck, said)
-    while not (out / train.METRICS).exists():
+    while not (out / logged.FILE).exists():
         time.sleep(0.02)
     time.sleep(0.3)
     for _ in range(2):
