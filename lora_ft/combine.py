@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 COMBINED = "default"
 """PEFT's name of the combined adapter while the others are beside it."""
+# What `ties` and `dare` keep, and draw with, where nothing else is said.
+DENSITY, SEED = 0.5, 42
 # An adapter that gains less on rows than this, in nats, has no gain to speak of a share of.
 LEAST_GAIN = 1e-3
 
@@ -251,12 +253,12 @@ def _loaded_beside_each_other(parts: Sequence[Part], base_name: str | None) -> L
 
 def _combine(model: peft.PeftModel, parts: Sequence[Part], config: CombineConfig) -> None:
     """Puts the combined adapter into the model."""
-    names = [_name(number) for number in range(len(parts))]
+    names, chosen = [_name(number) for number in range(len(parts))], _chosen(config)
     # PEFT gives the new adapter the first one's settings with alpha = r: with rsLoRA that would multiply it by sqrt(r).
     first = model.peft_config[names[0]]
     first.use_rslora, was = False, first.use_rslora
     with torch.random.fork_rng(), warnings.catch_warnings():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(chosen.get("seed", SEED))
         warnings.filterwarnings("ignore", message="The density .* is greater than or equal to 1")
         model.add_weighted_adapter(
             names,
@@ -265,7 +267,7 @@ def _combine(model: peft.PeftModel, parts: Sequence[Part], config: CombineConfig
             combination_type=config.method,
             svd_rank=config.rank,
             svd_full_matrices=False,
-            density=config.density,
+            density=chosen.get("density"),
         )
     first.use_rslora = was
     model.peft_config[COMBINED].lora_dropout = 0.0
@@ -345,8 +347,9 @@ def _write(draft: atomicio.Draft, loaded: Loaded, parts: Sequence[Part], config:
 
 def _chosen(config: CombineConfig) -> dict[str, Any]:
     """Returns the options that the method reads."""
-    chosen: dict[str, Any] = {"density": config.density} if config.method.startswith(("ties", "dare")) else {}
-    return chosen | ({"seed": config.seed} if config.method.startswith("dare") else {})
+    density, seed = config.density or DENSITY, SEED if config.seed is None else config.seed
+    chosen: dict[str, Any] = {"density": density} if config.method.startswith(("ties", "dare")) else {}
+    return chosen | ({"seed": seed} if config.method.startswith("dare") else {})
 
 
 def _origin(part: Part) -> dict[str, Any]:
@@ -374,7 +377,7 @@ def _settings(loaded: Loaded, parts: Sequence[Part], config: CombineConfig, rank
             targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
         ),
         data=DataConfig(max_length=max(part.config.data.max_length for part in parts)),
-        train=TrainConfig(seed=config.seed, dtype=loaded.record["dtype"]),
+        train=TrainConfig(seed=_chosen(config).get("seed", SEED), dtype=loaded.record["dtype"]),
     )
 
 

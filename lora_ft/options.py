@@ -160,11 +160,12 @@ class ExportConfig:
     """An adapter folder or a merged model; with --portable also the configuration of a run to come."""
     out: Path | None = None
     """The file to write, or for Ollama the folder."""
-    format: Literal["gguf", "gguf-lora", "ollama"] = "gguf"
-    """`gguf` is the merged model with tokenizer and template, `gguf-lora` the adapter alone, for its base in llama.cpp,
-    `ollama` a folder of merged model and Modelfile."""
-    quant: Literal["f16", "q8_0"] = "f16"
-    """Kind of the weights. Smaller ones, such as q4_k_m, llama.cpp's llama-quantize makes of an f16 file."""
+    format: Literal["gguf", "gguf-lora", "ollama"] | None = None
+    """`gguf` (if unset) is the merged model with tokenizer and template, `gguf-lora` the adapter alone, for its base in
+    llama.cpp, `ollama` a folder of merged model and Modelfile."""
+    quant: Literal["f16", "q8_0"] | None = None
+    """Kind of the weights; unset, f16. Smaller ones, such as q4_k_m, are made of an f16 file by llama.cpp's
+    llama-quantize."""
     base: str | None = None
     """Where the base is, if it has moved."""
     portable: bool = False
@@ -175,7 +176,10 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if self.portable == (self.out is not None):
             raise ValueError("out is the file to write; with portable nothing is written, and it is left out.")
-        if self.format == "gguf-lora" and self.quant != "f16":
+        for name, given in (("format", self.format), ("quant", self.quant)):
+            if self.portable and given is not None:
+                raise ValueError(f"{name} is of a file, and with portable nothing is written: leave it out.")
+        if self.format == "gguf-lora" and self.quant is not None:
             raise ValueError("quant is of merged weights; an adapter alone is always written in float32: leave it out.")
 
 
@@ -196,10 +200,10 @@ class CombineConfig:
     """Weight of each adapter, in their order; unset, 1 each."""
     rank: int | None = None
     """Rank of the result, for `svd` and those that end in it; unset, the largest of theirs."""
-    density: float = 0.5
-    """Share of the numbers that `ties` and `dare` keep, in (0, 1]: `ties` the largest, `dare` any."""
-    seed: int = 42
-    """Seed of what `dare` drops."""
+    density: float | None = None
+    """Share of the numbers that `ties` and `dare` keep, in (0, 1]: `ties` the largest, `dare` any; unset, 0.5."""
+    seed: int | None = None
+    """Seed of what `dare` drops; unset, 42."""
     data: tuple[str, ...] = ()
     """Rows for each adapter, in their order, to measure it on before and after: files or hub data sets."""
     metrics: tuple[str, ...] = ()
@@ -223,8 +227,11 @@ class CombineConfig:
                 raise ValueError(
                     f"rank is for svd and methods that end in it; {self.method} has its own: leave it out."
                 )
-        if not 0 < self.density <= 1:
+        if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}.")
+        for name, value, kinds in (("density", self.density, ("ties", "dare")), ("seed", self.seed, ("dare",))):
+            if value is not None and not self.method.startswith(kinds):
+                raise ValueError(f"{name} is for {' and '.join(kinds)}; {self.method} reads none: leave it out.")
         known_metrics("metrics", self.metrics)
         if self.metrics and not self.data:
             raise ValueError("metrics need rows: name them with data.")
@@ -272,7 +279,7 @@ class ReportConfig:
     out: Path | None = None
     """HTML file for the comparison; unset, it is only printed."""
     json: bool = False
-    """Print one JSON object, with a list of what is known of each run."""
+    """Print a JSON list of what is known of each run."""
 
     def __post_init__(self) -> None:
         if not self.adapters:

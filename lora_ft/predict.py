@@ -112,7 +112,7 @@ def predict(config: PredictConfig, console: Any) -> Done:
         pairs = (made for made in _each(config, task) if not isinstance(made, DataError))
         while window := list(itertools.islice(pairs, WINDOW_BATCHES * config.batch_size)):
             said = task.predict(live, [task.asked(example) for _, example in window])
-            _refuse_twins(fields, said[0])
+            _refuse_twins(fields, [*said[0], *(_spread(said[0]) if sheet else ())])
             cut += sum(prediction.get("finish_reason") == "length" for prediction in said)
             lines = [row.fields | prediction for (row, _), prediction in zip(window, said, strict=True)]
             write(sheet.text(lines, said[0]) if sheet else "".join(f"{_json(line)}\n" for line in lines))
@@ -211,9 +211,9 @@ def _refuse_no_json(row: Row) -> None:
         raise DataError(problems)
 
 
-def _refuse_twins(fields: Mapping[str, str], prediction: Mapping[str, Any]) -> None:
-    """Raises DataError where a row has a field that its prediction would be written over."""
-    twins = [name for name in prediction if name in fields]
+def _refuse_twins(fields: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raises DataError where a row has a field of the name of a prediction, which would be written over it."""
+    twins = [name for name in dict.fromkeys(names) if name in fields]
     if twins:
         raise DataError(
             [f"{fields[name]}: has a field {name}, which is what a prediction is called; rename it." for name in twins]

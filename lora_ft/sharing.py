@@ -26,13 +26,14 @@ def export(config: ExportConfig) -> None:
     from lora_ft.export import export as write
 
     assert config.out is not None  # noqa: S101 - `ExportConfig` has seen to it
-    size = write(config.source, config.out, form=config.format, kind=config.quant, base_name=config.base)
+    form, quant = config.format or "gguf", config.quant or "f16"
+    size = write(config.source, config.out, form=form, kind=quant, base_name=config.base)
     if config.json:
-        say(json.dumps({"format": config.format, "quant": config.quant, "bytes": size}))
+        say(json.dumps({"format": form, "quant": quant, "bytes": size}))
         return
-    kind = "float32" if config.format == "gguf-lora" else config.quant
-    say(f"{config.out}: {config.format}, {kind}, {size / 2**20:.1f} MiB")
-    if config.format == "ollama":
+    kind = "float32" if form == "gguf-lora" else quant
+    say(f"{config.out}: {form}, {kind}, {size / 2**20:.1f} MiB")
+    if form == "ollama":
         say(f"Put it into Ollama there: ollama create NAME -f {config.out / 'Modelfile'}")
 
 

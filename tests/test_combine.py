@@ -142,7 +142,9 @@ def test_equals_a_float64_reference(method: str, side_by_side, runs, tmp_path: P
     if combine.COMBINED in model.peft_config:
         model.delete_adapter(combine.COMBINED)
     draws = Draws(monkeypatch)
-    combine._combine(model, parts, configured(runs, tmp_path, method=method, density=DENSITY, seed=SEED))
+    read = {"density": DENSITY} if method.startswith(("ties", "dare")) else {}
+    read |= {"seed": SEED} if method.startswith("dare") else {}
+    combine._combine(model, parts, configured(runs, tmp_path, method=method, **read))
     layers = [(n, m) for n, m in model.named_modules() if combine.COMBINED in (getattr(m, "lora_A", None) or ())]
     assert len(layers) == 6
     for name, layer in layers:
@@ -271,7 +273,9 @@ def test_settings_of_a_later_part_are_held_to_what_the_first_ones_are(
         ({"weights": (1.0,)}, "one for each adapter"),
         ({"weights": (1.0, float("nan"))}, "finite"),
         ({"rank": 4}, "rank is for svd"),
-        ({"density": 0.0}, "density"),
+        ({"density": 0.0, "method": "ties"}, r"density must be in \(0, 1\]"),
+        ({"density": 0.5, "method": "svd"}, "density is for ties and dare; svd reads none"),
+        ({"seed": 42, "method": "ties"}, "seed is for dare; ties reads none"),
         ({"metrics": ("rouge",)}, "metrics need rows"),
     ],
     ids=str,

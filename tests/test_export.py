@@ -499,9 +499,15 @@ def test_who_takes_an_adapter_is_told_of_its_folder_in_words(run: tiny.Run, caps
     for phrase in ("vLLM: yes", "llama.cpp: yes", "Ollama: no, from 0.34.1", "--format ollama", "from PEFT 0.14 on"):
         assert phrase in told
     assert main(["export", "nowhere", "--portable"]) == 1
-    with pytest.raises(SystemExit):
-        main(["export", str(run.folder)])
-    assert "out is the file" in capsys.readouterr().err
+    for words, reason in (
+        ([], "out is the file"),
+        (["--portable", "--format", "gguf"], "format is of a file"),
+        (["--portable", "--quant", "f16"], "quant is of a file"),
+        (["--out", "a", "--format", "gguf-lora", "--quant", "f16"], "quant is of merged weights"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", str(run.folder), *words])
+        assert reason in capsys.readouterr().err
 
 
 def test_an_adapter_is_merged_and_exported_by_one_command(run: tiny.Run, tmp_path: Path, capsys) -> None:

@@ -208,6 +208,20 @@ def test_csv_has_a_column_for_each_class_and_what_is_no_text_as_json(
         assert json.loads(row["prediction"]) == likely
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_column_of_a_prediction_is_written_over_no_field(
+    suffix: str, runs: Callable[[str], tiny.Run], tmp_path: Path, capsys
+) -> None:
+    name = f"probabilities.{tiny.LABELS[0]}"
+    (tmp_path / "rows.csv").write_text(f"text,{name}\nw1,0.5\n", encoding="utf-8")
+    out = tmp_path / f"out.{suffix}"
+    words = ["predict", str(runs("one").folder), "--input", str(tmp_path / "rows.csv"), "--out", str(out)]
+    # In JSON the classes are in an object of their own.
+    assert main(words) == (1 if suffix == "csv" else 0)
+    assert (f"has a field {name}, which is what" in capsys.readouterr().err) == (suffix == "csv")
+    assert out.exists() == (suffix == "jsonl")
+
+
 # What is refused, with its place, and before a row is answered
 
 
