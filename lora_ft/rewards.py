@@ -29,7 +29,9 @@ FINAL = "####"
 # A sign belongs to a number where nothing stands before it: of `8-3` the numbers are 8 and 3.
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?", re.ASCII)
 # A block to its closing fence or, as in Markdown, to the end of the text.
-FENCED = re.compile(r"^[ \t]*(`{3,})[ \t]*([^\s`]*)[^\n`]*\n(.*?)(?:^[ \t]*\1`*[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+FENCED = re.compile(
+    r"^[ \t]*+(`{3,}+)[ \t]*+([^\s`]*+)[^\n`]*+\n(.*?)(?:^[ \t]*+\1`*+[ \t]*+$|\Z)", re.DOTALL | re.MULTILINE
+)
 PYTHON = ("", "py", "python", "python3")
 # For one pattern on one reply.
 PATTERN_S = 1.0

@@ -57,7 +57,8 @@ def require(*, closed: bool = False) -> None:
     if open_to and closed:
         raise ConfigError(
             f"reason.reward unit_tests: this system cannot keep the programs of replies from {', '.join(open_to)}, and "
-            "the adapter's folder alone names this reward: measure on a Linux with Landlock and seccomp."
+            "the adapter's folder alone names this reward: measure on a Linux with Landlock and seccomp, or "
+            "call `reward.require` of the loaded task in Python."
         )
     if open_to:
         log.warning("this system cannot keep the programs of replies from %s: run in a container", ", ".join(open_to))
@@ -86,13 +87,16 @@ def _run(code: str, tests: str) -> tuple[bool, list[str]]:
         for end in (tells, token_out, verdict):
             stack.callback(os.close, end)
         os.write(token_out, token)
+        words = stack.enter_context(tempfile.TemporaryFile())
+        words.write(json.dumps(asked).encode("utf-8", "surrogatepass"))
+        words.seek(0)
         process = subprocess.Popen(
             [sys.executable, "-I", str(CAGED), str(tells), str(told)],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
+            stdin=words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
             pass_fds=(tells, told), start_new_session=True,
         )  # fmt: skip
         try:
-            _wait(process, json.dumps(asked).encode("utf-8", "surrogatepass"), folder)
+            _wait(process, folder)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -106,14 +110,13 @@ def _run(code: str, tests: str) -> tuple[bool, list[str]]:
         return False, []
 
 
-def _wait(process: subprocess.Popen[bytes], asked: bytes | None, folder: str) -> None:
-    """Gives a process what is asked, and waits till it has ended, was too slow or has filled its folder."""
+def _wait(process: subprocess.Popen[bytes], folder: str) -> None:
+    """Waits till a process has ended, was too slow or has filled its folder."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until and not _is_full(folder):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(asked, timeout=WATCH_S)
+            process.wait(WATCH_S)
             return
-        asked = None
 
 
 def _is_full(folder: str) -> bool:
@@ -122,9 +125,9 @@ def _is_full(folder: str) -> bool:
     folders = [folder]
     try:
         while folders:
-            with os.scandir(folders.pop()) as entries:
+            # A program deletes files and folders meanwhile.
+            with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    # A program deletes files meanwhile.
                     with contextlib.suppress(FileNotFoundError):
                         taken += entry.stat(follow_symlinks=False).st_blocks * 512
                     count += 1
@@ -132,8 +135,6 @@ def _is_full(folder: str) -> bool:
                         return True
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-    except FileNotFoundError:
-        return False
     except OSError:
         return True
     return False

@@ -116,6 +116,7 @@ def test_unit_tests_run_the_last_fenced_program():
         ('````py\n{ADD}inside = """\n```\n"""\n````', 1),
         ("```python\n{ADD}", 1),
         ("```js\n{ADD}```", 0),
+        ("```" + 200_000 * "a", 0),  # looked through once
     ],
 )
 def test_the_last_block_of_python_is_the_program(reply, worth):
@@ -192,6 +193,7 @@ def test_hostile_programs_do_not_pass_and_do_no_harm(tmp_path):
 def test_harmless_programs_pass(monkeypatch):
     monkeypatch.setenv("SECRET", "hunter2")
     harmless = {
+        "long": f"long = {'x' * 500_000!r}",
         "prints a lot": "for _ in range(50):\n    print('x' * 10**6)",
         "its own file": "open('mine', 'w').write('x')\nassert open('mine').read() == 'x'",
         "a thread": "import threading\none = threading.Thread(target=int)\none.start()\none.join()",
