@@ -78,8 +78,16 @@ def card(summary: Summary, published: Published | None = None, picture: bool = F
         picture=PICTURE if picture else None,
         published=published,
         place="adapter" if published else ".",
+        converses=converses(summary),
     )  # fmt: skip
     return made.strip("\n") + "\n"
+
+
+def converses(summary: Summary) -> bool:
+    """Returns whether what the adapter is asked goes through the chat template, as its rows did."""
+    if summary.task == "reason":
+        return summary.environment.get("task", {}).get("prompts") != "text"
+    return summary.task in ("chat", "prefer")
 
 
 def metadata(summary: Summary, published: Published | None = None) -> dict[str, Any]:
@@ -291,7 +299,7 @@ def _use(summary: Summary) -> list[str]:
         return _vectors(summary.environment.get("task", {}).get("pooling", "mean"), prompt)
     if summary.task == "seq2seq":
         return [plain, forward, generated, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
-    if summary.task in ("chat", "prefer"):
+    if converses(summary):
         render = ["messages", "add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"']
         turns = [f'{{"role": "user", "content": {prompt}}}']
         if system := summary.environment.get("task", {}).get("system"):

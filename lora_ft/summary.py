@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from lora_ft import atomicio, recorded
+from lora_ft import atomicio, damage, recorded
 from lora_ft.class_metrics import TABLES
 from lora_ft.curves import number
 from lora_ft.errors import AdapterError
@@ -72,16 +72,6 @@ class Summary:
     """What a step was planned to hold at its peak, as `planned.plan` tells it; empty where no plan was made."""
 
 
-NUMBER = int | float
-# What is read of its parts, and of which type each must be.
-PARTS: dict[str, dict[str, Any]] = {
-    "config": {"quant": str, "lora": dict, "data": dict, "train": dict},
-    "fit": {"steps": int, "tokens": int, "seconds": NUMBER, "tokens_per_s": NUMBER, "peak_bytes": int},
-    "seal": {"kl_effect": NUMBER, "rows": int},
-    "plan": {"bytes": dict, "rows": int, "tokens": int, "measured_rows": bool},
-    "samples": {"prompt": str, "expected": str, "before": str, "after": str},
-    "layers": {"name": str, "norm": NUMBER | None, "effective_rank": NUMBER | None},
-}
 KINDS: dict[str, Any] = {
     f.name: {"str": str, "int": int}.get(str(f.type), list if str(f.type).startswith("list") else dict)
     for f in dataclasses.fields(Summary)
@@ -114,26 +104,10 @@ def read(folder: Path) -> Summary:
     # A combined adapter was trained on no rows of its own.
     problems += recorded.unlike({"data": {}, **record}, {"task": dict, "data": dict})
     problems += [f"{key} is none of its keys" for key in found.keys() - KINDS.keys()]
-    problems = problems or list(_unlike_parts(found))
+    problems = problems or damage.of(found, record)
     if problems:
-        raise AdapterError(f"{path}: {'; '.join(problems)}: the file was damaged.")
+        raise AdapterError(f"{path}: {'; '.join(problems[:8])}: the file was damaged.")
     return Summary(**found, base=record["base"], environment=record, data=record.get("data", {}))
-
-
-def _unlike_parts(found: dict[str, Any]) -> Iterator[str]:
-    """Yields what is wrong within the parts of a summary, whose own kinds are right."""
-    for name, wanted in PARTS.items():
-        held = found[name] if isinstance(found[name], list) else [found[name]] if found[name] else []
-        for part in held:
-            yield from (
-                recorded.unlike(part, wanted, f"{name}.") if isinstance(part, dict) else [f"{name} holds {part!r}"]
-            )
-    for name, part in found["metrics"].items():
-        if not isinstance(part, dict):
-            yield f"metrics.{name} is no object"
-    for kind, count in found["plan"].get("bytes", {}).items():
-        if type(count) is not int:
-            yield f"plan.bytes.{kind} is no number of bytes"
 
 
 def view(summary: Summary) -> dict[str, Any]:
@@ -177,7 +151,7 @@ def view(summary: Summary) -> dict[str, Any]:
 
 def problem_type(summary: Summary) -> str:
     """Returns what a classifier learned; the record of an early one does not say it."""
-    return str(summary.environment.get("task", {}).get("problem_type", "single_label_classification"))
+    return str(summary.environment.get("task", {}).get("problem_type", damage.PROBLEM_TYPES[0]))
 
 
 def evaluated(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -194,7 +168,7 @@ def evaluated(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, An
         if isinstance(before, int | float) and isinstance(after, int | float):
             row["change"] = number(after - before, signed=True)
         interval = flat.get("adapter", {}).get(f"{key}_change_interval")
-        if interval:
+        if interval and None not in interval:
             low, high = interval
             row["interval"] = f"{number(low, signed=True)} to {number(high, signed=True)}"
             if low > 0 or high < 0:
@@ -312,5 +286,5 @@ def _weakest(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[s
     """Returns what there is to say of each class, those with the lowest F1 first."""
     found = metrics.get("adapter", {}).get("per_class", {})
     # Of a class without a held-out row nothing is known.
-    order = sorted(found, key=lambda label: (found[label]["support"] == 0, found[label]["f1"]))
+    order = sorted(found, key=lambda label: (found[label]["support"] == 0, found[label]["f1"] or 0))
     return [(label, {key: number(value) for key, value in found[label].items()}) for label in order]

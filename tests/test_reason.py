@@ -63,6 +63,18 @@ def finished(place: Path) -> runs.Run:
     return done
 
 
+def test_how_the_prompts_went_is_kept():
+    text, talk = Problem("a:1", "one", "1"), Problem("a:2", ({"role": "user", "content": "one"},), "1")
+    for rows, told in (([text], "text"), ([talk], "messages"), ([Pair("a:3", "one?", "1")], "messages"),
+                       ([text, talk], "messages"), ([], None)):  # fmt: skip
+        task = tasks.get("reason")
+        task.learn(rows)
+        assert task.facts()["prompts"] == told
+        assert tasks.get("reason", task.facts()).facts() == task.facts()
+    with pytest.raises(TypeError, match="prompts is text, messages or null"):
+        tasks.get("reason", {"prompts": "songs"})
+
+
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

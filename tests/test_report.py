@@ -298,6 +298,18 @@ def test_the_checks_notice_a_page_and_a_card_that_do_not_escape(monkeypatch: pyt
         test_hostile_text_is_only_text_in_the_page()
 
 
+@pytest.mark.parametrize(
+    ("task", "prompts", "converses"),
+    [("chat", None, True), ("prefer", None, True), ("complete", None, False), ("reason", "messages", True),
+     ("reason", None, True), ("reason", "text", False)],
+)  # fmt: skip
+def test_a_card_asks_as_the_rows_did(task: str, prompts: str | None, converses: bool) -> None:
+    record = {**summary().environment, "task": {"prompts": prompts} if task == "reason" else {}}
+    text = cards.card(summary(task=task, config=settings(task), environment=record))
+    assert ("tokenizer.apply_chat_template(" in text) == converses
+    assert ("lora-ft chat ." in text) == converses
+
+
 def test_no_path_of_the_machine() -> None:
     made = summary(
         base={**FOLDER, "name": "/home/alice/models/tiny"},

@@ -49,6 +49,7 @@ LAYERS = [
     {"merge"},
     {"export"},
     {"curves"},
+    {"damage"},
     {"summary"},
     {"card"},
     {"report"},

@@ -34,8 +34,12 @@ class Reason(Chat):
     trainer = "rollouts.Rollouts"
     reward: rewards.Reward
 
-    def __init__(self, system: str | None = None) -> None:
+    def __init__(self, system: str | None = None, prompts: str | None = None) -> None:
         super().__init__(system)
+        if prompts not in (None, "text", "messages"):
+            raise TypeError("prompts is text, messages or null")
+        self.prompts = prompts
+        """`text` where all prompts are gone on from as they stand, else `messages`; None where that was not told."""
         self.configure(ReasonConfig())
 
     def configure(self, options: ReasonConfig) -> None:
@@ -58,6 +62,11 @@ class Reason(Chat):
         self.reward.require()
         prompts = [row.prompt for row in (*examples, *held_out) if isinstance(row, Problem)]
         super().learn([Conversation("", () if isinstance(prompt, str) else prompt) for prompt in prompts])
+        texts = [isinstance(row, Problem) and isinstance(row.prompt, str) for row in (*examples, *held_out)]
+        self.prompts = None if not texts else "text" if all(texts) else "messages"
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "prompts": self.prompts}
 
     def prepare(self, tokenizer: Any, max_length: int) -> None:
         if tokenizer.chat_template:
