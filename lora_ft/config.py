@@ -317,6 +317,11 @@ class RunConfig:
         if self.task == "reason" and (self.data.streaming or self.data.packing):
             given = "streaming" if self.data.streaming else "packing"
             raise ValueError(f"data.{given} is for rows with replies, and reason samples its own: leave it out.")
+        if self.task == "prefer" and self.prefer.loss == "kto" and self.data.streaming:
+            raise ValueError(
+                "prefer.loss kto sets each row beside a reply to another prompt, so all are needed at the start: leave "
+                "out data.streaming."
+            )
         if self.lora.init == "loftq" and self.quant != "nf4":
             raise ValueError(f"lora.init=loftq corrects the error of nf4, but quant is {self.quant}.")
         if self.allow_changed and not self.resume:

@@ -20,13 +20,14 @@ SHOWN = 8
 # A step that has nothing to teach, which says nothing against the others.
 UNSCORED = "no position is scored"
 UNRANKED = "all replies to each prompt are worth the same"
+UNTAUGHT = "no text has both one that belongs to it and one that does not"
 
 
 class GuardedSteps(ExactSteps):
     """Mixin for a Trainer: a step that would put numbers that are not finite into the adapter is skipped.
 
-    So is one without any scored position, which has nothing to teach but would move the adapter by its momentum. What
-    a gradient scaler of float16 skips while it looks for its scale is normal, and is left to it.
+    So is one that has nothing to teach, such as one without any scored position, for it would move the adapter by its
+    momentum. What a gradient scaler of float16 skips while it looks for its scale is normal, and is left to it.
     """
 
     kept: tuple[str, ...] = ("bad_in_a_row", "steps_since_log", "skipped_since_log")
@@ -88,7 +89,7 @@ class GuardedSteps(ExactSteps):
         trainer.log({"event": "step skipped", "reason": reason, "rows": rows})
         # Any line counts as the one that was asked for, and the step's own is still to come.
         trainer.control.should_log = asked
-        if reason in (UNSCORED, UNRANKED):
+        if reason in (UNSCORED, UNRANKED, UNTAUGHT):
             return
         self.bad_in_a_row += 1
         if self.bad_in_a_row < TOO_MANY:

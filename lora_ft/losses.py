@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 BOOTSTRAP_DRAWS = 2000
 # All draws of 100,000 rows at once would take 5 GB; a divisor of the above.
 DRAWS_AT_ONCE = 50
-# Rows whose similarities to all texts exist at a time.
-BLOCK = 1024
+# Rows whose similarities to all texts exist at a time, and of how many numbers these may be.
+BLOCK, CELLS = 1024, 2**26
 # Of fewer rows a draw with replacement gives few different samples: with four, one in 64 is a single row over again.
 FEWEST_ROWS = 5
 
@@ -123,9 +123,14 @@ def contrasted(task: Task, found: Batch, rows: int) -> Losses:
         found: of `vectors`.
     """
     nll = np.zeros(rows)
-    for anchors_A in (found["labels"] != IGNORE).nonzero()[:, 0].split(BLOCK):
+    for anchors_A in blocks(found["labels"], len(found["vector"])):
         nll[found["row"][anchors_A].numpy()] = task.contrast(found["vector"], found, anchors_A).numpy()
     return Losses(nll, np.ones(rows), np.zeros(rows))
+
+
+def blocks(labels_R: torch.Tensor, candidates: int) -> Sequence[torch.Tensor]:
+    """Returns the places of anchors, those with a label, so many at a time as similarities to all candidates allow."""
+    return (labels_R != IGNORE).nonzero()[:, 0].split(max(1, min(BLOCK, CELLS // max(1, candidates))))
 
 
 def each_batch(

@@ -2,7 +2,8 @@
 
 TRL's trainers themselves are not used. Their constructors change the model (see `borrowed`), and they take the mean
 over each batch, so that a row of a short batch counts more than another, and accumulating or halving a batch would
-change what is learned. Their losses are theirs to the letter: here each gets the numbers that it would have computed.
+change what is learned. Their losses are theirs to the letter: here each gets the numbers that it would have computed,
+and that of replies that are judged the mean over the whole step where it would take one over the batch.
 """
 
 from __future__ import annotations

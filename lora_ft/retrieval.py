@@ -39,8 +39,10 @@ def measured(
         return of_each, class_metrics.measure(
             "regression", cosines_A[:, None].numpy(), found["score"][anchors_A].tolist(), ()
         )
-    known = losses.vectors(task, model, index, batch_size) if index and "score" not in index[0] else None
-    return of_each, recall(found, known)
+    if not index or "score" in index[0]:
+        return of_each, recall(found, None)
+    candidates = [text for row in index for text in task.candidates(row)]
+    return of_each, recall(found, losses.vectors(task, model, candidates, batch_size))
 
 
 def recall(found: Batch, known: Batch | None) -> dict[str, float]:
@@ -60,11 +62,12 @@ def recall(found: Batch, known: Batch | None) -> dict[str, float]:
         theirs = known["candidate"].bool()
         index = {key: torch.cat([index[key], known[key][theirs]]) for key in index}
         place_C = torch.cat([place_C, torch.full((int(theirs.sum()),), -1)])
+    texts, number_C = index["text"].unique(return_inverse=True)
     hits: list[torch.Tensor] = []
-    for at_A in anchors_A.split(losses.BLOCK):
+    for at_A in losses.blocks(found["labels"], len(place_C)):
         itself_AC = at_A[:, None] == place_C
         right_AC = (found["group"][at_A][:, None] == index["group"]) & ~itself_AC
-        right_AC |= _same_text(right_AC, index["text"]) & ~itself_AC
+        right_AC |= _same_text(right_AC, number_C, len(texts)) & ~itself_AC
         cosines_AC = (found["vector"][at_A] @ index["vector"].T).masked_fill(itself_AC, -torch.inf)
         nearest = cosines_AC.topk(min(max(NEAREST), cosines_AC.shape[1]), dim=1).indices
         hits.append(right_AC.gather(1, nearest)[right_AC.any(dim=1)])
@@ -76,8 +79,7 @@ def recall(found: Batch, known: Batch | None) -> dict[str, float]:
     return {f"recall@{k}": float(found_AK[:, :k].any(dim=1).double().mean()) for k in NEAREST}
 
 
-def _same_text(right_AC: torch.Tensor, text_C: torch.Tensor) -> torch.Tensor:
+def _same_text(right_AC: torch.Tensor, number_C: torch.Tensor, texts: int) -> torch.Tensor:
     """Returns which candidates have the very text of one that is right."""
-    values, number_C = text_C.unique(return_inverse=True)
-    right_AU = torch.zeros(len(right_AC), len(values)).index_add(1, number_C, right_AC.float())
+    right_AU = torch.zeros(len(right_AC), texts).index_add(1, number_C, right_AC.float())
     return right_AU[:, number_C] > 0

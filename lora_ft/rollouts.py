@@ -55,10 +55,13 @@ class Rollouts(Proven, OwnRows, Borrowed, GRPOTrainer):
     arguments_class = GRPOConfig
     task: Any
     """A task with a reward, the options of `config.ReasonConfig`, and the tokens of prompts in its rows."""
+    worth: list[float]
+    """The rewards of the replies last sampled, in their order, before anything is computed of them."""
 
     def __init__(self, task: Any, *args: Any, **kwargs: Any) -> None:
         def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-            return task.reward.of(completions, answer)
+            self.worth = task.reward.of(completions, answer)
+            return self.worth
 
         super().__init__(task, *args, reward_funcs=[reward], processing_class=task.tokenizer, **kwargs)
         trainer: Any = self
@@ -111,6 +114,10 @@ class Rollouts(Proven, OwnRows, Borrowed, GRPOTrainer):
         samples = self.task.options.samples
         self.asked = [row for batch in self.of_step for row in batch for _ in range(samples)]
         made = trainer._generate_and_score_completions([{"prompt": "", "answer": row["answer"]} for row in self.asked])
+        # What is left of equal rewards less their mean is rounding, which TRL divides by a deviation of nearly nothing.
+        rewards_QS = torch.tensor(self.worth, dtype=torch.float64).view(-1, samples)
+        alike_Q = (rewards_QS == rewards_QS[:, :1]).all(dim=1)
+        made["advantages"][alike_Q.repeat_interleave(samples).to(made["advantages"].device)] = 0
         # TRL takes the steps of a generation to be all there; the last one of an epoch may have fewer passes.
         tokens = made.pop("num_items_in_batch") * trainer.args.steps_per_generation / len(self.of_step)
         passes, first = [], 0

@@ -149,7 +149,13 @@ def prepare(
         features = tasks.featurize(task, examples)
     held_out_features = tasks.featurize(task, held_out)
     _check_evaluation(config, task, source, held_out)
-    if task.contrasts and config.train.batch_size * config.train.accumulate * processes.asked() == 1:
+    if task.contrasts and isinstance(features, Streamed):
+        # What kind of rows they are, and whether such may be streamed at all.
+        first = next(iter(features.make()), None)
+    else:
+        first = next(iter(features), None)
+    in_a_step = config.train.batch_size * config.train.accumulate * processes.asked()
+    if task.contrasts and first is not None and task.together(first) and in_a_step == 1:
         raise ConfigError(
             f"{task.name} tells the texts of a step from each other, and a step would have a single row: give a larger "
             "--train.batch-size, or --train.accumulate."
@@ -225,7 +231,7 @@ def _stream(config: RunConfig, task: Task, facts: dict[str, Any]) -> Iterator[Fe
     """Yields the rows of one pass; `facts` say how many of a pass have been read, and cut, so far."""
     before = task.cut_rows
     for number, example in enumerate(formats.stream(str(config.data.train), config.data.columns), 1):
-        yield task.features(example)
+        yield task.streamed(example)
         read = {"rows_read": number, "cut_rows": task.cut_rows - before}
         facts.update({key: max(count, facts.get(key, 0)) for key, count in read.items()})
 
@@ -239,7 +245,7 @@ def check_stream(config: RunConfig, task: Task) -> dict[str, Any]:
             try:
                 if isinstance(example, DataError):
                     raise example
-                lengths = task.lengths(task.features(example))
+                lengths = task.lengths(task.streamed(example))
             except DataError as error:
                 problems += error.problems
                 if len(problems) >= formats.MAX_PROBLEMS:

@@ -92,6 +92,9 @@ def check(config: RunConfig, *, twin: bool = False) -> Report:
     if config.data.train is None and not twin:
         raise ConfigError("data.train is missing: name rows in the file, or add --twin for made-up ones.")
     task = tasks.of(config)
+    if twin:
+        config = task.rehearsed(config)
+        task = tasks.of(config)
     examples, _ = rows.few(dataclasses.replace(config, data=dataclasses.replace(config.data, eval=None)), task)
     if len(examples) < FEWEST_ROWS:
         raise DataError([f"{config.data.train}: {len(examples)} rows are too few to check; give {FEWEST_ROWS}."])
@@ -157,10 +160,7 @@ class _Checked:
     def __init__(self, config: RunConfig, task: Task, source: Source, prepared: rows.Rows) -> None:
         self.config, self.task, self.source, self.prepared = config, task, source, prepared
         features: Any = prepared.train_features
-        # Short ones, but of several lengths.
-        order = sorted(range(len(features)), key=lambda i: sum(task.lengths(features[i])))
-        spread = order[: 2 * ROWS : 2] if len(order) >= 2 * ROWS else order[:ROWS]
-        self.rows: list[Features] = [features[i] for i in spread]
+        self.rows = _chosen(task, features)
         self.base, self.model = self._made(config.train.seed)
         self.start = _learned(self.model)
         self.trainings = 0
@@ -264,14 +264,33 @@ class _Checked:
         count = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
         loss = 0.0
         self.model.zero_grad(set_to_none=True)
-        for batch in batches:
-            with mixed_precision(self.model):
-                part = self.task.loss(self.model, losses.to(batch, self.base.device)) / max(count, 1)
+        for nll in self._losses([losses.to(batch, self.base.device) for batch in batches]):
+            part = nll / max(count, 1)
             part.backward()
             loss += part.item()
         found = _gradients(self.model)
         self.model.zero_grad(set_to_none=True)
         return loss, found
+
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        """Yields losses that add up to that of all batches, each row of which knows the others where it must."""
+        task, model = self.task, self.model
+        with mixed_precision(model):
+            if task.contrasts:
+                vectors_RD = torch.cat([task.vectors(model, batch) for batch in batches])
+                told = {key: torch.cat([b[key] for b in batches]) for key in batches[0] if batches[0][key].ndim == 1}
+                yield task.contrast(vectors_RD, told, (told["labels"] != IGNORE).nonzero()[:, 0]).sum()
+                return
+            if task.together(batches[0]):
+                vectors = [task.vectors(model, batch) for batch in batches]
+                sizes = [len(part) for part in vectors]
+                for name, value in task.shared(torch.cat(vectors)).items():
+                    parts = zip(batches, value.split(sizes), strict=True)
+                    batches = [{**batch, name: part} for batch, part in parts]
+        for batch in batches:
+            with mixed_precision(model):
+                nll = task.loss(model, batch)
+            yield nll
 
     def _off(self, loss: float, gradients: Gradients) -> float:
         """Returns how far a loss or a gradient is from that of the rows alone, relative; the larger of the two."""
@@ -323,6 +342,7 @@ class _Checked:
         tokenizer = bases.load_tokenizer(place)
         again = tasks.of(self.config, json.loads(json.dumps(self.task.facts())))
         again.prepare(tokenizer, self.task.max_length)
+        again.see(self.prepared.train)
         ends = {*again.end_ids(), *generate.end_ids(unwrapped(self.model), tokenizer)} if _replies(again) else set()
         features: Any = self.prepared.train_features
         wrong = [
@@ -333,6 +353,15 @@ class _Checked:
         told = f"{len(wrong)} of {len(features)} rows are evaluated or asked with other tokens than trained"
         told += f" ({wrong[0]})" if wrong else ""
         return Answer("tokens", FAIL if wrong else PASS, told, float(len(wrong)), 0.0)
+
+
+def _chosen(task: Task, features: Sequence[Features]) -> list[Features]:
+    """Returns a few rows, short ones of several lengths; where they must be ordered, the first of such an order."""
+    draw = task.order(features)
+    if draw is not None:
+        return [features[i] for i in list(draw(torch.Generator().manual_seed(0)))[:ROWS]]
+    order = sorted(range(len(features)), key=lambda i: sum(task.lengths(features[i])))
+    return [features[i] for i in (order[: 2 * ROWS : 2] if len(order) >= 2 * ROWS else order[:ROWS])]
 
 
 def _unlike(again: Task, example: Example, row: Features, ends: set[int]) -> str:
@@ -350,7 +379,8 @@ def _unlike(again: Task, example: Example, row: Features, ends: set[int]) -> str
         prompt, _ = again.question(example)
     except DataError:
         return ""  # of plain text all is learned
-    ids, labels = row["input_ids"], row["labels"]
+    text = again.texts(row)[0]
+    ids, labels = text["input_ids"], text["labels"]
     if max(again.lengths(row)) >= again.max_length:
         return ""  # cut, so that its end is not there
     if again.peft_task == "SEQ_2_SEQ_LM":
@@ -360,6 +390,8 @@ def _unlike(again: Task, example: Example, row: Features, ends: set[int]) -> str
         return f"{example.where}: asked with another prompt"
     elif labels[len(prompt) : len(prompt) + 1] == [IGNORE] and any(k != IGNORE for k in labels[len(prompt) :]):
         return f"{example.where}: what follows its prompt is not trained"
+    if again.reward is not None:
+        return ""  # an answer that replies are checked against is none itself
     last = next(label for label in reversed(labels) if label != IGNORE)
     return "" if last in ends else f"{example.where}: the token {last} that ends it in training ends no reply"
 

@@ -17,7 +17,7 @@ from lora_ft.config import RunConfig
 from lora_ft.data.mask import IGNORE
 from lora_ft.frozen import Frozen
 from lora_ft.gradcache import GradientCache
-from lora_ft.guard import GuardedSteps
+from lora_ft.guard import UNTAUGHT, GuardedSteps
 from lora_ft.halving import Halving
 from lora_ft.modes import mixed_precision
 from lora_ft.optimizer import ChosenOptimizer
@@ -188,6 +188,10 @@ class AdapterTrainer(TaskLoss, Replicas, Proven, GradientCache, Halving, Trainer
         super().__init__(*args, **kwargs)
         # Our loss divides by the global count itself; the Trainer must not divide by the accumulation again.
         self.model_accepts_loss_kwargs = True
+
+    def _reason(self, norm: Any) -> str | None:
+        """Returns why the step must not be made: besides those of all tasks, that no text is told from another."""
+        return super()._reason(norm) or (None if self.taught else UNTAUGHT)
 
     def drawn_by(self, sampler: Any) -> Callable[[torch.Generator], Iterable[int]] | None:
         trainer: Any = self

@@ -41,7 +41,7 @@ class GradientProof(TrainerCallback):
     """Why no step could prove it so far."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.done or not getattr(self.trainer, "taught", True):
+        if self.done:
             return
         if self.trainer.skipped is not None:
             self.skipped = self.trainer.skipped

@@ -24,6 +24,7 @@ from lora_ft import (
     combine,
     config,
     gradcache,
+    guard,
     losses,
     merge,
     modes,
@@ -179,6 +180,33 @@ def test_rows_of_a_label_come_two_by_two_and_each_once() -> None:
     assert task.order([task.features(Match("a:1", "w1", "w2"))]) is None
 
 
+def test_rows_that_labels_leave_over_come_among_the_pairs() -> None:
+    task = prepared()
+    # Of each label three, so that a third of all rows is left over.
+    rows = [task.features(Labelled(f"a:{i}", f"w{i}", f"c{i % 21}")) for i in range(63)]
+    draw = task.order(rows)
+    assert draw is not None
+    for seed in range(5):
+        order = list(draw(torch.Generator().manual_seed(seed)))
+        assert sorted(order) == list(range(63))
+        steps = [[rows[place]["group"] for place in order[at : at + 16]] for at in range(0, 63, 16)]
+        assert all(len(set(groups)) < len(groups) for groups in steps)
+
+
+def test_a_step_that_tells_no_text_from_another_is_skipped(bases: dict[str, Path], tmp_path: Path) -> None:
+    task = prepared()
+    given = [f"{label} w{place}" for place, label in enumerate("aabb" + "abcd" + "aaaa")]
+    rows = [task.features(Labelled("a:1", text.partition(" ")[2], text[0])) for text in given]
+    logged, after = trained(bases["still"], tmp_path / "out", rows, 2, 2, steps=3, streamed=True)
+    skipped = [line for line in logged if line.get("event") == "step skipped"]
+    assert [(line["reason"], line["rows"]) for line in skipped] == [
+        (guard.UNTAUGHT, [4, 5, 6, 7]), (guard.UNTAUGHT, [8, 9, 10, 11]),
+    ]  # fmt: skip
+    # The momentum of the first step moves nothing in the others.
+    _, once = trained(bases["still"], tmp_path / "once", rows[:4], 2, 2, steps=1, streamed=True)
+    assert all(torch.equal(after[name], once[name]) for name in once)
+
+
 # In however many passes
 
 
@@ -279,6 +307,43 @@ def test_what_dropout_draws_is_the_same_both_times(
     for first, again in zip(made[False], learned, strict=True):
         assert torch.equal(first, again)
     assert len({float(part.sum()) for part in learned}) == 5
+
+
+@pytest.mark.parametrize("short", ["looking", "learning"])
+def test_what_dropout_draws_is_the_same_after_a_lack_of_memory(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: str
+) -> None:
+    made: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    real, left = Embed.vectors, [True]
+
+    def watched(task: Embed, model: Any, batch: tasks.Batch) -> torch.Tensor:
+        found = real(task, model, batch)
+        # In the second pass of the step.
+        if left[0] and found.requires_grad == (short == "learning") and len(made[found.requires_grad]) == 1:
+            left.clear()
+            left.append(False)
+            raise torch.OutOfMemoryError("out of memory")
+        made[found.requires_grad].append(found.detach())
+        return found
+
+    monkeypatch.setattr(Embed, "vectors", watched)
+    rows = features_of("pairs", 12)
+    trained(bases["bert"], tmp_path / "out", rows, 4, 3, steps=1, streamed=True, dropout=0.2)
+    assert not left[0]
+    looked, learned = made[False][-6:], made[True][-6:]
+    for first, again in zip(looked, learned, strict=True):
+        assert torch.equal(first, again)
+
+
+def test_texts_with_a_score_are_read_once_and_alone(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradcache.GradientCache, "_fill", lambda self: pytest.fail("of no use"))
+    trained(bases["still"], tmp_path / "out", features_of("scores", 4), 2, 2, steps=1)
+    rows = written(tmp_path / "rows.jsonl", examples("scores", 8))
+    more = ["--train.batch-size", "1", "--train.steps", "2"]
+    assert main(options(bases["bert"], rows, tmp_path / "one", *more, "--dry-run")) == 0
+    assert main(options(bases["bert"], rows, tmp_path / "two", *more, "--dry-run", "--data.streaming")) == 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -534,6 +599,26 @@ def test_recall_is_of_the_nearest_texts(kind: str, indexed: bool) -> None:
     assert retrieval.recall(found, known) == pytest.approx({f"recall@{k}": n / counted for k, n in hit.items()})
 
 
+def test_a_large_index_is_looked_through_in_small_parts_and_no_anchor_of_it_is_read(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = prepared()
+    loaded = base.load(str(bases["still"]), quant="none", model_class=task.model_class, dtype="float32")
+    rows, index = features_of("triplets", 9), features_of("triplets", 14)
+    found, known = (losses.vectors(task, loaded.model, some, 4) for some in (rows, index))
+    wanted = retrieval.recall(found, known)
+    read = []
+    real = losses.vectors
+    monkeypatch.setattr(losses, "vectors", lambda *args: read.append(real(*args)) or read[-1])
+    monkeypatch.setattr(losses, "CELLS", 100)
+    of_each, values = retrieval.measured(task, loaded.model, rows, index, 4)
+    assert values == pytest.approx(wanted)
+    assert [len(part["vector"]) for part in read] == [27, 28]
+    assert of_each.nll == pytest.approx(losses.contrasted(task, found, 9).nll)
+    sizes = [len(part) for part in losses.blocks(found["labels"], 46)]
+    assert sizes == [2, 2, 2, 2, 1]
+
+
 def test_scores_are_measured_by_their_order(bases: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     rows = written(tmp_path / "rows.jsonl", examples("scores", 24))
     held_out = written(tmp_path / "held_out.jsonl", examples("scores", 12, seed=3))
@@ -684,6 +769,13 @@ def test_options_that_do_not_suit_are_refused(
     rows = written(tmp_path / "rows.jsonl", examples("pairs", 8))
     assert main(options(bases["bert"], rows, tmp_path / "out", *more)) == status
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_rows_with_labels_are_not_streamed(bases: dict[str, Path], tmp_path: Path, capsys: Any, dry: list[str]) -> None:
+    rows = written(tmp_path / "rows.jsonl", examples("labels", 8))
+    assert main(options(bases["bert"], rows, tmp_path / "out", "--data.streaming", "--train.steps", "2", *dry)) == 1
+    assert "rows.jsonl:1: a row with a label is contrasted with another of the label" in capsys.readouterr().err
 
 
 def test_a_model_that_reads_one_text_to_write_another_is_refused(tmp_path: Path, capsys: Any) -> None:

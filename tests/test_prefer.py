@@ -230,6 +230,24 @@ def test_a_judged_reply_is_set_beside_one_to_another_prompt(tmp_path: Path, fold
         tasks.featurize(task, formats.read(str(file_of(tmp_path, PROMPT))))
 
 
+def test_finding_another_prompt_takes_a_look_at_each_row_and_no_more() -> None:
+    looks = []
+
+    class Prompt(tuple):  # type: ignore[type-arg]
+        def __ne__(self, other: object) -> bool:
+            looks.append(1)
+            return tuple(self) != tuple(other)  # type: ignore[arg-type]
+
+    task = tasks.get("prefer")
+    task.configure(PreferConfig(loss="kto"))
+    prompts = [*["w1"] * 500, "w2", *["w1"] * 499]
+    made = [formats.Judged(f"a:{n}", Prompt([user(p)]), (says("w3"),), True) for n, p in enumerate(prompts)]
+    task.see(made)
+    others = [task._others[row.where] for row in made]  # type: ignore[attr-defined]
+    assert [made.index(other) for other in others] == [*[500] * 500, 501, *[500] * 499]
+    assert len(looks) <= 2 * len(made)
+
+
 # Runs
 
 
@@ -343,6 +361,49 @@ def test_ragged_batches_give_the_gradient_of_the_whole_as_means_of_trl_would_not
     assert any(not torch.allclose(one, other, rtol=1e-2) for one, other in zip(whole, wrong, strict=True))
 
 
+@pytest.mark.parametrize("passes", ["two", "halved"])
+def test_the_estimate_of_kto_is_that_of_the_whole_step(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, passes: str
+) -> None:
+    path = file_of(tmp_path, *rows_for("kto"))
+
+    def logged(name: str, size: int, accumulate: int) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
+        task, model = loaded(folder, "kto")
+        held = base.load(str(folder), quant="nf4", dtype="float32", device="cpu")
+        torch.manual_seed(0)
+        for name_, parameter in adapters.trained(model).items():
+            if "lora_B" in name_:
+                torch.nn.init.normal_(parameter, std=0.3)
+        config = configured(folder, tmp_path / name, path, "kto", batch_size=size, accumulate=accumulate, steps=3)
+        made = tasks.featurize(task, formats.read(str(path)))[:12]
+        train.fit(task, held, model, train.Streamed(lambda: iter(made)), [], config)
+        lines = [line for line in lines_of(tmp_path / name) if "loss" in line]
+        return lines, [parameter.detach() for parameter in adapters.trained(model).values()]
+
+    whole, wanted = logged("whole", 6, 1)
+    assert min(line["kl"] for line in whole) > 0.01
+    if passes == "halved":
+        real = prefer._log_probs
+
+        def small(model: Any, batch: Any, sides: slice) -> torch.Tensor:
+            if len(batch["labels"]) > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return real(model, batch, sides)
+
+        monkeypatch.setattr(prefer, "_log_probs", small)
+    parts, found = logged("parts", *((6, 1) if passes == "halved" else (2, 3)))
+    keys = {
+        "loss",
+        "grad_norm",
+        "kl",
+        *(f"{what}/{side}" for what in ("rewards", "logps") for side in ("chosen", "rejected")),
+    }
+    for one, other in zip(whole, parts, strict=True):
+        assert {key: other[key] for key in keys} == pytest.approx({key: one[key] for key in keys}, rel=1e-3)
+    for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["kto", "sigmoid"])
 def test_the_reference_is_the_base_also_where_the_base_is_measured(tmp_path: Path, folder: Path, loss: str) -> None:
     task, model = loaded(folder, loss)
@@ -413,5 +474,10 @@ def test_plan_check_and_what_cannot_be(tmp_path: Path, folder: Path, capsys: Any
         runs.run(config)
     with pytest.raises(ValueError, match=r"prefer\.\* are options of the task prefer, and the task is chat"):
         RunConfig(task="chat", base="x", out=Path("y"), prefer=PreferConfig(loss="ipo"))
+    with pytest.raises(ValueError, match=r"prefer\.loss kto sets each row beside a reply to another prompt"):
+        RunConfig(
+            task="prefer", base="x", out=Path("y"), prefer=PreferConfig(loss="kto"), train=TrainConfig(steps=1),
+            data=DataConfig(train="z", streaming=True),
+        )  # fmt: skip
     with pytest.raises(ValueError, match=r"prefer\.beta must be above 0"):
         PreferConfig(beta=0)

@@ -275,6 +275,14 @@ def test_steps_without_a_signal_are_skipped_and_a_run_of_them_proves_nothing(pla
     assert [line["frac_reward_zero_std"] for line in lines(tmp_path / "out") if "loss" in line] == [1] * 5
 
 
+def test_equal_rewards_do_not_pass_as_ranked_by_rounding(place, tmp_path):
+    (tmp_path / "same.py").write_text("def same(reply, answer):\n    return 0.3\n")
+    asked = config(place, tmp_path / "out", reward=f"{tmp_path}/same.py:same", steps=1)
+    asked = dataclasses.replace(asked, reason=dataclasses.replace(asked.reason, samples=6))
+    with pytest.raises(ProofError, match=guard.UNRANKED):
+        runs.run(asked, examples=problems(6))
+
+
 def test_evaluations_in_training_choose_the_best_step(place, tmp_path):
     rows = problems(14)
     done = runs.run(config(place, tmp_path / "out", steps=4, eval_steps=2), examples=rows[:8], held_out=rows[8:])

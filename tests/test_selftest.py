@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from lora_ft import adapters, attention, cli, selftest, train, trainers
-from lora_ft.config import DataConfig, LoraConfig, RunConfig, to_yaml
+from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig, to_yaml
 from lora_ft.data.render import IGNORE, ChatRenderer
 from lora_ft.tasks import causal, pad
 from tests import tiny
@@ -56,6 +56,22 @@ def test_a_sound_configuration_passes_every_check(run: RunConfig, quant: Any) ->
     figures = {answer.name: answer.figure for answer in found.answers}
     assert all(0 < figures[name] < 1e-5 for name in ("batch", "packing"))  # type: ignore[operator]
     assert found.rows == selftest.ROWS
+
+
+@pytest.mark.parametrize("name", ["embed", "kto", "prefer", "reason"])
+def test_every_task_passes_on_a_twin(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "ROWS", selftest.FEWEST_ROWS)
+    if name != "embed":
+        pytest.importorskip("trl")
+    chosen: Any = {"prefer": PreferConfig(loss="kto")} if name == "kto" else {}
+    task: Any = "prefer" if name == "kto" else name
+    settings = RunConfig(
+        task=task, base="nobody/none", out=tmp_path / "out", quant="none", lora=LoraConfig(rank=2), **chosen
+    )
+    found = {answer.name: answer for answer in selftest.check(settings, twin=True).answers}
+    assert {answer.status for answer in found.values()} == {selftest.PASS, selftest.OTHER}
+    others = {"packing"} if name != "reason" else {"packing", "batch"}
+    assert {answer.name for answer in found.values() if answer.status == selftest.OTHER} == others
 
 
 def test_a_loss_averaged_over_each_pass_fails_batch(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ class Task:
     reward: Reward | None = None
     """What judges the replies of a task that is trained on its own ones; such a one has no loss to evaluate."""
     contrasts: bool = False
-    """Whether the loss of a row depends on those beside it: `vectors` and `contrast` make it, of all rows of a step."""
+    """Whether `vectors` and `contrast` make the loss."""
     tokenizer: Any = None
     """Set by `prepare`, as what follows is."""
     max_length: int
@@ -144,6 +144,18 @@ class Task:
 
     def features(self, example: Example) -> Features:
         """Returns one row for the model. Raises DataError where the row does not suit the task."""
+        raise NotImplementedError
+
+    def streamed(self, example: Example) -> Features:
+        """Returns what `features` does, of a row that is read when its turn comes, and never with all others.
+
+        Raises:
+            DataError: besides, such a row teaches nothing unless it is put beside others.
+        """
+        return self.features(example)
+
+    def candidates(self, row: Features) -> list[Features]:
+        """Returns the texts of a row that are looked among for one, a row each, where the task `contrasts`."""
         raise NotImplementedError
 
     def longest(self) -> Features:
@@ -218,8 +230,19 @@ class Task:
         """Returns what a seal keeps of a batch: the logits of classes or words [N, V], or numbers [N, 1]."""
         return self.score(model, batch).logits_NV
 
+    def together(self, row: Mapping[str, Any]) -> bool:
+        """Returns whether the loss of such a row, or of each in such a batch, depends on the others of its step."""
+        return False
+
     def vectors(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Returns the vector of each text of a batch, float32 [R, D], where the task `contrasts`."""
+        """Returns what the rows of a step are told of each other, float32 [R, D].
+
+        That is the vector of each text of a batch where the task `contrasts`, else what `shared` takes of each row.
+        """
+        raise NotImplementedError
+
+    def shared(self, vectors_RD: torch.Tensor) -> Batch:
+        """Returns what `loss` takes besides of each row of a step [R], without gradients; from the `vectors` of all."""
         raise NotImplementedError
 
     def contrast(self, vectors_RD: torch.Tensor, batch: Batch, anchors_A: torch.Tensor) -> torch.Tensor:

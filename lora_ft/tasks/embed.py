@@ -10,7 +10,7 @@ Shapes: R texts, T tokens, D width of a vector, A anchors, C candidates.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ TEMPERATURE = 0.05
 NEVER = -1e4
 # On a processor texts of like length are computed together, so many of them, and little of it is padding.
 TOGETHER = 32
+# The group of a negative.
+NOBODY = -1
 
 
 class Embed(Task):
@@ -100,6 +102,28 @@ class Embed(Task):
         row |= {"texts": [_number(text) for text in texts], "group": _number(group), "told": told}
         return row if score is None else row | {"score": score}
 
+    def streamed(self, example: Example) -> Features:
+        if isinstance(example, Labelled) and example.text_pair is None:
+            raise DataError([f"{example.where}: a row with a label is contrasted with another of the label, and rows "
+                             "that are streamed come as they lie, which may be label after label: leave out "
+                             "--data.streaming, or give anchor/positive rows."])  # fmt: skip
+        return self.features(example)
+
+    def candidates(self, row: Features) -> list[Features]:
+        texts = [row["input_ids"], *row["others"]]
+        first = 1 if row["others"] else 0
+        return [
+            {
+                **row,
+                "input_ids": texts[number],
+                "attention_mask": [1] * len(texts[number]),
+                "others": [],
+                "texts": [row["texts"][number]],
+                "group": NOBODY if number > 1 else row["group"],
+            }
+            for number in range(first, len(texts))
+        ]
+
     def _ids(self, text: str, where: str) -> tuple[list[int], int]:
         """Returns the token ids of a text, and how many were cut off. Raises DataError where there are none."""
         whole = self.tokenizer(text, verbose=False)["input_ids"]
@@ -138,7 +162,8 @@ class Embed(Task):
     def order(self, rows: Sequence[Features]) -> Callable[[torch.Generator], Iterable[int]] | None:
         """Returns how to draw an order in which rows of a label come two by two, so that each has one in its batch.
 
-        The pairs of each label are spread over the epoch, so that a batch holds as many labels as it can.
+        The pairs of each label are spread over the epoch, so that a batch holds as many labels as it can. What labels
+        leave over, a row each, comes two by two among them, as negatives; one row that is then left comes last.
         """
         if not rows or len(rows[0].get("texts", ())) != 1:
             return None
@@ -148,17 +173,15 @@ class Embed(Task):
             members: dict[int, list[int]] = {}
             for place in torch.randperm(len(groups), generator=generator).tolist():
                 members.setdefault(groups[place], []).append(place)
+            alone = [places[-1] for places in members.values() if len(places) % 2]
             spread: list[tuple[float, list[int]]] = []
-            alone: list[int] = []
-            for places in members.values():
-                # What is left over comes last, where it parts no pair.
-                alone += places[len(places) // 2 * 2 :]
+            for places in (*members.values(), alone):
                 pairs = [places[at : at + 2] for at in range(0, len(places) - 1, 2)]
                 drawn = torch.rand(len(pairs), generator=generator).tolist()
                 spread += [
                     ((n + part) / len(pairs), pair) for n, (part, pair) in enumerate(zip(drawn, pairs, strict=True))
                 ]
-            return [place for _, pair in sorted(spread) for place in pair] + alone
+            return [place for _, pair in sorted(spread) for place in pair] + alone[len(alone) // 2 * 2 :]
 
         return draw
 
@@ -178,8 +201,7 @@ class Embed(Task):
         there = [row["labels"] != IGNORE for row, _, _ in texts]
         batch |= {
             "text": torch.tensor([row["texts"][number] for row, number, _ in texts]),
-            # A negative belongs to nobody.
-            "group": torch.tensor([-1 if number > 1 else row["group"] for row, number, _ in texts]),
+            "group": torch.tensor([NOBODY if number > 1 else row["group"] for row, number, _ in texts]),
             "candidate": torch.tensor(
                 [
                     int(here and (number > 0 or not row["others"]))
@@ -190,6 +212,9 @@ class Embed(Task):
         if "score" in rows[0]:
             batch["score"] = torch.tensor([row["score"] for row, _, _ in texts])
         return batch
+
+    def together(self, row: Mapping[str, Any]) -> bool:
+        return "score" not in row
 
     def inputs(self, batch: Batch) -> Batch:
         return {key: batch[key] for key in ("input_ids", "attention_mask")}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,14 +82,18 @@ class Prefer(Chat):
         rows = [example for example in examples if isinstance(example, Judged)]
         if not self.judge.judges_one or len(rows) < len(examples):
             return
-        for place, row in enumerate(rows):
-            other = next((r for r in (*rows[place + 1 :], *rows[:place]) if r.prompt != row.prompt), None)
-            if other is None:
-                raise DataError(
-                    [f"{row.where}: no row has another prompt; prefer.loss kto compares each with a reply to another: "
-                     "give rows of two prompts or more."]
-                )  # fmt: skip
-            self._others[row.where] = other
+        other: Judged | None = None
+        # From the end, twice, for what comes after the last row begins with the first.
+        for place in range(2 * len(rows) - 1, -1, -1):
+            row, following = rows[place % len(rows)], rows[(place + 1) % len(rows)]
+            other = following if following.prompt != row.prompt else other
+            if other is not None:
+                self._others[row.where] = other
+        if rows and other is None:
+            raise DataError(
+                [f"{rows[0].where}: no row has another prompt; prefer.loss kto compares each with a reply to another: "
+                 "give rows of two prompts or more."]
+            )  # fmt: skip
 
     def features(self, example: Example) -> Features:
         texts = [self.renderer.render(talk) for talk in self._talks(example)]
@@ -167,8 +172,30 @@ class Prefer(Chat):
             return said.logp_B2.sum()  # there are no numbers to judge
         mean, numbers = self.judge(said)
         rows = len(batch["labels"])
-        self.numbers = {name: (value * rows, rows) for name, value in numbers.items()}
+        over = dict.fromkeys(numbers, rows)
+        if self.judge.judges_one:
+            good = int(said.good_B.sum())
+            over |= {f"{what}/chosen": good for what in ("rewards", "logps")}
+            over |= {f"{what}/rejected": rows - good for what in ("rewards", "logps")}
+        self.numbers = {name: (value * over[name], over[name]) for name, value in numbers.items()}
         return mean * rows
+
+    def together(self, row: Mapping[str, Any]) -> bool:
+        return self.judge.judges_one
+
+    def vectors(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Returns how far the model is from its reference in each row's reply to another prompt, and if it counts."""
+        with evaluating(model):
+            with as_reference(model):
+                reference_B1 = _log_probs(model, batch, slice(1, 2))
+            distance_B1 = _log_probs(model, batch, slice(1, 2)) - reference_B1
+        return torch.cat([distance_B1, (batch["labels"][:, 1:] != IGNORE).float()], dim=1)
+
+    def shared(self, vectors_RD: torch.Tensor) -> Batch:
+        """Returns of each row `distance`, the mean over all that count, from which TRL's loss takes its estimate."""
+        distance_R, counts_R = vectors_RD.unbind(1)
+        mean = (distance_R * counts_R).sum() / counts_R.sum().clamp(min=1)
+        return {"distance": mean.expand(len(vectors_RD))}
 
     def by_row(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Returns what was said of the replies of each row, for `settled` to judge: no row is judged alone."""
@@ -192,7 +219,12 @@ class Prefer(Chat):
         learned = slice(0, 1) if self.judge.judges_one else slice(0, 2)
         zeros_B2 = torch.zeros_like(tokens_B2, dtype=torch.float32)
         reference_B2, beside_B2 = zeros_B2, zeros_B2[:, learned.stop :]
-        if self.judge.compares:
+        if "distance" in batch:
+            with evaluating(model), as_reference(model):
+                reference_B1 = _log_probs(model, batch, learned)
+            # Whose mean is that of the step, which these rows may be a part of.
+            reference_B2 = torch.cat([reference_B1, -batch["distance"][:, None]], dim=1)
+        elif self.judge.compares:
             with evaluating(model):
                 with as_reference(model):
                     reference_B2 = _log_probs(model, batch, slice(0, 2))
