@@ -18,7 +18,8 @@ ALLOWED = {
     ("gguf.py", "TemporaryDirectory"),  # empty, so that nothing beside the file is read
     ("rehearsal.py", "TemporaryDirectory"), ("selftest.py", "TemporaryDirectory"),  # of runs that are only tried out
     # Where programs of replies are run, and what they print.
-    ("sandbox.py", "TemporaryDirectory"), ("sandbox.py", "TemporaryFile"), ("caged.py", "write_text"), ("caged.py", "open"),
+    ("sandbox.py", "TemporaryDirectory"), ("sandbox.py", "TemporaryFile"),
+    ("caged.py", "write_text"), ("caged.py", "open"),
 }  # fmt: skip
 WRITERS = {
     "write_text", "write_bytes", "save_file", "copy2", "copyfile", "copytree", "copy_file", "move", "mkdtemp",
