@@ -304,7 +304,7 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes(place, tmp_path, c
 
     real = train.fit
     monkeypatch.setattr(
-        train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]) if stop else real(*args)
+        train, "fit", lambda *args: real(*args[:6], [*args[6], StopAt(2, 2)], *args[7:]) if stop else real(*args)
     )
     stop = True
     words = train_words(place, tmp_path / "run")
@@ -330,7 +330,7 @@ def test_a_resumed_run_may_change_what_it_is_allowed_to(place, tmp_path, capsys,
     real = train.fit
     words = train_words(place, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]))
+        patch.setattr(train, "fit", lambda *args: real(*args[:6], [*args[6], StopAt(2, 2)], *args[7:]))
         assert main(words) == 130
     assert main([*words, "--resume", "--allow-changed", "train.lr", "--train.lr", "3e-3"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -348,7 +348,7 @@ def test_a_base_with_another_template_is_another_run(place, tmp_path, capsys, mo
     shutil.copytree(place / "base", tmp_path / "base")
     words = [str(tmp_path / "base") if w == str(place / "base") else w for w in train_words(place, tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]))
+        patch.setattr(train, "fit", lambda *args: real(*args[:6], [*args[6], StopAt(2, 2)], *args[7:]))
         assert main(words) == 130
     template = tmp_path / "base" / "chat_template.jinja"
     template.write_text(template.read_text().replace("{{ eos_token }}", " {{ eos_token }}"))
@@ -502,7 +502,7 @@ def test_a_streamed_run_is_not_resumed_on_other_rows(place, tmp_path, capsys, mo
     words = train_words(place, tmp_path / "run", "--data.streaming", "--train.steps", "6")
     words[words.index("--data.train") + 1] = str(rows)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", lambda *args: real(*args[:-2], [*args[-2], StopAt(2, 2)], args[-1]))
+        patch.setattr(train, "fit", lambda *args: real(*args[:6], [*args[6], StopAt(2, 2)], *args[7:]))
         assert main(words) == 130
     write_rows(rows, 30, seed=5)
     assert main([*words, "--resume"]) == 2
