@@ -149,17 +149,15 @@ def prepare(
         features = tasks.featurize(task, examples)
     held_out_features = tasks.featurize(task, held_out)
     _check_evaluation(config, task, source, held_out)
-    if task.contrasts and isinstance(features, Streamed):
-        # What kind of rows they are, and whether such may be streamed at all.
-        first = next(iter(features.make()), None)
-    else:
-        first = next(iter(features), None)
-    in_a_step = config.train.batch_size * config.train.accumulate * processes.asked()
-    if task.contrasts and first is not None and task.together(first) and in_a_step == 1:
-        raise ConfigError(
-            f"{task.name} tells the texts of a step from each other, and a step would have a single row: give a larger "
-            "--train.batch-size, or --train.accumulate."
-        )
+    if task.contrasts:
+        # Of streamed rows too the first says what kind they are, and whether such may be streamed at all.
+        first = next(iter(features.make() if isinstance(features, Streamed) else features), None)
+        in_a_step = config.train.batch_size * config.train.accumulate * processes.asked()
+        if first is not None and task.together(first) and in_a_step == 1:
+            raise ConfigError(
+                f"{task.name} tells the texts of a step from each other, and a step would have a single row: give a "
+                "larger --train.batch-size, or --train.accumulate."
+            )
     for rule in task.rules:
         log.info("the chat template %s", rule)
     tasks.tell_of_cut_rows(task)
