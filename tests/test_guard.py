@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ft import train, trainers
+from lora_ft import guard, train, trainers
 from lora_ft.errors import DivergedError
 from tests import tiny
 from tests.test_train import fit, same
@@ -92,7 +92,7 @@ def test_only_the_micro_step_that_broke_is_named(tmp_path, folder, monkeypatch):
         return real(self, *args, **kwargs) * (math.nan if len(calls) == 2 else 1)
 
     monkeypatch.setattr(trainers.AdapterTrainer, "compute_loss", compute)
-    fit(tmp_path / "run", folder, rows, steps=1, batch_size=2, accumulate=3)
+    fit(tmp_path / "run", folder, rows, steps=2, batch_size=2, accumulate=3)
     (event,) = [line for line in lines(tmp_path / "run") if "event" in line]
     assert len(event["rows"]) == 2
 
@@ -141,7 +141,7 @@ def test_a_batch_without_a_scored_position_is_no_division_by_zero(tmp_path, fold
 
 
 def test_what_the_scaler_of_float16_skips_is_left_to_it():
-    class Trainer(train.GuardedSteps):
+    class Trainer(guard.GuardedSteps):
         step_losses = (torch.tensor(1.0),)
         step_items = torch.tensor(4)
 
