@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import __version__, locks, processes
-from lora_ft.config import PreferConfig, RunConfig, cli, from_yaml, refuse_code
+from lora_ft.config import PreferConfig, RunConfig
 from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
     BenchConfig,
@@ -38,6 +38,7 @@ from lora_ft.options import (
     TwinConfig,
     VerifyConfig,
 )
+from lora_ft.settings import cli, from_yaml, refuse_code
 from lora_ft.sharing import combine, diff, export
 from lora_ft.terminal import ask, quiet, say, table
 

@@ -19,7 +19,7 @@ import torch
 
 from lora_ft import adapters, atomicio, environment, evaluate, heap, losses, recorded, report, saved, seal, tasks
 from lora_ft import base as bases
-from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig, plain, to_yaml
+from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import AdapterError
@@ -28,6 +28,7 @@ from lora_ft.modes import evaluating, without
 from lora_ft.options import CombineConfig
 from lora_ft.saved import Loaded
 from lora_ft.seal import Seal
+from lora_ft.settings import plain, to_yaml
 from lora_ft.summary import Summary
 from lora_ft.tasks import Batch, Features, Task
 from lora_ft.verdict import Verdict

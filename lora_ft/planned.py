@@ -14,10 +14,11 @@ from typing import Any
 from lora_ft import memory, recorded, sources, summary, tasks
 from lora_ft import report as reports
 from lora_ft import rows as all_rows
-from lora_ft.config import RunConfig, without_code
+from lora_ft.config import RunConfig
 from lora_ft.data.formats import Example
 from lora_ft.devices import Device
 from lora_ft.errors import LoraFtError
+from lora_ft.settings import without_code
 
 log = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from typing import Any
 import yaml
 
 from lora_ft import atomicio, card, environment, hub, logged, manifest, report, saved, seal, sources, summary
-from lora_ft.config import without_places
 from lora_ft.data import vectors
 from lora_ft.errors import AdapterError, StorageError
 from lora_ft.foreign.files import MAX_TOKENIZER_BYTES, MB, bytes_of, object_of, text_of
 from lora_ft.hub import UnavailableError
 from lora_ft.redaction import HIDDEN, holds_secret, redacted
 from lora_ft.remote import PublishError, Remote, State
+from lora_ft.settings import without_places
 from lora_ft.summary import Summary
 
 log = logging.getLogger(__name__)

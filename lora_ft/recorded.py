@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_ft import environment, tasks
-from lora_ft.config import Quant, RunConfig, from_yaml
+from lora_ft.config import Quant, RunConfig
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.strictjson import shown
+from lora_ft.settings import from_yaml
 
 # What is read of a record, and of which type each must be.
 RECORD: dict[str, Any] = {"base": dict, "dtype": str, "quant": str, "left_whole": list}

@@ -43,13 +43,14 @@ from lora_ft import (
 from lora_ft import base as bases
 from lora_ft import origin as origins
 from lora_ft.base import Base
-from lora_ft.config import RunConfig, plain, portable, to_yaml
+from lora_ft.config import RunConfig
 from lora_ft.data import pack
 from lora_ft.data.formats import Example
 from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, OutOfMemoryError
 from lora_ft.foreign.strictjson import bare, shown
 from lora_ft.progress import Bar
 from lora_ft.rows import Rows, check_stream, first_batches, prepare, read
+from lora_ft.settings import plain, portable, to_yaml
 from lora_ft.summary import Summary
 from lora_ft.tasks import Task
 from lora_ft.train import Streamed

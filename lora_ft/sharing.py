@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_ft.config import RunConfig, from_yaml
+from lora_ft.config import RunConfig
 from lora_ft.options import CombineConfig, DiffConfig, ExportConfig
+from lora_ft.settings import from_yaml
 from lora_ft.terminal import say, table
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import atomicio, checkpoints, environment, manifest, processes, saved
-from lora_ft.config import RunConfig, plain
+from lora_ft.config import RunConfig
 from lora_ft.errors import ConfigError, Interrupted, LoraFtError, StorageError
+from lora_ft.settings import plain
 from lora_ft.train import CHECKPOINTS
 
 log = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ class Summary:
     base: dict[str, Any]
     """The `base` record of environment.json: name, source, repo, revision, origin, weights_sha256."""
     config: dict[str, Any]
-    """`config.plain` of the run's configuration."""
+    """`settings.plain` of the run's configuration."""
     environment: dict[str, Any]
     data: dict[str, Any]
     """`train` and `eval` (or None), each with name, rows and sha256."""

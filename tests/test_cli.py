@@ -444,7 +444,7 @@ def test_a_failing_training_gives_the_cursor_back(place, tmp_path, monkeypatch):
     from rich.console import Console
 
     from lora_ft import trainers, watch
-    from lora_ft.config import from_yaml
+    from lora_ft.settings import from_yaml
 
     def fail(*args, **kwargs):
         raise LoraFtError("the training fails")

@@ -23,6 +23,7 @@ from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import AdapterError, ProofError, StorageError, UnsupportedModelError
 from lora_ft.export import model, modelfile, portable, vocabulary
 from lora_ft.foreign import gguf as reader
+from lora_ft.settings import to_yaml
 from tests import llama_cpp, tiny, tiny_words
 
 USER = "zqalice"
@@ -455,7 +456,7 @@ def test_who_will_take_an_adapter_is_known_before_it_is_trained(
         quant="none",
         lora=tiny.config.LoraConfig(**lora),
     )
-    text = tiny.config.to_yaml(config).replace("base: base", f"base: {place / 'base'}")
+    text = to_yaml(config).replace("base: base", f"base: {place / 'base'}")
     (tmp_path / "run.yaml").write_text(text)
     assert main(["export", str(tmp_path / "run.yaml"), "--portable", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

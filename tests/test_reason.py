@@ -14,13 +14,14 @@ from transformers import TrainerCallback
 
 from lora_ft import checkpoints, evaluate, guard, judged, memory, planned, runs, seal, tasks
 from lora_ft.cli import main
-from lora_ft.config import DataConfig, LoraConfig, ReasonConfig, RunConfig, TrainConfig, cli, from_yaml, to_yaml
+from lora_ft.config import DataConfig, LoraConfig, ReasonConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.data.formats import Chat, Pair, Problem, Text
 from lora_ft.errors import ConfigError, DataError, OutOfMemoryError, ProofError, SourceError
 from lora_ft.modes import unwrapped
 from lora_ft.options import EvaluateConfig
 from lora_ft.rows import digest
+from lora_ft.settings import cli, from_yaml, to_yaml
 from tests import tiny
 
 trl = pytest.importorskip("trl")

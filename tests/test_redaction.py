@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from lora_ft import redaction
-from lora_ft.config import RunConfig, cli
+from lora_ft.config import RunConfig
 from lora_ft.errors import ConfigError, DataError, LoraFtError
 from lora_ft.redaction import HIDDEN, holds_secret, redacted
+from lora_ft.settings import cli
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 

@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from lora_ft import card as cards
 from lora_ft import config, curves, logged, report
 from lora_ft import summary as summaries
+from lora_ft.settings import plain
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
 HOSTILE = (
@@ -38,7 +39,7 @@ GGUF = {**WHEEL, "name": "tiny.gguf", "source": "gguf", "origin": "tiny.gguf, de
 
 
 def settings(task: Any = "chat", quant: Any = "nf4", **data: Any) -> dict[str, Any]:
-    return config.plain(
+    return plain(
         config.RunConfig(
             task=task,
             base="/home/alice/models/tiny",

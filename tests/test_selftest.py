@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from lora_ft import adapters, attention, cli, selftest, train, trainers
-from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig, to_yaml
+from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig
 from lora_ft.data.render import IGNORE, ChatRenderer
+from lora_ft.settings import to_yaml
 from lora_ft.tasks import causal, pad
 from tests import tiny
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"verdict"},
     {"foreign"},
     {"hub"},
-    {"flags", "config", "options", "manifest", "atomicio"},
+    {"flags", "config", "settings", "options", "manifest", "atomicio"},
     {"caged"},
     {"sandbox"},
     {"sources", "four_bits", "base", "data", "rewards"},

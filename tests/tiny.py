@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lora_ft import adapters, base, config, environment, saved, seal, tasks, train
+from lora_ft.settings import to_yaml
 
 WORDS = 290
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>")
@@ -220,4 +221,4 @@ def write(out: Path, loaded: base.Base, model: Any, task: tasks.Task, settings: 
     saved.save(model, out)
     loaded.tokenizer.save_pretrained(out)
     environment.write(out, environment.describe(loaded, task=task.facts()))
-    (out / "config.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
+    (out / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")

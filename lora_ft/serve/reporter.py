@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from lora_ft import adapters, atomicio, attention, environment, losses, saved
 from lora_ft.base import Base
-from lora_ft.config import RunConfig, to_yaml
+from lora_ft.config import RunConfig
 from lora_ft.exact import EpochOrder
 from lora_ft.runs import Rows
 from lora_ft.serve import events, ids
@@ -21,6 +21,7 @@ from lora_ft.serve.models import checkpoint_name, register
 from lora_ft.serve.states import RUNNING
 from lora_ft.serve.store import dumps, now
 from lora_ft.serve.trial import steps_per_epoch
+from lora_ft.settings import to_yaml
 from lora_ft.tasks import Task
 
 if TYPE_CHECKING:

@@ -94,8 +94,9 @@ class Worker:
     def train(self) -> int:
         """Returns the exit status, having trained the job to its end or to where it was stopped."""
         from lora_ft import locks, runs
-        from lora_ft.config import RunConfig, from_yaml
+        from lora_ft.config import RunConfig
         from lora_ft.serve import trial
+        from lora_ft.settings import from_yaml
 
         out = trial.folder(Path(), self.job_id)
         # Held before the job is said to run: the process of an earlier server may still be at its last step, and

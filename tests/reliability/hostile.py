@@ -30,10 +30,11 @@ from typing import Any
 
 from lora_ft import base as bases
 from lora_ft import saved, sources
-from lora_ft.config import RunConfig, from_yaml
+from lora_ft.config import RunConfig
 from lora_ft.data.formats import Chat
 from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import LoraFtError
+from lora_ft.settings import from_yaml
 from tests import tiny
 from tests.reliability.cases import Bomb, Case, Good
 from tests.reliability.corpus import cases
