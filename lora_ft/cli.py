@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import __version__, locks, processes
-from lora_ft.config import PreferConfig, RunConfig
+from lora_ft.config import RunConfig
 from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.options import (
     BenchConfig,
@@ -38,8 +38,9 @@ from lora_ft.options import (
     TwinConfig,
     VerifyConfig,
 )
+from lora_ft.rowfiles import check, prepare
 from lora_ft.settings import cli, from_yaml, refuse_code
-from lora_ft.sharing import combine, diff, export
+from lora_ft.sharing import combine, diff, export, publish, report
 from lora_ft.terminal import ask, quiet, say, table
 
 MadeRows = Callable[[], tuple[Sequence[Any], Sequence[Any]]]
@@ -210,103 +211,6 @@ def merge(config: MergeConfig) -> None:
     say(f"{config.out}: merged onto {done['onto']} weights, {done['dtype']}")
 
 
-def publish(config: PublishConfig) -> None:
-    from lora_ft import publish as publishing
-
-    done = publishing.publish(
-        config.adapter, config.repo, public=config.public, as_request=config.pr, base_name=config.base
-    )
-    say(done.told())
-
-
-def report(config: ReportConfig) -> None:
-    from lora_ft import comparison, planned
-
-    if len(config.adapters) == 1 and not config.json:
-        say(str(planned.report(config.adapters[0])))
-        return
-    runs = comparison.read(config.adapters)
-    if config.json:
-        say(json.dumps([comparison.known(run) for run in runs]))
-    else:
-        table(["", *[run.name for run in runs]], [[name, *cells] for name, cells in comparison.rows(runs)])
-        for told in comparison.warnings(runs):
-            say(told)
-    if config.out is not None:
-        comparison.write(config.out, runs)
-        if not config.json:
-            say(str(config.out))
-
-
-def data_check(config: DataCheckConfig) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from lora_ft import sources, tasks
-    from lora_ft.base import load_tokenizer, longest_row
-    from lora_ft.data import formats
-    from lora_ft.data.render import Rendered, coloured
-    from lora_ft.data.show import TRAINED_STYLE
-
-    examples = formats.read(config.file, config.columns)
-    task = tasks.get(config.task)
-    if config.task == "prefer" and isinstance(examples[0], formats.Judged):
-        task.configure(PreferConfig(loss="kto"))
-    task.learn(examples)
-    source = sources.resolve(config.base)
-    tokenizer = load_tokenizer(source.folder)
-    task.prepare(tokenizer, longest_row(source, task.model_class, config.max_length))
-    rows = tasks.featurize(task, examples)
-    lengths = [length for row in rows for length in task.lengths(row)]
-    found = {
-        "file": Path(config.file).name,
-        "rows": len(rows),
-        "tokens": sum(lengths),
-        "longest_row": max(lengths),
-        "cut_rows": task.cut_rows,
-        "ways": list(task.ways),
-        "rules": list(task.rules),
-    }
-    if config.json:
-        say(json.dumps(found))
-        return
-    console = Console()
-    for example, row in list(zip(examples, rows, strict=True))[: config.show]:
-        console.rule(example.where)
-        answer = task.answer(row)
-        if answer is None:
-            for text in task.texts(row):
-                console.print(coloured(tokenizer, Rendered(example.where, text["input_ids"], text["labels"])))
-        else:
-            console.print(tokenizer.decode(row["input_ids"]), markup=False, highlight=False)
-            console.print(Text.assemble("-> ", (answer, TRAINED_STYLE)))
-    for rule in task.rules:
-        say(f"the chat template {rule}")
-    cut = f", {task.cut_rows} cut at {task.max_length}" if task.cut_rows else ""
-    masked = f"; mask found by {' and '.join(task.ways)}" if task.ways else ""
-    counted = f"{len(rows)} {config.task} rows, {found['tokens']} tokens, longest {found['longest_row']}"
-    say(f"{found['file']}: {counted}{cut}{masked}; all good")
-
-
-def data_prepare(config: DataPrepareConfig) -> None:
-    from lora_ft.prepare import prepare
-
-    def agree(question: str) -> bool:
-        if config.yes or config.json:
-            if not config.json:
-                say(f"{question}: yes")
-            return config.yes
-        say(f"{question}? [Y/n]")
-        try:
-            return input("> ").strip().lower() in ("", "y", "yes")
-        except EOFError:
-            raise LoraFtError("Nobody answers: add --yes to agree to all that is advised.") from None
-
-    done = prepare(config.file, config.base, agree=agree, say=(lambda text: None) if config.json else say)
-    if config.json:
-        say(json.dumps(asdict(done)))
-
-
 def selftest(config: SelftestConfig) -> None:
     from lora_ft import selftest as checks
 
@@ -409,8 +313,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "diff": (DiffConfig, diff),
     "publish": (PublishConfig, publish),
     "report": (ReportConfig, report),
-    "data check": (DataCheckConfig, data_check),
-    "data prepare": (DataPrepareConfig, data_prepare),
+    "data check": (DataCheckConfig, check),
+    "data prepare": (DataPrepareConfig, prepare),
     "bench kernels": (BenchConfig, bench_kernels),
     "selftest": (SelftestConfig, selftest),
     "serve": (ServeConfig, serve),

@@ -1,4 +1,4 @@
-"""The commands that hand adapters on or hold them side by side: export, combine, diff."""
+"""The commands that hand adapters on or hold them side by side: export, combine, diff, publish, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ft.config import RunConfig
-from lora_ft.options import CombineConfig, DiffConfig, ExportConfig
+from lora_ft.options import CombineConfig, DiffConfig, ExportConfig, PublishConfig, ReportConfig
 from lora_ft.settings import from_yaml
 from lora_ft.terminal import say, table
 
@@ -108,3 +108,33 @@ def diff(config: DiffConfig) -> None:
 def _line(layer: Layer) -> str:
     numbers = (layer.first, layer.second, layer.difference, layer.cosine)
     return " ".join([*("         -" if one is None else f"{one:10.4g}" for one in numbers), "", layer.name])
+
+
+def publish(config: PublishConfig) -> None:
+    """Puts an adapter on a model hub."""
+    from lora_ft import publish as publishing
+
+    done = publishing.publish(
+        config.adapter, config.repo, public=config.public, as_request=config.pr, base_name=config.base
+    )
+    say(done.told())
+
+
+def report(config: ReportConfig) -> None:
+    """Draws the report of an adapter anew, or sets several side by side."""
+    from lora_ft import comparison, planned
+
+    if len(config.adapters) == 1 and not config.json:
+        say(str(planned.report(config.adapters[0])))
+        return
+    runs = comparison.read(config.adapters)
+    if config.json:
+        say(json.dumps([comparison.known(run) for run in runs]))
+    else:
+        table(["", *[run.name for run in runs]], [[name, *cells] for name, cells in comparison.rows(runs)])
+        for told in comparison.warnings(runs):
+            say(told)
+    if config.out is not None:
+        comparison.write(config.out, runs)
+        if not config.json:
+            say(str(config.out))

@@ -59,7 +59,7 @@ LAYERS = [
     {"outline"},
     {"memory", "comparison"},
     {"runs", "selftest", "doctor", "bench", "sharing", "planned"},
-    {"quickstart", "rehearsal", "prepare", "cli", "serve"},
+    {"quickstart", "rehearsal", "prepare", "rowfiles", "cli", "serve"},
 ]
 
 
