@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -369,6 +369,7 @@ def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
     try:
         with _terminated_as_interrupted():
             action()
+            sys.stdout.flush()
     except Interrupted as stopped:
         again = [word for word in command if word != "--resume"]
         if processes.is_first():
@@ -386,6 +387,11 @@ def _finish(action: Callable[[], None], command: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return Interrupted.exit_status
+    except BrokenPipeError:
+        with suppress(BrokenPipeError):
+            sys.stdout.close()
+        print("Stopped: nobody reads the output any more.", file=sys.stderr)
+        return LoraFtError.exit_status
     return 0
 
 

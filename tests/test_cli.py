@@ -708,3 +708,15 @@ def test_added_tokens_train_their_rows_only(place, tmp_path):
     assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
     vocabulary = json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"]
     assert vocabulary == tiny.VOCAB + 1
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_traceback():
+    started = subprocess.Popen(
+        [sys.executable, "-m", "lora_ft.cli", "train", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started.stdout.close()
+    _, told = started.communicate()
+    assert (started.returncode, told) == (1, "Stopped: nobody reads the output any more.\n")
