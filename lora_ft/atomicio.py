@@ -36,18 +36,8 @@ disk = Disk()
 def write(path: Path, content: str | bytes) -> None:
     """Writes a whole file, in place of the one that is there. Raises StorageError, which leaves that one as it was."""
     data = content if isinstance(content, bytes) else content.encode("utf-8")
-    fresh = _beside(path)
-    try:
-        with _told(path):
-            _make_folder(path.parent)
-            disk.write(fresh, data)
-            disk.sync(fresh)
-            disk.rename(fresh, path)
-    except BaseException:
-        _forget(fresh)
-        raise
-    with _told(path):
-        disk.sync(path.parent)
+    with _replacing(path) as fresh, _told(path):
+        disk.write(fresh, data)
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = False) -> None:
@@ -73,17 +63,24 @@ def growing(path: Path) -> Iterator[Callable[[str], None]]:
     Raises:
         StorageError: it cannot be written.
     """
+    with _replacing(path) as fresh:
+
+        def more(text: str) -> None:
+            with _told(path):
+                disk.write(fresh, text.encode("utf-8"), append=True)
+
+        more("")
+        yield more
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields the place of a new file, which takes that of `path` once the block succeeds and is gone if it does not."""
     fresh = _beside(path)
-
-    def more(text: str) -> None:
-        with _told(path):
-            disk.write(fresh, text.encode("utf-8"), append=True)
-
     try:
         with _told(path):
             _make_folder(path.parent)
-        more("")
-        yield more
+        yield fresh
         with _told(path):
             disk.sync(fresh)
             disk.rename(fresh, path)
