@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import getpass
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import yaml
 from lora_ft import atomicio, card, environment, hub, logged, manifest, report, saved, seal, sources, summary
 from lora_ft.data import vectors
 from lora_ft.errors import AdapterError, StorageError
+from lora_ft.foreign import strictjson, strictyaml
 from lora_ft.foreign.files import MAX_TOKENIZER_BYTES, MB, bytes_of, object_of, text_of
 from lora_ft.hub import UnavailableError
 from lora_ft.redaction import HIDDEN, holds_secret, redacted
@@ -335,8 +335,19 @@ def _rewrite_config(draft: atomicio.Draft, title: str) -> None:
     """
     text = (draft.path / "config.yaml").read_text(encoding="utf-8")
     if not holds_secret(text) and not _places().search(text):
-        kept = without_places({**yaml.safe_load(text), "out": title})
+        kept = without_places({**_settings("config.yaml", text), "out": title})
         draft.write("config.yaml", yaml.safe_dump(kept, sort_keys=False))
+
+
+def _settings(name: str, text: str) -> dict[str, Any]:
+    """Returns the settings in a file of an adapter. Raises AdapterError where two readers could take them otherwise."""
+    try:
+        found = strictyaml.loads(text) if name.endswith(".yaml") else strictjson.loads(text, any_number=True)
+    except (strictyaml.YamlError, strictjson.JsonError) as error:
+        raise AdapterError(f"{name}: cannot be read: {error}.") from None
+    if not isinstance(found, dict):
+        raise AdapterError(f"{name}: it holds a {type(found).__name__}, not an object.")
+    return found
 
 
 def _refuse_leaks(place: Path) -> None:
@@ -355,8 +366,9 @@ def _refuse_leaks(place: Path) -> None:
                 number = next((n for n, line in enumerate(text.splitlines(), 1) if found(line)), 1)
                 problems.append(f"{name}:{number}: {told}")
         if name in SETTINGS or name == "tokenizer_config.json":
-            tree = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
-            tree = {key: value for key, value in tree.items() if (name, key) != (environment.FILE, "task")}
+            tree = {
+                key: value for key, value in _settings(name, text).items() if (name, key) != (environment.FILE, "task")
+            }
             problems += [f"{name}: {key} is a path" for key, value in _texts(tree) if _is_place(value)]
     if problems:
         raise AdapterError(f"Nothing was published: {'; '.join(problems[:8])}. Take it out, and publish again.")

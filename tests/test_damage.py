@@ -105,3 +105,9 @@ def test_a_line_of_metrics_that_is_none_is_left_out(tmp_path: Path) -> None:
     (tmp_path / logged.FILE).write_text('{"step": 1, "loss": 2.0}\n\n[3]\n{"loss": 1}\n{"step": 2, "lo')
     assert logged.read(tmp_path / logged.FILE) == [{"step": 1, "loss": 2.0}]
     assert logged.read(tmp_path / "none") == []
+
+
+def test_a_line_of_metrics_that_is_nested_without_end_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / logged.FILE
+    file.write_text('{"step": 1, "loss": 2.0}\n' + "[" * 200_000 + '\n{"step": 2, "lo')
+    assert logged.read(file) == [{"step": 1, "loss": 2.0}]
