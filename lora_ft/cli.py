@@ -105,6 +105,7 @@ def _show_plan(found: Any) -> None:
     rows.append(["at the peak, GiB", *[f"{step.peak_bytes / 2**30:.2f}" for step in shown.values()]])
     rows.append(["rows in a pass", *[str(step.rows) for step in shown.values()]])
     rows.append(["tokens in a pass", *[str(step.tokens) for step in shown.values()]])
+    rows.append(["checkpointing", *[step.checkpointing for step in shown.values()]])
     table(["", *shown], rows)
     say(f"{found.device.name} has {found.device.usable_bytes / 2**30:.2f} GiB for tensors.")
     if found.fitting is None:

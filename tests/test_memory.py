@@ -148,7 +148,7 @@ def test_llama_8b_is_planned_of_its_configuration_alone(tmp_path):
     # A card of 12 GiB takes a row only where activations are computed again.
     assert not plan.fits
     assert plan.fitting is not None
-    assert plan.fitting.checkpointing
+    assert plan.fitting.checkpointing == "on"
     assert plan.fitting.peak_bytes < plan.device.usable_bytes < plan.asked.peak_bytes
     assert plan.fitting.flops > 1.3 * plan.asked.flops
 
@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_split_with_the_same_global_batch(small, monkeypatc
     half = on(whole, whole.asked.peak_bytes * 6 // 10, monkeypatch, config)
     assert not half.fits
     assert half.fitting is not None
-    assert (half.fitting.rows, half.accumulate, half.fitting.checkpointing) == (3, 4, False)
+    assert (half.fitting.rows, half.accumulate, half.fitting.checkpointing) == (3, 4, "off")
     assert half.options() == "--train.batch-size 3 --train.accumulate 4"
     changed = settings("chat", small, batch_size=3, accumulate=4)
     assert memory.plan(changed).asked.peak_bytes == half.fitting.peak_bytes <= half.device.usable_bytes
@@ -219,7 +219,7 @@ def test_activations_are_computed_again_where_one_row_does_not_fit(small, monkey
     whole = memory.plan(settings("chat", small, batch_size=1, length=512, accumulate=2, base_cache="off"), "cpu")
     tight = on(whole, whole.asked.peak_bytes - 1, monkeypatch, config)
     assert tight.fitting is not None
-    assert tight.fitting.checkpointing
+    assert tight.fitting.checkpointing == "on"
     assert "--train.checkpoint-activations" in tight.options()
     assert tight.fitting.peak_bytes <= tight.device.usable_bytes
     none = on(whole, whole.asked.bytes[memory.WEIGHTS], monkeypatch, config)
