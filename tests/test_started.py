@@ -123,7 +123,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
 
 def save(trained, out: Path) -> None:
     """Writes the adapter of a finished training, as a run does."""
-    trained.task.tokenizer = trained.base.tokenizer
+    trained.task.prepare(trained.base.tokenizer, 64)
     rows = rows_of_a_run.Rows([], [], [], [], {"train": FACTS["train"]})
     settings = RunConfig(task="complete", base=str(trained.base_folder), out=out)
     runs._save(settings, trained.task, trained.base, trained.model, rows, train.Fit(1, 2, 3.0, 4, False))
