@@ -2,7 +2,7 @@
 
     python benchmarks/bench_lora_linear.py [--out benchmarks/results/FILE.csv]
 
-Prints a table and writes a CSV. Ratios are of medians of runs that take turns in one process (`lora_ft.bench`).
+Prints a table and writes a CSV. Ratios are of medians of runs that take turns in one process (`lora_ft.speed.bench`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import tyro
 from records import RESULTS, write
 
-from lora_ft import bench
+from lora_ft.speed import bench
 
 WEIGHTS = ((2048, 2048), (1536, 576), (576, 1536))
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)

@@ -3,7 +3,8 @@
     python benchmarks/bench_roofline.py [--quant none nf4] [--rows 4 --length 512]
 
 Products of large matrices are timed in turns with the steps, in the dtype of the training. The arithmetic of a step is
-that of its matrix products, counted on its shapes (`lora_ft.ledger`); the time of each operation is that of a profile.
+that of its matrix products, counted on its shapes (`lora_ft.memory.ledger`); the time of each operation is that of a
+profile.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from records import RESULTS, write
 from steps import Steps
 from torch.profiler import ProfilerActivity, profile
 
-from lora_ft import memory, rates
+from lora_ft import memory
 from lora_ft.config import BaseCache, DataConfig, LoraConfig, RunConfig, TrainConfig
+from lora_ft.speed import rates
 
 SHOWN = 12
 

@@ -26,8 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lora_ft import adapters, config, environment, saved, sources, tasks
+from lora_ft import adapters, config, saved, sources, tasks
 from lora_ft import base as bases
+from lora_ft.proof import environment
 from lora_ft.serve.decoding import Decoder, Piece
 from lora_ft.serve.engine import Engine, Row
 from lora_ft.serve.held import Held, Home

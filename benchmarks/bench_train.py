@@ -148,7 +148,7 @@ def work(options: Options, system: str, quant: Any, out: str) -> dict[str, Any]:
 
 
 def _peak_bytes(device: Any) -> int:
-    from lora_ft.watch import peak_bytes
+    from lora_ft.training.watch import peak_bytes
 
     return peak_bytes(device)
 
@@ -229,7 +229,8 @@ def _stock(options: Options, task: Any, loaded: Any, rows: Any, out: Path, syste
 def _held_out_loss(options: Options, task: Any, loaded: Any, examples: Any, out: Path) -> float:
     import peft
 
-    from lora_ft import losses, tasks
+    from lora_ft import tasks
+    from lora_ft.scoring import losses
 
     model = peft.PeftModel.from_pretrained(loaded.model, out / "adapter")
     rows = tasks.featurize(task, examples[-options.held_out :])

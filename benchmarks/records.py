@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_ft import environment
+from lora_ft.proof import environment
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

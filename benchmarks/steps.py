@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from lora_ft import adapters, attention, four_bits, tasks
+from lora_ft import adapters, tasks
 from lora_ft import base as bases
 from lora_ft.config import BaseCache, LoraConfig
-from lora_ft.modes import mixed_precision
+from lora_ft.model import attention, four_bits
+from lora_ft.model.modes import mixed_precision
 
 
 class Steps:

@@ -15,14 +15,16 @@ from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from lora_ft import base as bases
-from lora_ft import blocks, environment, fused
+from lora_ft import fused
 from lora_ft.base import Base
 from lora_ft.config import LoraConfig
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.adapter import refuse_patterns
-from lora_ft.four_bits import unpacked
+from lora_ft.model import blocks
+from lora_ft.model.four_bits import unpacked
+from lora_ft.model.weights import Weights, require
+from lora_ft.proof import environment
 from lora_ft.tasks import Task
-from lora_ft.weights import Weights, require
 
 log = logging.getLogger(__name__)
 

@@ -25,13 +25,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
-from lora_ft import allowance, four_bits, heap, processes
 from lora_ft.config import Quant
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
 from lora_ft.foreign import growth
 from lora_ft.foreign.model import check_tokenizer, open_config
 from lora_ft.foreign.reading import first_line, opened
+from lora_ft.model import four_bits
 from lora_ft.sources import Source, count_numbers, resolve
+from lora_ft.system import allowance, heap, processes
 
 log = logging.getLogger(__name__)
 

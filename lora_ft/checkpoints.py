@@ -27,9 +27,11 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl
 
-from lora_ft import adapters, atomicio, manifest, optimizer, processes
+from lora_ft import adapters
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, StorageError
-from lora_ft.exact import require
+from lora_ft.system import atomicio, manifest, processes
+from lora_ft.training import optimizer
+from lora_ft.training.exact import require
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +103,8 @@ def step_of(place: Path) -> int:
 class Checkpoints:
     """Mixin for any Trainer of transformers or TRL: its checkpoints are those of this module.
 
-    It comes before the Trainer among the base classes. Several processes need `lora_ft.replicas` besides, and the first
-    one writes. Where a checkpoint cannot be saved, training says so and goes
-    on, and those saved before stay.
+    It comes before the Trainer among the base classes. Several processes need `lora_ft.training.replicas` besides, and
+    the first one writes. Where a checkpoint cannot be saved, training says so and goes on, and those saved before stay.
     """
 
     # TRL's sum of tokens, which it logs; what a Trainer lacks is passed over.

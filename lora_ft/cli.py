@@ -14,10 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_ft import __version__, locks, processes
-from lora_ft.config import RunConfig
-from lora_ft.errors import DivergedError, Interrupted, LoraFtError
-from lora_ft.options import (
+from lora_ft import __version__
+from lora_ft.commands.options import (
     BenchConfig,
     ChatConfig,
     CombineConfig,
@@ -38,24 +36,27 @@ from lora_ft.options import (
     TwinConfig,
     VerifyConfig,
 )
-from lora_ft.rowfiles import check, prepare
+from lora_ft.commands.rowfiles import check, prepare
+from lora_ft.commands.sharing import combine, diff, export, publish, report
+from lora_ft.config import RunConfig
+from lora_ft.errors import DivergedError, Interrupted, LoraFtError
 from lora_ft.settings import cli, from_yaml, refuse_code
-from lora_ft.sharing import combine, diff, export, publish, report
-from lora_ft.terminal import ask, quiet, say, table
+from lora_ft.system import locks, processes
+from lora_ft.system.terminal import ask, quiet, say, table
 
 MadeRows = Callable[[], tuple[Sequence[Any], Sequence[Any]]]
 """Returns rows to train on and rows held out (`formats.Example`)."""
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    from lora_ft.quickstart import quickstart as start
+    from lora_ft.commands.quickstart import quickstart as start
 
     start(config.out, resume=config.resume)
 
 
 def train(config: RunConfig, made: MadeRows | None = None) -> None:
     if config.twin:
-        from lora_ft.rehearsal import rehearse
+        from lora_ft.proof.rehearsal import rehearse
 
         rehearse(config, say)
         return
@@ -121,9 +122,10 @@ def _show_plan(found: Any) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    from lora_ft import class_metrics, saved, tasks
     from lora_ft import evaluate as evaluation
+    from lora_ft import saved, tasks
     from lora_ft.data import formats
+    from lora_ft.scoring import class_metrics
 
     examples = formats.read(config.data, config.columns)
     loaded = saved.load(config.adapter, config.base)
@@ -213,7 +215,7 @@ def merge(config: MergeConfig) -> None:
 
 
 def selftest(config: SelftestConfig) -> None:
-    from lora_ft import selftest as checks
+    from lora_ft.proof import selftest as checks
 
     run = from_yaml(RunConfig, config.run)
     refuse_code(run, (), str(config.run), "leave it out of the file that is checked; no check needs it.")
@@ -248,7 +250,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def doctor(config: DoctorConfig) -> None:
-    from lora_ft.doctor import examine
+    from lora_ft.commands.doctor import examine
 
     found = examine()
     if config.json:
@@ -261,8 +263,8 @@ def doctor(config: DoctorConfig) -> None:
 def bench_kernels(config: BenchConfig) -> None:
     from rich.console import Console
 
-    from lora_ft import bench, twins
     from lora_ft.errors import ProofError
+    from lora_ft.speed import bench, twins
 
     with Console(stderr=True).status("") as status:
         checks, rated, timed, written = bench.kernels(status.update)
@@ -330,14 +332,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(words[:2]) if words[:1] and words[0] in GROUPS else " ".join(words[:1])
     if {"-h", "--help"} & set(name.split()):
-        print(_usage())
-        return 0
+        return _finish(lambda: print(_usage()), words)
     if not name or name in GROUPS:
         print(_usage(), file=sys.stderr)
         return 2
     if name == "--version":
-        print(f"lora-ft {__version__}")
-        return 0
+        return _finish(lambda: print(f"lora-ft {__version__}"), words)
     if name not in COMMANDS:
         print(f"lora-ft has no command {name!r}.\n\n{_usage()}", file=sys.stderr)
         return 2

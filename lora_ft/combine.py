@@ -17,21 +17,24 @@ from typing import Any
 import peft
 import torch
 
-from lora_ft import adapters, atomicio, environment, evaluate, heap, losses, recorded, report, saved, seal, tasks
+from lora_ft import adapters, evaluate, report, saved, seal, tasks
 from lora_ft import base as bases
+from lora_ft.commands.options import CombineConfig
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.adapter import MAX_RANK
-from lora_ft.modes import evaluating, without
-from lora_ft.options import CombineConfig
+from lora_ft.model.modes import evaluating, without
+from lora_ft.pages.summary import Summary
+from lora_ft.proof import environment, recorded
+from lora_ft.proof.verdict import Verdict
 from lora_ft.saved import Loaded
+from lora_ft.scoring import losses
 from lora_ft.seal import Seal
 from lora_ft.settings import plain, to_yaml
-from lora_ft.summary import Summary
+from lora_ft.system import atomicio, heap
 from lora_ft.tasks import Batch, Features, Task
-from lora_ft.verdict import Verdict
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
-from lora_ft import environment, logged, saved, seal
+from lora_ft import saved, seal
 from lora_ft.config import RunConfig
 from lora_ft.errors import AdapterError, LoraFtError
 from lora_ft.foreign import tensors
 from lora_ft.foreign.adapter import patterns_of, refuse_names
 from lora_ft.foreign.files import object_of
 from lora_ft.foreign.strictjson import shown
+from lora_ft.proof import environment
 from lora_ft.settings import from_yaml, plain
+from lora_ft.training import logged
 
 PREFIX = "base_model.model."
 # Names of the two factors of an update, in files of PEFT.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_ft.redaction import redacted
+from lora_ft.system.redaction import redacted
 
 
 def printable(text: str) -> str:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft import class_metrics, drift, judged, losses, metrics, modes, retrieval
 from lora_ft.data.formats import Example
 from lora_ft.generate import Sampling, generate
-from lora_ft.losses import Losses
+from lora_ft.model import modes
+from lora_ft.scoring import class_metrics, drift, losses, metrics, retrieval
+from lora_ft.scoring.losses import Losses
 from lora_ft.tasks import Features, Task
+from lora_ft.training import judged
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft import tuning
-from lora_ft.four_bits import Dequantized
+from lora_ft.model.four_bits import Dequantized
+from lora_ft.speed import tuning
 from lora_kernels import Frozen, Projection, lora_down, lora_linear, new_seed
 
 log = logging.getLogger(__name__)

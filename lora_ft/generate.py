@@ -20,9 +20,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from lora_ft import base as bases
-from lora_ft import four_bits
 from lora_ft.errors import LoraFtError
-from lora_ft.modes import evaluating, unwrapped
+from lora_ft.model import four_bits
+from lora_ft.model.modes import evaluating, unwrapped
 
 log = logging.getLogger(__name__)
 

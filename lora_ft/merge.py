@@ -18,14 +18,17 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_ft import adapters, atomicio, changes, environment, recorded, saved, seal
+from lora_ft import adapters, saved, seal
 from lora_ft import base as bases
-from lora_ft.changes import Change, Whole
 from lora_ft.errors import AdapterError, LoraFtError, ProofError, UnsupportedModelError
+from lora_ft.model import changes
+from lora_ft.model.changes import Change, Whole
+from lora_ft.model.weights import Weights, require
+from lora_ft.proof import environment, recorded
 from lora_ft.seal import Seal
 from lora_ft.sources import Source
+from lora_ft.system import atomicio
 from lora_ft.tasks import Task
-from lora_ft.weights import Weights, require
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,20 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lora_ft import atomicio, generate, losses, progress, recorded, saved, tasks
 from lora_ft import base as bases
+from lora_ft import generate, saved, tasks
+from lora_ft.commands.options import PredictConfig
 from lora_ft.data import formats, questions
 from lora_ft.data.formats import Example
 from lora_ft.data.rows import Row
 from lora_ft.errors import ConfigError, DataError, LoraFtError
 from lora_ft.foreign.strictjson import bare
-from lora_ft.modes import unwrapped
-from lora_ft.options import PredictConfig
+from lora_ft.model.modes import unwrapped
+from lora_ft.proof import recorded
+from lora_ft.scoring import losses
+from lora_ft.system import atomicio
 from lora_ft.tasks import Batch, Features, Task
+from lora_ft.training import progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

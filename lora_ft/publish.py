@@ -19,16 +19,20 @@ from typing import Any
 
 import yaml
 
-from lora_ft import atomicio, card, environment, hub, logged, manifest, report, saved, seal, sources, summary
+from lora_ft import hub, report, saved, seal, sources
 from lora_ft.data import vectors
 from lora_ft.errors import AdapterError, StorageError
 from lora_ft.foreign import strictjson, strictyaml
 from lora_ft.foreign.files import MAX_TOKENIZER_BYTES, MB, bytes_of, object_of, text_of
 from lora_ft.hub import UnavailableError
-from lora_ft.redaction import HIDDEN, holds_secret, redacted
+from lora_ft.pages import card, summary
+from lora_ft.pages.summary import Summary
+from lora_ft.proof import environment
 from lora_ft.remote import PublishError, Remote, State
 from lora_ft.settings import without_places
-from lora_ft.summary import Summary
+from lora_ft.system import atomicio, manifest
+from lora_ft.system.redaction import HIDDEN, holds_secret, redacted
+from lora_ft.training import logged
 
 log = logging.getLogger(__name__)
 

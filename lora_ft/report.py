@@ -15,10 +15,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from lora_ft import atomicio, card, logged, summary
-from lora_ft.curves import by_layer, confusion, curves, picture
-from lora_ft.redaction import redacted
-from lora_ft.summary import Summary
+from lora_ft.pages import card, summary
+from lora_ft.pages.curves import by_layer, confusion, curves, picture
+from lora_ft.pages.summary import Summary
+from lora_ft.system import atomicio
+from lora_ft.system.redaction import redacted
+from lora_ft.training import logged
 
 PAGE = "report.html"
 

@@ -17,44 +17,28 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
-from lora_ft import (
-    adapters,
-    atomicio,
-    checkpoints,
-    drift,
-    environment,
-    evaluate,
-    heap,
-    layers,
-    locks,
-    memory,
-    processes,
-    recorded,
-    replies,
-    report,
-    samples,
-    saved,
-    seal,
-    sources,
-    started,
-    tasks,
-    train,
-)
+from lora_ft import adapters, checkpoints, evaluate, memory, report, saved, seal, sources, tasks, train
 from lora_ft import base as bases
-from lora_ft import origin as origins
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
 from lora_ft.data import pack
 from lora_ft.data.formats import Example
 from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, OutOfMemoryError
 from lora_ft.foreign.strictjson import bare, shown
-from lora_ft.progress import Bar
-from lora_ft.rows import Rows, check_stream, first_batches, prepare, read
+from lora_ft.model import layers
+from lora_ft.pages import samples
+from lora_ft.pages.summary import Summary
+from lora_ft.proof import environment, recorded, replies
+from lora_ft.proof.verdict import Verdict
+from lora_ft.scoring import drift
 from lora_ft.settings import plain, portable, to_yaml
-from lora_ft.summary import Summary
+from lora_ft.system import atomicio, heap, locks, processes
 from lora_ft.tasks import Task
 from lora_ft.train import Streamed
-from lora_ft.verdict import Verdict
+from lora_ft.training import origin as origins
+from lora_ft.training import started
+from lora_ft.training.progress import Bar
+from lora_ft.training.rows import Rows, check_stream, first_batches, prepare, read
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_ft import adapters, atomicio, blocks, environment, four_bits, fused, recorded, sources, tasks
+from lora_ft import adapters, fused, sources, tasks
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
@@ -26,6 +26,9 @@ from lora_ft.foreign import tensors
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, object_of, refuse_links_out
 from lora_ft.foreign.reading import first_line
 from lora_ft.foreign.strictjson import shown
+from lora_ft.model import blocks, four_bits
+from lora_ft.proof import environment, recorded
+from lora_ft.system import atomicio
 
 log = logging.getLogger(__name__)
 

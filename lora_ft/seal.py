@@ -19,16 +19,19 @@ import safetensors
 import safetensors.torch
 import torch
 
-from lora_ft import atomicio, environment, modes, recorded, saved, sources
 from lora_ft import base as bases
+from lora_ft import saved, sources
 from lora_ft.base import Base
 from lora_ft.errors import AdapterError, ProofError, SourceError
 from lora_ft.foreign import tensors
 from lora_ft.foreign.files import object_of
 from lora_ft.foreign.reading import opened
-from lora_ft.replies import ask, canaries, distance, kl_kept, likeliest, of_classes
+from lora_ft.model import modes
+from lora_ft.proof import environment, recorded
+from lora_ft.proof.replies import ask, canaries, distance, kl_kept, likeliest, of_classes
+from lora_ft.proof.verdict import Checks, Verdict
+from lora_ft.system import atomicio
 from lora_ft.tasks import Batch, Features, Task
-from lora_ft.verdict import Checks, Verdict
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from lora_ft import flags, redaction
+from lora_ft.commands import flags
 from lora_ft.config import FROM_HUB, OF_ONE_TASK, REWARDS, RunConfig
 from lora_ft.errors import ConfigError
-from lora_ft.redaction import holds_secret, redacted
+from lora_ft.system import redaction
+from lora_ft.system.redaction import holds_secret, redacted
 
 # The settings that name a place.
 PLACES = (("out",), ("base",), ("init_from",), ("data", "train"), ("data", "eval"), ("reason", "reward"))

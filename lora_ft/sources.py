@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_ft import atomicio, hub
+from lora_ft import hub
 from lora_ft.errors import SourceError
 from lora_ft.foreign import gguf, tensors
 from lora_ft.foreign.files import PICKLES, WHY_NO_PICKLE, is_plain_name, object_of, refuse_links_out
 from lora_ft.foreign.model import check_config
 from lora_ft.hub import UnavailableError
+from lora_ft.system import atomicio
 
 log = logging.getLogger(__name__)
 

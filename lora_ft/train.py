@@ -17,18 +17,20 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from lora_ft import activations, attention, four_bits, heap, logged, optimizer, processes, sharding, trainers
-from lora_ft.activations import Checkpointing
 from lora_ft.base import Base
 from lora_ft.config import BaseCache, RunConfig, TrainConfig
 from lora_ft.data import pack
 from lora_ft.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, UnsupportedModelError
-from lora_ft.frozen import Frozen
-from lora_ft.halving import Halving
-from lora_ft.replicas import Replicas
+from lora_ft.model import activations, attention, four_bits, sharding
+from lora_ft.model.activations import Checkpointing
+from lora_ft.system import heap, processes
 from lora_ft.tasks import Batch, Features, Task
-from lora_ft.trainers import Proven
-from lora_ft.watch import Clock, GradientProof, Interrupt, MetricsFile, peak_bytes
+from lora_ft.training import logged, optimizer, trainers
+from lora_ft.training.frozen import Frozen
+from lora_ft.training.halving import Halving
+from lora_ft.training.replicas import Replicas
+from lora_ft.training.trainers import Proven
+from lora_ft.training.watch import Clock, GradientProof, Interrupt, MetricsFile, peak_bytes
 
 log = logging.getLogger(__name__)
 

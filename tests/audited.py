@@ -25,7 +25,7 @@ NAMES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlin
 # Files that have a reason to write for themselves, each with the part of a path that it may write to.
 EXCEPTIONS = {
     # A lock that is never written to.
-    "lora_ft/locks.py": "/lora_ft-",
+    "lora_ft/system/locks.py": "/lora_ft-",
     # What a process with limits prints.
     "lora_ft/foreign/cell.py": os.devnull,
     # Python's own, of what it compiled.
@@ -62,7 +62,7 @@ class Hook:
         self.on = False
         try:
             path, files = str(args[0]), frames(sys._getframe(1))
-            if any(file.endswith("lora_ft/atomicio.py") for file in files):
+            if any(file.endswith("lora_ft/system/atomicio.py") for file in files):
                 self.ours += 1
             elif not any(file.endswith(end) and part in path for file in files for end, part in EXCEPTIONS.items()):
                 ours = next((file for file in files if "/lora_ft/" in file), files[0])

@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_ft import activations, adapters, base, devices, environment, memory, runs, sources, tasks
+from lora_ft import adapters, base, memory, runs, sources, tasks
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
+from lora_ft.model import activations
+from lora_ft.proof import environment
+from lora_ft.system import devices
 from tests import tiny
 
 LAYERS, HIDDEN = 2, 64

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from lora_ft import allowance
+from lora_ft.system import allowance
 
 GIB = 2**30
 

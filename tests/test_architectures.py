@@ -11,9 +11,10 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from transformers import BitsAndBytesConfig
 
-from lora_ft import base, four_bits, merge, modes, seal
+from lora_ft import base, merge, seal
 from lora_ft.errors import AdapterError, ProofError
-from lora_ft.verdict import Verdict
+from lora_ft.model import four_bits, modes
+from lora_ft.proof.verdict import Verdict
 from tests import tiny
 
 KINDS = [

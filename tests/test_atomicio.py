@@ -12,8 +12,8 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from lora_ft import atomicio, manifest
 from lora_ft.errors import StorageError
+from lora_ft.system import atomicio, manifest
 from tests.reliability.disks import Failing
 
 

@@ -12,8 +12,9 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface
 
-from lora_ft import adapters, attention, base, config, modes, tasks
-from lora_ft.head import Head
+from lora_ft import adapters, base, config, tasks
+from lora_ft.model import attention, modes
+from lora_ft.model.head import Head
 from lora_kernels import reference
 from tests import fake_gpu, tiny
 

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from lora_ft import base, four_bits
+from lora_ft import base
 from lora_ft.errors import LoraFtError, SourceError, UnsupportedModelError
+from lora_ft.model import four_bits
 from tests import tiny
 
 UP = "model.layers.0.mlp.up_proj"

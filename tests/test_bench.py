@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from lora_ft import bench, cli, rates, tuning, twins
+from lora_ft import cli
+from lora_ft.speed import bench, rates, tuning, twins
 from lora_kernels import dispatch, reference
 
 CPU = torch.device("cpu")

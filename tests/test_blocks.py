@@ -13,7 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import lora_kernels
-from lora_ft import adapters, blocks, config, doctor, fused, modes, saved
+from lora_ft import adapters, config, fused, saved
+from lora_ft.commands import doctor
+from lora_ft.model import blocks, modes
 from lora_kernels import backend, dispatch, group, linear
 from tests import tiny
 from tests.kernel_ops.accuracy import error
@@ -281,11 +283,11 @@ def test_a_batch_of_several_adapters_is_computed_in_parts(folders):
 
 
 def said_by_blocks(caplog):
-    return [record.message for record in caplog.records if record.name == "lora_ft.blocks"]
+    return [record.message for record in caplog.records if record.name == "lora_ft.model.blocks"]
 
 
 def test_an_input_that_does_not_fit_is_computed_in_parts_and_said_once(folders, caplog):
-    caplog.set_level(logging.INFO, "lora_ft.blocks")
+    caplog.set_level(logging.INFO, "lora_ft.model.blocks")
     blocks._say_once.cache_clear()
     model = adapted(folders["llama"], "nf4", "bfloat16").eval()
     caplog.clear()
@@ -368,7 +370,7 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_layer_that_is_not_what_it_seems_is_refused_by_name(folders, lie, dtype, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "lora_ft.blocks")
+    caplog.set_level(logging.INFO, "lora_ft.model.blocks")
     monkeypatch.setattr(*LIES[lie])
     model = adapted(folders["llama"], "nf4", dtype)
     (path,) = blocks.paths(model)

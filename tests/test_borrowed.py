@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ft import adapters, base, borrowed, config, trainers, watch
+from lora_ft import adapters, base, config
+from lora_ft.training import borrowed, trainers, watch
 from tests import tiny
 
 trl = pytest.importorskip("trl")

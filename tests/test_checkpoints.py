@@ -15,8 +15,10 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from lora_ft import adapters, atomicio, checkpoints, exact, manifest, optimizer, started, train, trainers
+from lora_ft import adapters, checkpoints, train
 from lora_ft.errors import AdapterError, ConfigError, DivergedError, LoraFtError, StorageError
+from lora_ft.system import atomicio, manifest
+from lora_ft.training import exact, optimizer, started, trainers
 from tests import tiny
 from tests.reliability.disks import Failing
 from tests.reliability.forks import fingerprints

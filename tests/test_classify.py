@@ -19,12 +19,16 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn import metrics as sklearn
 
-from lora_ft import base, class_metrics, evaluate, losses, merge, modes, replicas, replies, saved, seal, tasks
+from lora_ft import base, evaluate, merge, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data import labels as known
 from lora_ft.data.formats import Labelled
 from lora_ft.errors import DataError
+from lora_ft.model import modes
+from lora_ft.proof import replies
+from lora_ft.scoring import class_metrics, losses
 from lora_ft.tasks.classify import Classify
+from lora_ft.training import replicas
 from tests import tiny
 
 KINDS = ["bert", "gpt2", "llama", "openai-gpt"]

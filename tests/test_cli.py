@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_ft import runs, saved, sources, started
+from lora_ft import runs, saved, sources
 from lora_ft.cli import COMMANDS, main
 from lora_ft.config import DataConfig, RunConfig, TrainConfig
 from lora_ft.errors import ConfigError, LoraFtError
+from lora_ft.training import started
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -443,8 +444,8 @@ def test_a_folder_with_other_files_is_never_written_into(place, tmp_path, capsys
 def test_a_failing_training_gives_the_cursor_back(place, tmp_path, monkeypatch):
     from rich.console import Console
 
-    from lora_ft import trainers, watch
     from lora_ft.settings import from_yaml
+    from lora_ft.training import trainers, watch
 
     def fail(*args, **kwargs):
         raise LoraFtError("the training fails")
@@ -465,7 +466,7 @@ def test_a_second_signal_gives_the_cursor_back():
     import pty
 
     ours, theirs = pty.openpty()
-    code = "from lora_ft.watch import Interrupt; i = Interrupt(); i._ask(2, None); i._ask(2, None)"
+    code = "from lora_ft.training.watch import Interrupt; i = Interrupt(); i._ask(2, None); i._ask(2, None)"
     done = subprocess.run([sys.executable, "-c", code], stderr=theirs, timeout=120)
     assert done.returncode == 130
     assert b"\x1b[?25hStopped at once." in os.read(ours, 10_000)
@@ -628,7 +629,7 @@ def test_evaluate_says_how_many_rows_it_cut(place, tmp_path, caplog):
 def test_doctor_outlives_what_answers_for_the_hub(monkeypatch, error):
     import huggingface_hub
 
-    from lora_ft import doctor
+    from lora_ft.commands import doctor
 
     def fail(*args, **kwargs):
         raise error

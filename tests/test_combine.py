@@ -14,10 +14,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import combine, difference, environment, saved, seal
+from lora_ft import combine, difference, saved, seal
 from lora_ft.cli import main
+from lora_ft.commands.options import CombineConfig
 from lora_ft.errors import AdapterError
-from lora_ft.options import CombineConfig
+from lora_ft.proof import environment
 from tests import tiny
 
 METHODS = (

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ft import comparison, curves, layers, report, summary
+from lora_ft import report
 from lora_ft.cli import main
 from lora_ft.errors import AdapterError
+from lora_ft.model import layers
+from lora_ft.pages import comparison, curves, summary
 from tests import tiny
 from tests.test_cli import train_words, write_rows
 from tests.test_report import lines, rendered

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from lora_ft import card as cards
-from lora_ft import comparison, logged, report, summary
+from lora_ft import report
 from lora_ft.errors import AdapterError
+from lora_ft.pages import card as cards
+from lora_ft.pages import comparison, summary
+from lora_ft.training import logged
 from tests.test_report import summary as made
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_ft import adapters, base, card, drift, evaluate, report, tasks
+from lora_ft import adapters, base, evaluate, report, tasks
 from lora_ft.cli import main
 from lora_ft.config import LoraConfig
+from lora_ft.pages import card
+from lora_ft.scoring import drift
 from tests import tiny
 from tests.stock_templates import tokenizer_of
 

@@ -18,29 +18,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import (
-    adapters,
-    base,
-    combine,
-    config,
-    gradcache,
-    guard,
-    losses,
-    merge,
-    modes,
-    retrieval,
-    saved,
-    seal,
-    tasks,
-    train,
-    trainers,
-)
+from lora_ft import adapters, base, combine, config, merge, saved, seal, tasks, train
 from lora_ft.cli import main
+from lora_ft.commands.options import CombineConfig
 from lora_ft.data import formats, vectors
 from lora_ft.data.formats import Labelled, Match, Pair, Scored, Text
 from lora_ft.errors import AdapterError, DataError, SourceError, UnsupportedModelError
-from lora_ft.options import CombineConfig
+from lora_ft.model import modes
+from lora_ft.scoring import losses, retrieval
 from lora_ft.tasks.embed import Embed
+from lora_ft.training import gradcache, guard, trainers
 from tests import tiny
 from tests.test_replicas import done, launched, lines
 

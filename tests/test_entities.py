@@ -8,8 +8,8 @@ import re
 import pytest
 from seqeval import metrics as scores
 
-from lora_ft import metrics
-from lora_ft.entities import Count, count, spans, total
+from lora_ft.scoring import metrics
+from lora_ft.scoring.entities import Count, count, spans, total
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import base, environment, saved, seal, sources
+from lora_ft import base, saved, seal, sources
 from lora_ft.errors import AdapterError
+from lora_ft.proof import environment
 from tests import tiny
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from lora_ft import checkpoints, exact, train, trainers
+from lora_ft import checkpoints, train
 from lora_ft.errors import ConfigError
-from lora_ft.watch import Clock
+from lora_ft.training import exact, trainers
+from lora_ft.training.watch import Clock
 from lora_kernels import new_seed
 from tests import tiny
 from tests.reliability.forks import fingerprints

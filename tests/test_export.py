@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_ft import adapters, base, environment, export, merge, saved, seal, tasks
+from lora_ft import adapters, base, export, merge, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import AdapterError, ProofError, StorageError, UnsupportedModelError
 from lora_ft.export import model, modelfile, portable, vocabulary
 from lora_ft.foreign import gguf as reader
+from lora_ft.proof import environment
 from lora_ft.settings import to_yaml
 from tests import llama_cpp, tiny, tiny_words
 

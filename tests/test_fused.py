@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_ft import adapters, base, config, doctor, four_bits, fused, modes, saved, tasks
+from lora_ft import adapters, base, config, fused, saved, tasks
+from lora_ft.commands import doctor
+from lora_ft.model import four_bits, modes
 from tests import tiny
 from tests.kernel_ops.accuracy import assert_as_good, error
 

@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 
-from lora_ft import adapters, blocks, config, fused, head, modes, tasks
+from lora_ft import adapters, config, fused, tasks
+from lora_ft.model import blocks, head, modes
 from lora_kernels import dispatch, group, lora
 from tests import fake_gpu, tiny
 from tests.test_fused import on_base

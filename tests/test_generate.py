@@ -14,9 +14,11 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicLayer
 
-from lora_ft import adapters, base, config, generate, losses, metrics, modes, tasks
+from lora_ft import adapters, base, config, generate, tasks
 from lora_ft.errors import DataError, LoraFtError
 from lora_ft.generate import Sampling
+from lora_ft.model import modes
+from lora_ft.scoring import losses, metrics
 from tests import tiny
 
 GREEDY = Sampling(8)

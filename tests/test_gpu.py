@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lora_ft import bench, blocks, modes, seal, tuning, twins
+from lora_ft import seal
+from lora_ft.model import blocks, modes
+from lora_ft.speed import bench, tuning, twins
 from lora_kernels import Frozen, dispatch, lora_linear, nf4_dequant, rms_norm_lora, swiglu_lora
 from tests import tiny
 from tests.kernel_ops.accuracy import error

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_ft import guard, train, trainers
+from lora_ft import train
 from lora_ft.errors import DivergedError
+from lora_ft.training import guard, trainers
 from tests import tiny
 from tests.test_train import fit, same
 

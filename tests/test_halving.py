@@ -6,10 +6,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, devices, halving, losses, tasks
+from lora_ft import adapters, tasks
 from lora_ft.errors import OutOfMemoryError
+from lora_ft.scoring import losses
+from lora_ft.system import devices
 from lora_ft.tasks.causal import Causal
 from lora_ft.tasks.classify import Classify
+from lora_ft.training import halving
 from tests import tiny
 from tests.test_train import fit, folder, prepared, same, uneven_rows
 

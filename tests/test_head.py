@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ft import adapters, base, config, head, modes, tasks
-from lora_ft.head import Head
+from lora_ft import adapters, base, config, tasks
+from lora_ft.model import head, modes
+from lora_ft.model.head import Head
 from tests import tiny
 from tests.test_attention import LLAMA, model_of, task
 

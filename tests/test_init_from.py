@@ -15,13 +15,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from lora_ft import environment, losses, memory, modes, origin, runs, saved, started, tasks
+from lora_ft import memory, runs, saved, tasks
 from lora_ft.cli import main
+from lora_ft.commands.options import PlanConfig
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data.formats import Example, Labelled, Pair
 from lora_ft.errors import AdapterError, ConfigError, DataError
-from lora_ft.options import PlanConfig
+from lora_ft.model import modes
+from lora_ft.proof import environment
+from lora_ft.scoring import losses
 from lora_ft.settings import from_yaml
+from lora_ft.training import origin, started
 from tests import tiny
 
 # Weights stay as they are: so small a step is lost in rounding.

@@ -10,8 +10,9 @@ import uuid
 
 import pytest
 
-from lora_ft import cli, locks
+from lora_ft import cli
 from lora_ft.errors import BusyError, StorageError
+from lora_ft.system import locks
 
 GPU = f"GPU-{uuid.uuid4()}"
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_ft import adapters, base, blocks, cli, devices, ledger, memory, tasks, train
+from lora_ft import adapters, base, cli, memory, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.errors import ConfigError, UnsupportedModelError
+from lora_ft.memory import ledger
+from lora_ft.model import blocks
+from lora_ft.system import devices
 from lora_kernels import operators, slabs
 from tests import tiny
 from tests.allocations import PeakOfStep, held

@@ -18,9 +18,11 @@ import transformers
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, config, merge, modes, replies, saved, seal, tasks
+from lora_ft import adapters, base, config, merge, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError, SourceError, UnsupportedModelError
-from lora_ft.weights import Weights
+from lora_ft.model import modes
+from lora_ft.model.weights import Weights
+from lora_ft.proof import replies
 from tests import tiny
 
 

@@ -11,11 +11,12 @@ import sacrebleu
 import yaml
 from rouge_score.rouge_scorer import RougeScorer
 
-from lora_ft import evaluate, hub, metrics
+from lora_ft import evaluate, hub
 from lora_ft.cli import main
+from lora_ft.commands.options import EvaluateConfig
 from lora_ft.config import METRICS, DataConfig, RunConfig
 from lora_ft.errors import ConfigError, DataError, SourceError
-from lora_ft.options import EvaluateConfig
+from lora_ft.scoring import metrics
 from lora_ft.settings import cli, from_yaml, to_yaml
 from tests import tiny
 from tests.test_cli import write_rows

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_ft import checkpoints, logged, optimizer, train, trainers
+from lora_ft import checkpoints, train
 from lora_ft.config import TrainConfig
 from lora_ft.errors import AdapterError
+from lora_ft.training import logged, optimizer, trainers
 from tests import tiny
 from tests.test_train import StopAt, fit, same
 

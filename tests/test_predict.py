@@ -17,9 +17,9 @@ from rich.console import Console
 
 from lora_ft import predict, tasks
 from lora_ft.cli import main
+from lora_ft.commands.options import PredictConfig
 from lora_ft.data import questions
 from lora_ft.errors import ConfigError, DataError, LoraFtError, StorageError
-from lora_ft.options import PredictConfig
 from tests import tiny
 
 # Task, kind of model, facts, class of transformers.

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
-from lora_ft import adapters, base, evaluate, losses, modes, preference, runs, tasks, train
+from lora_ft import adapters, base, evaluate, runs, tasks, train
 from lora_ft.cli import main
 from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.errors import ConfigError, DataError, LoraFtError, UnsupportedModelError
-from lora_ft.preference import Judge, Replies
+from lora_ft.model import modes
+from lora_ft.scoring import losses, preference
+from lora_ft.scoring.preference import Judge, Replies
 from lora_ft.tasks import prefer
 from tests import tiny
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lora_ft import cli
+from lora_ft.commands.prepare import Prepared, prepare
 from lora_ft.data import findings, formats
 from lora_ft.data.formats import Chat, Pair, Text
 from lora_ft.errors import DataError
-from lora_ft.prepare import Prepared, prepare
 from tests import tiny_server
 
 COST = {"tokens": 1000.0, "steps": 9.0, "seconds": 120.0, "bytes": 2.0**30}

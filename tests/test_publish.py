@@ -24,12 +24,15 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from markdown_it import MarkdownIt
 
-from lora_ft import card, environment, manifest, publish, redaction, saved, summary
+from lora_ft import publish, saved
 from lora_ft.cli import main
 from lora_ft.data import vectors
 from lora_ft.errors import AdapterError
 from lora_ft.foreign import tensors
+from lora_ft.pages import card, summary
+from lora_ft.proof import environment
 from lora_ft.remote import PublishError, Remote
+from lora_ft.system import manifest, redaction
 from tests import hub_cards, publishing_hub, tiny
 from tests.publishing_hub import FAULTS, LARGE, TOKEN, PublishingHub
 from tests.test_cli import write_rows

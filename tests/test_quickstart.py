@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lora_ft import base, cli, generate, quickstart, train
+from lora_ft import base, cli, generate, train
+from lora_ft.commands import quickstart
 from lora_ft.data import meetings
 from lora_ft.errors import ConfigError, Interrupted
 

@@ -12,16 +12,18 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
-from lora_ft import checkpoints, evaluate, guard, judged, memory, planned, runs, seal, tasks
+from lora_ft import checkpoints, evaluate, memory, runs, seal, tasks
 from lora_ft.cli import main
+from lora_ft.commands.options import EvaluateConfig
 from lora_ft.config import DataConfig, LoraConfig, ReasonConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.data.formats import Chat, Pair, Problem, Text
 from lora_ft.errors import ConfigError, DataError, OutOfMemoryError, ProofError, SourceError
-from lora_ft.modes import unwrapped
-from lora_ft.options import EvaluateConfig
-from lora_ft.rows import digest
+from lora_ft.memory import planned
+from lora_ft.model.modes import unwrapped
 from lora_ft.settings import cli, from_yaml, to_yaml
+from lora_ft.training import guard, judged
+from lora_ft.training.rows import digest
 from tests import tiny
 
 trl = pytest.importorskip("trl")
@@ -123,7 +125,8 @@ def test_a_folder_is_evaluated_without_running_the_code_it_names(finished):
 
 
 def test_a_folder_whose_rewards_would_run_programs_unfenced_is_not_evaluated(finished, monkeypatch):
-    from lora_ft import sandbox, saved
+    from lora_ft import saved
+    from lora_ft.scoring import sandbox
 
     monkeypatch.setattr(sandbox, "_open_to", lambda: ("network",))
     loaded = saved.load(finished.folder, None)
@@ -246,7 +249,7 @@ def test_accumulating_changes_nothing(place, tmp_path):
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_the_padding(place):
-    from lora_ft import rollouts
+    from lora_ft.training import rollouts
 
     model = tiny.transformers.AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32).eval()
 

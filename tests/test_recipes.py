@@ -20,9 +20,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from lora_ft import changes, cli, config, miniature, saved, sources, tasks, train
-from lora_ft import rows as of_runs
+from lora_ft import cli, config, saved, sources, tasks, train
 from lora_ft.data.formats import Labelled
+from lora_ft.model import changes, miniature
+from lora_ft.training import rows as of_runs
 from tests import tiny
 from tests.test_cli import write_rows
 

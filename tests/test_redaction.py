@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import redaction
 from lora_ft.config import RunConfig
 from lora_ft.errors import ConfigError, DataError, LoraFtError
-from lora_ft.redaction import HIDDEN, holds_secret, redacted
 from lora_ft.settings import cli
+from lora_ft.system import redaction
+from lora_ft.system.redaction import HIDDEN, holds_secret, redacted
 
 TOKEN = "hf_" + "aB3" * 11 + "x"
 

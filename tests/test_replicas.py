@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_ft import replicas
 from lora_ft.cli import main
+from lora_ft.training import replicas
 from tests import tiny
 
 ROWS = 11
@@ -110,7 +110,7 @@ def test_a_packed_base_is_not_spread(place, capsys):
 
 
 def test_a_run_stopped_with_one_process_goes_on_with_two(place, whole, monkeypatch):
-    from lora_ft import trainers
+    from lora_ft.training import trainers
 
     out = place / "more"
     # As a signal would, but at a step that is known.

@@ -18,10 +18,12 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from lora_ft import card as cards
-from lora_ft import config, curves, logged, report
-from lora_ft import summary as summaries
+from lora_ft import config, report
+from lora_ft.pages import card as cards
+from lora_ft.pages import curves
+from lora_ft.pages import summary as summaries
 from lora_ft.settings import plain
+from lora_ft.training import logged
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "base"}
 HOSTILE = (

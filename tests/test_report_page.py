@@ -12,7 +12,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from lora_ft import comparison, report
+from lora_ft import report
+from lora_ft.pages import comparison
 from tests import cdp
 from tests.test_report import classified, lines, summary
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora_ft import rewards, sandbox
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.foreign.cell import DiedError
+from lora_ft.scoring import rewards, sandbox
 
 GSM8K = "She sold 48/2 = 24 clips.\nTogether 48+24 = 72.\n#### 72"
 

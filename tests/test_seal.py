@@ -16,9 +16,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_ft import adapters, base, environment, merge, modes, recorded, replies, saved, seal, tasks
+from lora_ft import adapters, base, merge, saved, seal, tasks
 from lora_ft.errors import AdapterError, ProofError
-from lora_ft.verdict import Verdict
+from lora_ft.model import modes
+from lora_ft.proof import environment, recorded, replies
+from lora_ft.proof.verdict import Verdict
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]

@@ -12,11 +12,14 @@ import pytest
 import torch
 import transformers
 
-from lora_ft import adapters, attention, cli, selftest, train, trainers
+from lora_ft import adapters, cli, train
 from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig
 from lora_ft.data.render import IGNORE, ChatRenderer
+from lora_ft.model import attention
+from lora_ft.proof import selftest
 from lora_ft.settings import to_yaml
 from lora_ft.tasks import causal, pad
+from lora_ft.training import trainers
 from tests import tiny
 
 NAMES = ["batch", "packing", "padding", "layers", "tokens", "seed"]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import atomicio, locks
 from lora_ft.serve import jobs, leftovers
 from lora_ft.serve.models import register
 from lora_ft.serve.states import FAILED, PAUSED, QUEUED, RUNNING, SUCCEEDED
+from lora_ft.system import atomicio, locks
 from tests.in_process import Client
 from tests.test_serve_queue import taken_to
 

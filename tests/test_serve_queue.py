@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from lora_ft import locks, runs
+from lora_ft import runs
 from lora_ft.serve import jobs, worker
 from lora_ft.serve.queue import LAST_WAIT_S, Process
 from lora_ft.serve.states import PAUSED, QUEUED, RUNNING
 from lora_ft.serve.worker import BUSY, Worker
+from lora_ft.system import locks
 from tests.in_process import Client
 from tests.test_serve_states import Ended
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from lora_ft import atomicio
 from lora_ft.serve import uploads
+from lora_ft.system import atomicio
 from tests.in_process import FORM, Client, form
 
 PIECE = b'{"messages": []}\n'

@@ -21,9 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_ft import atomicio, sources
 from lora_ft import hub as hub_of_models
+from lora_ft import sources
 from lora_ft.errors import LoraFtError, SourceError
+from lora_ft.system import atomicio
 from tests import tiny
 from tests.local_hub import LocalHub, PackageIndex
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import atomicio, environment, manifest, recorded, runs, saved, started, train
-from lora_ft import rows as rows_of_a_run
+from lora_ft import runs, saved, train
 from lora_ft.config import DataConfig, RunConfig, TrainConfig
 from lora_ft.errors import ConfigError, LoraFtError, StorageError
+from lora_ft.proof import environment, recorded
+from lora_ft.system import atomicio, manifest
+from lora_ft.training import rows as rows_of_a_run
+from lora_ft.training import started
 from tests import tiny
 from tests.reliability.disks import Failing
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from lora_ft import environment, runs, started
+from lora_ft import runs
 from lora_ft.config import DataConfig, RunConfig, TrainConfig
-from lora_ft.environment import PIECE_BYTES, PIECES, file_sha256, streamed_facts
 from lora_ft.errors import ConfigError
+from lora_ft.proof import environment
+from lora_ft.proof.environment import PIECE_BYTES, PIECES, file_sha256, streamed_facts
+from lora_ft.training import started
 from tests import tiny
 
 COUNTERS = Path("/proc/self/io")

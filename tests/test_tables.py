@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_ft import twins
+from lora_ft.speed import twins
 from tests.kernel_ops import tables
 
 

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from seqeval import metrics as seqeval
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from lora_ft import evaluate, metrics, saved, seal, tasks
+from lora_ft import evaluate, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data import formats
 from lora_ft.data.formats import Tagged, Text
 from lora_ft.data.tagged import WORD, places_of
 from lora_ft.errors import DataError, UnsupportedModelError
+from lora_ft.scoring import metrics
 from tests import tiny
 from tests.stock_templates import tokenizer_of
 
@@ -444,7 +445,7 @@ def test_wrong_rows_end_a_training_before_it_begins(tmp_path: Path, capsys: pyte
 
 
 def test_a_share_held_out_leaves_every_type_in_training() -> None:
-    from lora_ft import rows
+    from lora_ft.training import rows
 
     made = [Tagged(f"rows.jsonl:{i}", ("w1", "w2"), ("O", f"B-T{i}" if i < 10 else "B-COMMON")) for i in range(40)]
     for seed in range(5):

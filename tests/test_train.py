@@ -11,9 +11,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_ft import adapters, atomicio, base, checkpoints, frozen, logged, losses, manifest, tasks, train, trainers
+from lora_ft import adapters, base, checkpoints, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import AdapterError, ProofError, UnsupportedModelError
+from lora_ft.scoring import losses
+from lora_ft.system import atomicio, manifest
+from lora_ft.training import frozen, logged, trainers
 from tests import tiny
 
 

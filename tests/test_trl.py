@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from lora_ft import adapters, checkpoints, guard
+from lora_ft import adapters, checkpoints
+from lora_ft.training import guard
 from tests import tiny
 
 trl = pytest.importorskip("trl")

@@ -74,7 +74,7 @@ def test_only_one_module_writes() -> None:
 
 
 def test_only_that_module_calls_the_disk() -> None:
-    calling = [file.name for file in LIBRARY.rglob("*.py") if "lora_ft.disk" in file.read_text(encoding="utf-8")]
+    calling = [file.name for file in LIBRARY.rglob("*.py") if "lora_ft.system.disk" in file.read_text(encoding="utf-8")]
     assert calling == ["atomicio.py"]
     named = [file.name for file in LIBRARY.rglob("*.py") if "atomicio.disk" in file.read_text(encoding="utf-8")]
     assert named == []

@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lora_ft import adapters, base, config, environment, saved, seal, tasks, train
+from lora_ft import adapters, base, config, saved, seal, tasks, train
+from lora_ft.proof import environment
 from lora_ft.settings import to_yaml
 
 WORDS = 290

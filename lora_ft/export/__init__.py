@@ -9,12 +9,14 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from lora_ft import atomicio, merge, recorded, saved
 from lora_ft import base as bases
+from lora_ft import merge, saved
 from lora_ft.errors import AdapterError, ProofError, StorageError
 from lora_ft.export import lora, model, modelfile
 from lora_ft.export.model import Described, Kind
 from lora_ft.foreign.files import object_of
+from lora_ft.proof import recorded
+from lora_ft.system import atomicio
 
 log = logging.getLogger(__name__)
 

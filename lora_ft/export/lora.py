@@ -14,10 +14,12 @@ import gguf
 import numpy as np
 import torch
 
-from lora_ft import changes, recorded, saved
-from lora_ft.changes import Bias, Change, LowRank, LowRankRows, Tokens
+from lora_ft import saved
 from lora_ft.errors import AdapterError
 from lora_ft.export.model import Described
+from lora_ft.model import changes
+from lora_ft.model.changes import Bias, Change, LowRank, LowRankRows, Tokens
+from lora_ft.proof import recorded
 
 INSTEAD = "Export the merged model, which holds all of it: --format gguf."
 

@@ -23,7 +23,7 @@ from lora_ft import base as bases
 from lora_ft import sources
 from lora_ft.errors import UnsupportedModelError
 from lora_ft.export import vocabulary
-from lora_ft.weights import Weights, require
+from lora_ft.model.weights import Weights, require
 
 Kind = Literal["f16", "q8_0"]
 FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import base as bases
-from lora_ft import recorded, saved, sources, tasks
+from lora_ft import saved, sources, tasks
 from lora_ft.config import COMPUTED, RunConfig
 from lora_ft.errors import AdapterError, UnsupportedModelError
 from lora_ft.export.model import Described
 from lora_ft.foreign import tensors
 from lora_ft.foreign.adapter import HEADS
+from lora_ft.proof import recorded
 
 # vLLM's --max-lora-rank is one of these, the second unless it is said.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

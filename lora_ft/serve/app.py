@@ -16,11 +16,11 @@ from starlette.requests import ClientDisconnect
 
 from lora_ft import __version__
 from lora_ft.errors import StorageError
-from lora_ft.redaction import redacted
 from lora_ft.serve import bodies, refusals, routes_answers, routes_files, routes_jobs, routes_models
 from lora_ft.serve.access import Access, Guarded, Scope
 from lora_ft.serve.refusals import RequestError
 from lora_ft.serve.state import State
+from lora_ft.system.redaction import redacted
 
 log = logging.getLogger(__name__)
 

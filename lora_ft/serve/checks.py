@@ -73,7 +73,7 @@ def main() -> int:
     """Returns the exit status of the process, which has written what it found."""
     from lora_ft.serve import trial
     from lora_ft.serve.worker import explained
-    from lora_ft.terminal import quiet
+    from lora_ft.system.terminal import quiet
 
     quiet()
     what = json.load(sys.stdin)

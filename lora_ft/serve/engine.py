@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from lora_ft import heap
 from lora_ft.errors import LoraFtError
 from lora_ft.generate import BATCH_TOKENS
 from lora_ft.serve.decoding import Decoder, Piece
 from lora_ft.serve.held import NO_ADAPTER, Held, Home
 from lora_ft.serve.refusals import RequestError
 from lora_ft.serve.sampling import Chooser, Settings, logprobs_of
+from lora_ft.system import heap
 
 log = logging.getLogger(__name__)
 

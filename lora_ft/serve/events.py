@@ -6,9 +6,9 @@ import json
 import sqlite3
 from typing import Any, Literal
 
-from lora_ft.redaction import redacted
 from lora_ft.serve import ids
 from lora_ft.serve.store import Page, Store, dumps, now
+from lora_ft.system.redaction import redacted
 
 EVENTS_LISTED, CHECKPOINTS_LISTED = 1000, 100
 Level = Literal["info", "warn", "error"]

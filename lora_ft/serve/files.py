@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from lora_ft import atomicio
 from lora_ft.data.texts import SIGNATURES
 from lora_ft.serve import ids
 from lora_ft.serve.refusals import RequestError, bad, no_file
 from lora_ft.serve.states import FINAL
 from lora_ft.serve.store import Page, Store, now
+from lora_ft.system import atomicio
 
 FINE_TUNE, RESULTS = "fine-tune", "fine-tune-results"
 PURPOSES = (FINE_TUNE, "user_data")

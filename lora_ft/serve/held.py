@@ -16,10 +16,11 @@ import torch
 from transformers import DynamicCache
 
 from lora_ft import base as bases
-from lora_ft import four_bits, fused, saved, sources
+from lora_ft import fused, saved, sources
 from lora_ft.errors import UnsupportedModelError
 from lora_ft.generate import InPlaceLayer, can_share, contiguous_head
-from lora_ft.modes import unwrapped
+from lora_ft.model import four_bits
+from lora_ft.model.modes import unwrapped
 from lora_ft.tasks import get as get_task
 
 log = logging.getLogger(__name__)

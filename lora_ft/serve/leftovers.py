@@ -6,10 +6,10 @@ import logging
 import sqlite3
 from pathlib import Path
 
-from lora_ft import atomicio, locks
 from lora_ft.errors import BusyError, StorageError
 from lora_ft.serve.states import FINAL
 from lora_ft.serve.store import Store
+from lora_ft.system import atomicio, locks
 
 log = logging.getLogger(__name__)
 

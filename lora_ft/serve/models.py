@@ -15,13 +15,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lora_ft import atomicio
 from lora_ft.errors import ConfigError, LoraFtError
 from lora_ft.foreign.files import object_of
 from lora_ft.serve import leftovers
 from lora_ft.serve.refusals import RequestError, no_model
 from lora_ft.serve.states import FINAL
 from lora_ft.serve.store import Store
+from lora_ft.system import atomicio
 
 log = logging.getLogger(__name__)
 

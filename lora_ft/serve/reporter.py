@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from lora_ft import adapters, atomicio, attention, environment, losses, saved
+from lora_ft import adapters, saved
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
-from lora_ft.exact import EpochOrder
+from lora_ft.model import attention
+from lora_ft.proof import environment
 from lora_ft.runs import Rows
+from lora_ft.scoring import losses
 from lora_ft.serve import events, ids
 from lora_ft.serve.leftovers import CHECKPOINTS
 from lora_ft.serve.models import checkpoint_name, register
@@ -22,7 +24,9 @@ from lora_ft.serve.states import RUNNING
 from lora_ft.serve.store import dumps, now
 from lora_ft.serve.trial import steps_per_epoch
 from lora_ft.settings import to_yaml
+from lora_ft.system import atomicio
 from lora_ft.tasks import Task
+from lora_ft.training.exact import EpochOrder
 
 if TYPE_CHECKING:
     from lora_ft.serve.worker import Worker

@@ -12,11 +12,11 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
-from lora_ft import atomicio
 from lora_ft.serve import files, forms, ids, uploads
 from lora_ft.serve.bodies import Body, documented, reader
 from lora_ft.serve.refusals import bad
 from lora_ft.serve.state import Server
+from lora_ft.system import atomicio
 
 router = APIRouter(prefix="/v1")
 CHUNK = 1 << 20

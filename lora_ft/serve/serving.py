@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from lora_ft import locks
 from lora_ft.errors import LoraFtError
 from lora_ft.serve import access, app
 from lora_ft.serve.state import State
+from lora_ft.system import locks
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft import atomicio
 from lora_ft.errors import ConfigError
 from lora_ft.serve.refusals import bad
 from lora_ft.serve.states import FINAL, TRANSITIONS
+from lora_ft.system import atomicio
 
 DATABASE = "server.db"
 FORMAT = 2

@@ -14,16 +14,18 @@ from typing import Any
 
 import yaml
 
-from lora_ft import atomicio, recorded, sources, tasks
 from lora_ft import base as bases
+from lora_ft import sources, tasks
 from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig, TrainConfig
 from lora_ft.data import formats, pack
 from lora_ft.data.formats import Chat, Example, Pair, Preference, Text
 from lora_ft.errors import AdapterError, DataError, LoraFtError, UnsupportedModelError
+from lora_ft.proof import recorded
 from lora_ft.serve import hyperparameters
 from lora_ft.serve.files import ROWS
 from lora_ft.serve.leftovers import CONFIGS, RUNS
 from lora_ft.settings import plain
+from lora_ft.system import atomicio
 
 FEWEST = 10
 # Steps between the checkpoints that a job goes on from after a crash; at the end of an epoch there is one anyway.

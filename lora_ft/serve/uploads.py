@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lora_ft import atomicio
 from lora_ft.serve import files, ids
 from lora_ft.serve.files import Files
 from lora_ft.serve.refusals import RequestError, bad
 from lora_ft.serve.store import now
+from lora_ft.system import atomicio
 
 MAX_BYTES = 8 << 30
 MAX_PART_BYTES = 64 << 20

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft import base as bases
-from lora_ft import recorded, saved, sources
+from lora_ft import saved, sources
 from lora_ft.data.render import ChatRenderer
 from lora_ft.data.tokens import adds_bos
 from lora_ft.errors import LoraFtError, MaskError, SourceError
 from lora_ft.foreign.files import object_of
+from lora_ft.proof import recorded
 from lora_ft.serve import grammars
 from lora_ft.serve.held import Home
 from lora_ft.serve.models import Model, Models

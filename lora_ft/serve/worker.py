@@ -31,11 +31,11 @@ from lora_ft.errors import (
     ProofError,
     StorageError,
 )
-from lora_ft.redaction import redacted
 from lora_ft.serve import events, files, ids, jobs
 from lora_ft.serve.models import fine_tuned_name, register
 from lora_ft.serve.states import PAUSED, QUEUED, RUNNING, SUCCEEDED, VALIDATING
 from lora_ft.serve.store import Store, dumps, now
+from lora_ft.system.redaction import redacted
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,11 @@ class Worker:
 
     def train(self) -> int:
         """Returns the exit status, having trained the job to its end or to where it was stopped."""
-        from lora_ft import locks, runs
+        from lora_ft import runs
         from lora_ft.config import RunConfig
         from lora_ft.serve import trial
         from lora_ft.settings import from_yaml
+        from lora_ft.system import locks
 
         out = trial.folder(Path(), self.job_id)
         # Held before the job is said to run: the process of an earlier server may still be at its last step, and
@@ -115,10 +116,12 @@ class Worker:
     def _train(self, config: Any) -> None:
         from rich.console import Console
 
-        from lora_ft import environment, runs, started
+        from lora_ft import runs
         from lora_ft.checkpoints import found
+        from lora_ft.proof import environment
         from lora_ft.serve.reporter import Reporter
         from lora_ft.train import CHECKPOINTS
+        from lora_ft.training import started
 
         out = config.out
         started.clear_up(out)
@@ -246,7 +249,7 @@ def run(store: Store, job_id: str, attempt: int, whole: bool) -> int:
 
 def main() -> int:
     """Returns the exit status of the process."""
-    from lora_ft.terminal import quiet
+    from lora_ft.system.terminal import quiet
 
     quiet()
     job_id, attempt, mode = sys.argv[1:]

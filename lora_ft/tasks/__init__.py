@@ -20,7 +20,7 @@ from torch import nn
 from lora_ft.config import RunConfig
 from lora_ft.data.formats import Example, Format
 from lora_ft.errors import DataError
-from lora_ft.rewards import Reward
+from lora_ft.scoring.rewards import Reward
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class Task:
     def end_to_end(self, rows: Sequence[Features]) -> Batch:
         """Returns rows one after the other in a single one without padding, for `loss`, where `shares_rows`.
 
-        Only a model in which no example sees another may be given it (`lora_ft.attention`).
+        Only a model in which no example sees another may be given it (`lora_ft.model.attention`).
         """
         raise NotImplementedError
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_ft import attention
 from lora_ft.data.render import IGNORE
-from lora_ft.head import Head, states
-from lora_ft.modes import unwrapped
+from lora_ft.model import attention
+from lora_ft.model.head import Head, states
+from lora_ft.model.modes import unwrapped
 from lora_ft.tasks import Batch, Features, Scores, Task, pad
 
 

@@ -18,7 +18,7 @@ from lora_ft.data.labels import MULTI, REGRESSION, SINGLE, Problem
 from lora_ft.data.questions import TEXTS
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.foreign.strictjson import shown
-from lora_ft.modes import unwrapped
+from lora_ft.model.modes import unwrapped
 from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Scores, Task, pad
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from lora_ft.data.render import IGNORE
 from lora_ft.data.vectors import POOLINGS
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import shown
-from lora_ft.modes import unwrapped
+from lora_ft.model.modes import unwrapped
 from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Task, pad
 
 # Cosines are divided by it (Gao et al. 2021, arXiv 2104.08821, section 3).
@@ -284,7 +284,7 @@ class Embed(Task):
         """Returns the loss summed over the anchors of a batch, each against the texts of the batch.
 
         Where `gradient` holds that of a larger loss by each vector of the batch, and `error` the share of each text in
-        it, that is what the returned sum has as gradient and value (`lora_ft.gradcache`).
+        it, that is what the returned sum has as gradient and value (`lora_ft.training.gradcache`).
         """
         vectors_RD = self.vectors(model, batch)
         if "gradient" not in batch:

@@ -17,9 +17,9 @@ from lora_ft.data.formats import Chat as Conversation
 from lora_ft.data.formats import Example, Judged, Preference
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError
-from lora_ft.head import Head, states
-from lora_ft.modes import as_reference, evaluating, unwrapped
-from lora_ft.preference import STATISTICS, Judge, Replies
+from lora_ft.model.head import Head, states
+from lora_ft.model.modes import as_reference, evaluating, unwrapped
+from lora_ft.scoring.preference import STATISTICS, Judge, Replies
 from lora_ft.tasks import MADE_UP, Batch, Features, pad
 from lora_ft.tasks.causal import Causal
 from lora_ft.tasks.chat import Chat, first_system

@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from lora_ft import rewards
 from lora_ft.config import ReasonConfig, RunConfig
 from lora_ft.data.formats import Chat as Conversation
 from lora_ft.data.formats import Example, Pair, Problem
@@ -15,6 +14,7 @@ from lora_ft.data.questions import PROBLEMS
 from lora_ft.data.render import IGNORE
 from lora_ft.data.tokens import adds_bos
 from lora_ft.errors import ConfigError, DataError, MaskError
+from lora_ft.scoring import rewards
 from lora_ft.tasks import MADE_UP, Features
 from lora_ft.tasks.causal import Causal
 from lora_ft.tasks.chat import Chat

@@ -12,7 +12,7 @@ from lora_ft.data.formats import Example, Pair, Text
 from lora_ft.data.questions import PROMPTS
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError
-from lora_ft.modes import unwrapped
+from lora_ft.model.modes import unwrapped
 from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Scores, Task, pad, replied
 
 

@@ -13,9 +13,9 @@ from lora_ft.data.formats import Example, Tagged, Text
 from lora_ft.data.questions import WORDS as QUESTIONS
 from lora_ft.data.render import IGNORE
 from lora_ft.data.tagged import OUTSIDE, WORD, places_of
-from lora_ft.entities import spans
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.foreign.strictjson import quoted
+from lora_ft.scoring.entities import spans
 from lora_ft.tasks import MADE_UP, Answering, Batch, Features, Scores, Task, pad
 
 OFFSETS = "offset_mapping"

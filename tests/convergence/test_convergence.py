@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft.tuners import lora
 
-from lora_ft import adapters, blocks, config, fused, losses, modes, tasks
+from lora_ft import adapters, config, fused, tasks
+from lora_ft.model import blocks, modes
+from lora_ft.scoring import losses
 from tests import tiny
 from tests.kernel_ops.accuracy import error
 from tests.test_fused import on_base, plainly

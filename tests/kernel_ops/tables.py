@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lora_ft import bench, twins
+from lora_ft.speed import bench, twins
 from tests.kernel_ops import compiled
 
 README = compiled.REPOSITORY / "kernels" / "README.md"

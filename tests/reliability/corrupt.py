@@ -18,9 +18,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lora_ft import manifest, started, train
+from lora_ft import train
 from lora_ft.checkpoints import found
 from lora_ft.errors import StorageError
+from lora_ft.system import manifest
+from lora_ft.training import started
 from tests.reliability.disks import Deadly
 from tests.reliability.forks import MEMORY, Place
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from lora_ft import atomicio
+from lora_ft.system import atomicio
 
 CALLS = ("make_folder", "put", "tensors", "library", "sync", "set_mode", "rename", "remove")
 

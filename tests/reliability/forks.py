@@ -21,9 +21,12 @@ from typing import Any
 import torch
 
 import lora_ft.runs  # noqa: F401 - and all that it imports, once for every fork
-from lora_ft import atomicio, cli, curves, logged, train
+from lora_ft import cli, train
 from lora_ft.checkpoints import found
-from lora_ft.started import is_trained
+from lora_ft.pages import curves
+from lora_ft.system import atomicio
+from lora_ft.training import logged
+from lora_ft.training.started import is_trained
 from tests import tiny
 
 # kill -9 loses nothing that the kernel has taken, so the disk may be memory, which is quicker.

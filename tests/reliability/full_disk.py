@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_ft import cli, manifest, train
+from lora_ft import cli, train
 from lora_ft.checkpoints import found
 from lora_ft.errors import StorageError
+from lora_ft.system import manifest
 from tests.reliability.disks import Failing
 from tests.reliability.forks import MEMORY, Ended, Place, fingerprints, fork, litter
 

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_ft import atomicio, environment, manifest, saved, started, train
+from lora_ft import saved, train
 from lora_ft.config import DataConfig, RunConfig
+from lora_ft.proof import environment
+from lora_ft.system import atomicio, manifest
+from lora_ft.training import started
 from tests.reliability.cases import ADAPTER, Good, Made, change
 
 FACTS = {"train": {"name": "rows.jsonl", "rows": 1, "sha256": "a"}}

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lora_ft import adapters, checkpoints, tasks, train, trainers
+from lora_ft import adapters, checkpoints, tasks, train
 from lora_ft import base as bases
 from lora_ft.config import LoraConfig
-from lora_ft.started import is_trained
+from lora_ft.training import trainers
+from lora_ft.training.started import is_trained
 from tests import tiny
 from tests.reliability.disks import Deadly
 from tests.reliability.forks import MEMORY, Ended, Place, fingerprints, fork, litter, one_thread

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from lora_ft import cli, logged, train, trainers
+from lora_ft import cli, train
 from lora_ft.checkpoints import found, newest, step_of
+from lora_ft.training import logged, trainers
 from tests.reliability.forks import MEMORY, Place, fingerprints, start, wait
 
 # Beside one step.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_ft import manifest, saved
+from lora_ft import saved
 from lora_ft.foreign import adapter, templates
+from lora_ft.system import manifest
 from tests.reliability import hostile
 from tests.reliability.cases import Case, Good, change
 from tests.reliability.corpus import MAKERS, cases

@@ -1,0 +1,1 @@
+"""What a run says of itself, and the questions it is held to."""

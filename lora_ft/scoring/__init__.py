@@ -1,0 +1,1 @@
+"""What an answer is worth: losses, metrics and rewards."""

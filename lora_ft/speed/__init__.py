@@ -1,0 +1,1 @@
+"""How fast the kernels are and that they are right, on the device at hand."""

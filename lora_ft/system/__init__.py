@@ -1,0 +1,1 @@
+"""What the machine gives a process, and how files are put on its disk."""

@@ -1,0 +1,1 @@
+"""What a Trainer is made of, and what surrounds it: rows, exact steps, guards, watchers."""
