@@ -162,7 +162,7 @@ def test_entities_are_spans_of_the_text_or_of_the_words(runs: Callable[[str], ti
             return [torch.eye(3)[[0, 1, 2, 0, 1, 2][: sum(x != -100 for x in row["labels"])]].numpy() for row in rows]
 
     made = [
-        task.asked(questions.Text("a:1", "w1  w2 w3, w4")),
+        task.asked(questions.Text("a:1", "w1  w2 w3 , w4")),
         task.asked(questions.Tagged("a:2", tuple(f"w{i}" for i in range(8)), ())),
     ]
     assert task.cut_rows == 1
