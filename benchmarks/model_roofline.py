@@ -89,7 +89,7 @@ def scores() -> tuple[float, float]:
 
 
 def _blocks_of_queries() -> list[tuple[int, int]]:
-    return [(first, min(first + attention.BLOCK, M)) for first in range(0, M, attention.BLOCK)]
+    return [(first, min(first + attention.BLOCK_16_BITS, M)) for first in range(0, M, attention.BLOCK_16_BITS)]
 
 
 def operations() -> tuple[Operation, ...]:
@@ -135,10 +135,10 @@ def operations() -> tuple[Operation, ...]:
     )
     chunk = 2 * M * V
     loss = (Pass(x + 2 * V * K + chunk, 2 * M * V * K), Pass(3 * chunk), Pass(chunk + 2 * V * K + x, 2 * M * V * K))
-    # Scores are written, scaled, masked, made probabilities, rounded and read: 8.5 times their bytes. Backward as much
-    # again, and their gradients 7 times.
+    # Scores are written, scaled, made probabilities, rounded and read: 6.5 times their bytes; those that are masked are
+    # few. Backward as much again, and their gradients 5 times.
     heads, (score, product) = 2 * M * 128 * (2 * 32 + 2 * 8), scores()
-    attend, attend_back = Pass(heads + 8.5 * score, 2 * product), Pass(2 * heads + 15.5 * score, 5 * product)
+    attend, attend_back = Pass(heads + 6.5 * score, 2 * product), Pass(2 * heads + 11.5 * score, 5 * product)
     return (
         Operation("nf4_dequant", packed + w, (dequantized,)),
         Operation("lora_down", x + 2 * R * K + narrow, (down,)),
