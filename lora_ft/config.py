@@ -18,7 +18,8 @@ PreferenceLoss = Literal["sigmoid", "ipo", "kto", "orpo"]
 Quant = Literal["nf4", "int8", "none"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged-8bit"]
 BaseCache = Literal["auto", "on", "off"]
-METRICS = ("exact_match", "json_match", "rouge", "bleu", "chrf")
+TOOL_CALLS = "tool_calls"
+METRICS = ("exact_match", "json_match", "rouge", "bleu", "chrf", TOOL_CALLS)
 FROM_HUB = "hub:"
 """What the name of a metric on the hub begins with here: whoever types it lets its code run."""
 HUB_METRIC = re.compile(r"hub:\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -108,7 +109,7 @@ class DataConfig:
     """Tokens to add to the vocabulary; only their embedding rows are trained."""
     metrics: tuple[str, ...] = ()
     """Metrics on replies generated for the held-out rows: exact_match, json_match, rouge, bleu, chrf, or hub:NAME for
-    one of the hub's, whose code is fetched and run."""
+    one of the hub's, whose code is fetched and run; or tool_calls, of a reply in the place of each call."""
     class_weights: Literal["balanced"] | None = None
     """Let rows of rare classes count more in the loss of training: `balanced` gives each class the same sum."""
     packing: bool = False
@@ -326,6 +327,10 @@ def known_metrics(name: str, metrics: Sequence[str]) -> None:
     for metric in metrics:
         if metric not in METRICS and not HUB_METRIC.fullmatch(metric):
             raise ValueError(f"{name} takes {', '.join(METRICS)} or hub:NAME, got {metric}.")
+    if TOOL_CALLS in metrics and len(metrics) > 1:
+        raise ValueError(
+            f"{name}: {TOOL_CALLS} asks in the place of each call, others at the end of a row; name it alone."
+        )
 
 
 def at_least(name: str, value: float, least: float) -> None:

@@ -38,6 +38,8 @@ class Comparison:
     before: list[str]
     """The base's replies, where metrics on replies were asked for."""
     after: list[str]
+    asked: Sequence[Example]
+    """The rows that they reply to."""
 
 
 def compare(
@@ -62,16 +64,17 @@ def compare(
     """
     if task.reward is not None:
         return _judged(task, model, examples, rows, names, note)
-    wanted = [task.question(example)[1] for example in examples] if names else []
+    asked = task.questioned(examples, names) if names else []
+    wanted = [task.question(example)[1] for example in asked]
     # What a metric does not take is said before hours of replies.
     score_replies(wanted, wanted, names)
     note("measuring the base")
     with modes.without(model):
         base_losses, base_values = _measured(task, model, examples, rows, index, batch_size)
-        before = replies(task, model, examples) if names else []
+        before = replies(task, model, asked) if names else []
     note("measuring the adapter")
     adapter_losses, adapter_values = _measured(task, model, examples, rows, index, batch_size)
-    after = replies(task, model, examples) if names else []
+    after = replies(task, model, asked) if names else []
     found = {"loss": losses.difference_interval(base_losses, adapter_losses)}
     found |= losses.change_intervals(base_losses, adapter_losses)
     intervals = {f"{name}_change_interval": pair and list(pair) for name, pair in found.items()}
@@ -84,6 +87,7 @@ def compare(
         adapter_values | score_replies(after, wanted, names) | intervals | adapter_drift,
         before,
         after,
+        asked,
     )
 
 
@@ -142,7 +146,7 @@ def _judged(
     note("measuring the drift on general text")
     base_drift, adapter_drift = drift.measure(model, task.tokenizer)
     return Comparison(
-        base_values | base_drift, adapter_values | interval | adapter_drift, before.replies, after.replies
+        base_values | base_drift, adapter_values | interval | adapter_drift, before.replies, after.replies, examples
     )
 
 
@@ -167,8 +171,8 @@ def _is_judged(task: Task, names: Sequence[str]) -> bool:
 
 def replies_match(task: Task, model: Any, examples: Sequence[Example], names: Sequence[str]) -> dict[str, float]:
     """Returns the metrics `names` of replies generated greedily for `examples`."""
-    found = replies(task, model, examples)
-    return score_replies(found, [task.question(example)[1] for example in examples], names)
+    asked = task.questioned(examples, names)
+    return score_replies(replies(task, model, asked), [task.question(example)[1] for example in asked], names)
 
 
 def replies(task: Task, model: Any, examples: Sequence[Example]) -> list[str]:

@@ -55,6 +55,34 @@ def test_rouge_says_that_it_reads_latin_letters_only() -> None:
     assert metrics.compute("rouge", ["?", "ja"], ["?", "ja"])["rouge1"] == 0.5
 
 
+def test_calls_are_compared_by_what_they_call_and_with_what() -> None:
+    right = '<tool_call>\n{"name": "rain", "arguments": {"place": "Rome", "days": [1, 2]}}\n</tool_call>'
+    said = {
+        right: (1, 1, 1),
+        'Wait. {"arguments": "{\\"days\\": [1, 2], \\"place\\": \\"Rome\\"}", "name": "rain"}': (1, 1, 1),
+        '[TOOL_CALLS] [{"name": "rain", "arguments": {"place": "Rome", "days": [2, 1]}}]': (1, 1, 0),
+        f"{right}\n{right}": (1, 0, 0),
+        right.replace("rain", "snow"): (1, 0, 0),
+        '{"name": "rain", "arguments": {"place": "Rome"': (0, 0, 0),
+        '{"name": "rain", "arguments": "Rome"}': (1, 1, 0),
+        '{"name": ["rain"], "arguments": {}} {"a": {"b": 1}} ' + "{" * 5000: (0, 0, 0),
+        "It rains.": (0, 0, 0),
+    }
+    for text, shares in said.items():
+        found = metrics.compute("tool_calls", [text], [right])
+        assert tuple(found.values()) == shares, text
+    assert list(found) == ["tool_call_valid", "tool_call_name", "tool_call_match"]
+    with pytest.raises(DataError, match=r"tool_calls: reference 2 of 2 holds no JSON with a name and arguments: 'No'"):
+        metrics.compute("tool_calls", ["", ""], [right, "No"])
+
+
+def test_calls_are_measured_alone() -> None:
+    with pytest.raises(ValueError, match="tool_calls asks in the place of each call, others at the end of a row"):
+        DataConfig(metrics=("tool_calls", "rouge"))
+    with pytest.raises(ValueError, match="name it alone"):
+        EvaluateConfig(adapter=Path("a"), data="b", metrics=("tool_calls", "exact_match"))
+
+
 @pytest.mark.parametrize("name", ["bleu", "chrf"])
 def test_bleu_and_chrf_are_those_of_sacrebleu(name: str) -> None:
     wanted = getattr(sacrebleu, f"corpus_{name}")(FOUND, [WANTED]).score

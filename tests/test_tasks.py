@@ -14,6 +14,7 @@ from lora_ft.data.formats import Chat, Example, Labelled, Pair, Tagged, Text
 from lora_ft.data.render import ChatRenderer
 from lora_ft.data.template import BOS_REPEATED
 from lora_ft.errors import DataError, MaskError, UnsupportedModelError
+from lora_ft.scoring import metrics
 from tests import tiny
 from tests.stock_templates import tokenizer_of
 
@@ -60,16 +61,35 @@ def test_a_question_is_no_row_and_is_not_counted() -> None:
         assert task.cut_rows == 0
 
 
-def test_a_conversation_is_a_question_only_where_it_ends_in_an_answer_of_words_alone() -> None:
+def test_a_conversation_is_a_question_only_where_it_ends_in_an_answer() -> None:
     task = tasks.get("chat")
     task.prepare(tokenizer_of("chatml"), 512)
     ask, reply = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
     ids, wanted = task.question(Chat("a:1", (ask, reply)))
     assert (ids, wanted) == (task.renderer.prompt([ask]), "yes")
-    calls = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
-    for last in (ask, {**reply, "tool_calls": calls}, {**reply, "content": None}):
-        with pytest.raises(DataError, match=r"^a:2: the row does not end in a reply in words to compare with"):
+    for last in (ask, {**reply, "content": None}):
+        with pytest.raises(DataError, match=r"^a:2: the row does not end in a reply to compare with"):
             task.question(Chat("a:2", (ask, reply, last)))
+
+
+def test_calls_are_asked_for_where_each_of_them_stands() -> None:
+    task = tasks.get("chat")
+    task.prepare(tokenizer_of("chatml"), 512)
+    function = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    calls = [{"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Rome"}'}}]
+    ask, calling = {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": calls}
+    told = {"role": "tool", "tool_call_id": "a", "content": "dry"}
+    row = Chat("a:1", (ask, calling, told, calling, told, {"role": "assistant", "content": "No."}), (function,))
+    plain = Chat("a:2", (ask, {"role": "assistant", "content": "Yes."}))
+    assert task.questioned([row, plain], ("exact_match",)) == [row, plain]
+    first, second = task.questioned([plain, row], ("tool_calls",))
+    assert (first.messages, second.messages, second.tools) == (row.messages[:2], row.messages[:4], row.tools)
+    ids, wanted = task.question(first)
+    assert ids == task.renderer.prompt([ask], [function])
+    assert wanted == '<tool_call>\n{"name": "weather", "arguments": {"place":"Rome"}}\n</tool_call>'
+    assert metrics.compute("tool_calls", [wanted], [wanted])["tool_call_match"] == 1
+    with pytest.raises(DataError, match="tool_calls: none of the 1 rows has a call of a function; leave it out"):
+        task.questioned([plain], ("tool_calls",))
 
 
 def test_a_target_that_is_cut_teaches_no_stop() -> None:

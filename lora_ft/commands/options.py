@@ -49,7 +49,7 @@ class EvaluateConfig:
     """Names the rows use for known fields."""
     metrics: tuple[str, ...] = ()
     """Metrics on generated replies: exact_match, json_match, rouge, bleu, chrf, or hub:NAME for one of the hub's, whose
-    code is fetched and run."""
+    code is fetched and run; or tool_calls, of a reply in the place of each call."""
     batch_size: int = 4
     """Rows in one forward pass."""
     base: str | None = None

@@ -111,6 +111,12 @@ class ChatRenderer:
         except RefusedError as error:
             raise MaskError([f"prompt: {error}"]) from error
 
+    def reply(self, example: Chat) -> str:
+        """The text of a conversation's last turn, without what the template puts around it. Raises as `text` does."""
+        text = self.text(example.messages, example.tools)
+        begins = text.rfind(self.header) + len(self.header)
+        return text[begins:].partition(self.end_of_turn)[0].strip()
+
     def _template(self, tools: Sequence[Any], messages: Sequence[Mapping[str, Any]] = ()) -> Template:
         """The template for a conversation; the tokenizer keeps it where it had to be taught tools."""
         try:

@@ -23,7 +23,7 @@ def taken(
 ) -> list[dict[str, str]]:
     """Returns what base and adapter say to the first held-out rows that can be replied to, in words."""
     if measured is not None and measured.after:
-        pairs = [(example, task.question(example)[1]) for example in examples[:COUNT]]
+        pairs = [(example, task.question(example)[1]) for example in measured.asked[:COUNT]]
         before, after = measured.before, measured.after
     else:
         pairs = list(itertools.islice(_answerable(task, base, examples), COUNT))

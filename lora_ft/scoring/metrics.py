@@ -12,7 +12,8 @@ import datasets
 import evaluate
 
 from lora_ft import hub
-from lora_ft.config import FROM_HUB
+from lora_ft.config import FROM_HUB, TOOL_CALLS
+from lora_ft.data import calls
 from lora_ft.errors import ConfigError, DataError, SourceError
 from lora_ft.scoring import entities
 
@@ -105,6 +106,32 @@ class Chrf(evaluate.Metric):
         return {"chrf": corpus_chrf(list(predictions), [list(references)]).score}
 
 
+class ToolCalls(evaluate.Metric):
+    """Shares of replies that hold a call, that call the functions wanted, and that call them with equal arguments."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info(self, TEXTS)
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        found, wanted = [calls.written(text) for text in predictions], [calls.written(text) for text in references]
+        problems = [
+            f"{TOOL_CALLS}: reference {i} of {len(wanted)} holds no JSON with a name and arguments: {text[:60]!r}; "
+            "evaluate rows that end in a call, or leave the metric out."
+            for i, (text, value) in enumerate(zip(references, wanted, strict=True), start=1)
+            if not value
+        ]
+        if problems:
+            raise DataError(problems)
+        pairs = list(zip(found, wanted, strict=True))
+        return {
+            "tool_call_valid": _share(said for said, _ in pairs),
+            "tool_call_name": _share(
+                [one.name for one in said] == [one.name for one in right] for said, right in pairs
+            ),
+            "tool_call_match": _share(said == right for said, right in pairs),
+        }
+
+
 class Entities(evaluate.Metric):
     """Entities found among tags: F1, precision and recall over all of them, and the F1 of each type."""
 
@@ -124,6 +151,7 @@ METRICS: dict[str, type[Any]] = {
     "rouge": Rouge,
     "bleu": Bleu,
     "chrf": Chrf,
+    TOOL_CALLS: ToolCalls,
     "entities": Entities,
 }
 

@@ -195,6 +195,10 @@ class Task:
         """Returns the prompt of a row as token ids, and the reply it should get. Raises DataError if it has none."""
         raise DataError([f"{example.where}: {self.name} rows have no reply to generate; evaluate their loss."])
 
+    def questioned(self, examples: Sequence[Example], metrics: Sequence[str]) -> Sequence[Example]:
+        """Returns the rows that `question` is asked for to compute metrics. Raises DataError where there are none."""
+        return examples
+
     def asked(self, example: Example) -> Features:
         """Returns what `predict` takes of a row without an answer. Raises DataError where it does not suit the task."""
         raise DataError([f"{example.where}: {self.name} makes no predictions."])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_ft.config import TOOL_CALLS
 from lora_ft.data import meetings
 from lora_ft.data.formats import Chat as Conversation
 from lora_ft.data.formats import Example, Pair, Text
@@ -54,10 +56,26 @@ class Chat(Causal):
     def question(self, example: Example) -> tuple[list[int], str]:
         if isinstance(example, Pair):
             return self.renderer.prompt([{"role": "user", "content": example.prompt}]), example.completion
-        if not isinstance(example, Conversation) or not _is_in_words(example.messages[-1]):
-            raise DataError([f"{example.where}: the row does not end in a reply in words to compare with."])
+        if not isinstance(example, Conversation) or not _is_reply(example.messages[-1]):
+            raise DataError([f"{example.where}: the row does not end in a reply to compare with."])
         *asked, reply = example.messages
-        return self.renderer.prompt(asked, example.tools), reply["content"]
+        prompt = self.renderer.prompt(asked, example.tools)
+        return prompt, self.renderer.reply(example) if _calls(reply) else reply["content"]
+
+    def questioned(self, examples: Sequence[Example], metrics: Sequence[str]) -> Sequence[Example]:
+        """Returns the rows or, where calls are measured, what of a conversation leads to each of its calls."""
+        if TOOL_CALLS not in metrics:
+            return examples
+        found = [
+            dataclasses.replace(example, messages=example.messages[: place + 1])
+            for example in examples
+            if isinstance(example, Conversation)
+            for place, message in enumerate(example.messages)
+            if _calls(message)
+        ]
+        if not found:
+            raise DataError([f"{TOOL_CALLS}: none of the {len(examples)} rows has a call of a function; leave it out."])
+        return found
 
     def asked(self, example: Example) -> Features:
         tools: Sequence[Mapping[str, Any]] = ()
@@ -88,7 +106,10 @@ def first_system(messages: Sequence[Mapping[str, Any]]) -> str | None:
     return first["content"] if first.get("role") == "system" and isinstance(first.get("content"), str) else None
 
 
-def _is_in_words(message: Mapping[str, Any]) -> bool:
-    """Returns whether a message is the assistant's, of text alone."""
-    has_calls = message.get("tool_calls") or message.get("function_call")
-    return message["role"] == "assistant" and not has_calls and isinstance(message.get("content"), str)
+def _is_reply(message: Mapping[str, Any]) -> bool:
+    """Returns whether a message is the assistant's, of text or of calls."""
+    return message["role"] == "assistant" and bool(_calls(message) or isinstance(message.get("content"), str))
+
+
+def _calls(message: Mapping[str, Any]) -> Any:
+    return message.get("tool_calls") or message.get("function_call")
