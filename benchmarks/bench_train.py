@@ -178,7 +178,10 @@ def _lora_ft(options: Options, task: Any, loaded: Any, rows: Any, out: Path, sys
 
 
 def _stock(options: Options, task: Any, loaded: Any, rows: Any, out: Path, system: str) -> tuple[float, int]:
-    """Trains with TRL, or with PEFT and the stock Trainer, in the settings that are best for them on this machine."""
+    """Trains with TRL, or with PEFT and the stock Trainer, in the settings that are best for them on a CPU.
+
+    TRL pads there: the attention by which it packs without leakage, or goes without padding, runs on GPUs alone.
+    """
     import datasets
     import peft
     import torch

@@ -156,7 +156,9 @@ class Remote:
         import httpx2
         from huggingface_hub import get_session
 
-        get_session().timeout = httpx2.Timeout(TIMEOUT_S)  # the client's own is none
+        # Of most of its calls the client says that they may take for ever.
+        asking = get_session().event_hooks["request"]
+        asking.append(_limited)
         try:
             yield
         except LoraFtError:
@@ -164,6 +166,16 @@ class Remote:
         # What answers in the hub's place has no such keys; and the uploader, a library of its own, raises many kinds.
         except (httpx2.HTTPError, OSError, RuntimeError, ValueError, KeyError) as error:
             raise _error_of(error, f"{self.repo}: {doing}") from None
+        finally:
+            asking.remove(_limited)
+
+
+def _limited(request: Any) -> None:
+    """Gives a request of the hub's client a limit of time wherever it has none."""
+    limits = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = {
+        what: TIMEOUT_S if limits.get(what) is None else limits[what] for what in ("connect", "read", "write", "pool")
+    }
 
 
 def _error_of(error: Exception, doing: str) -> PublishError:

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from markdown_it import MarkdownIt
 
-from lora_ft import publish, saved
+from lora_ft import publish, remote, saved
 from lora_ft.cli import main
 from lora_ft.data import vectors
 from lora_ft.errors import AdapterError
@@ -34,7 +35,7 @@ from lora_ft.proof import environment
 from lora_ft.remote import PublishError, Remote
 from lora_ft.system import manifest, redaction
 from tests import hub_cards, publishing_hub, tiny
-from tests.publishing_hub import FAULTS, LARGE, TOKEN, PublishingHub
+from tests.publishing_hub import FAULTS, LARGE, SILENCE_S, TOKEN, PublishingHub
 from tests.test_cli import write_rows
 from tests.test_report import summary as of_reports
 from tests.test_sources import point_at
@@ -177,6 +178,28 @@ def test_whichever_request_fails_a_second_call_completes_it(
             count = hub.asked
             assert count >= 10
         fault += 1
+
+
+@pytest.mark.parametrize("transport", ["xet", "lfs"], indirect=True)
+def test_a_hub_that_says_nothing_is_not_waited_for(
+    hub: PublishingHub, adapter: Path, transport: str, unproven: None, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT_S", SILENCE_S / 4)
+    name = f"{PLACE}-{transport}-silent"
+    for request in range(3):  # reading, making, asking what there is
+        hub.begin((request, "silent"))
+        began = time.monotonic()
+        with contextlib.suppress(PublishError):
+            publish.publish(adapter, name)
+        # It has asked again a few times at most, or gone on; the answer that is late does not count.
+        assert hub.asked > request
+        assert time.monotonic() - began < 60
+    monkeypatch.setattr(remote, "TIMEOUT_S", 60.0)
+    hub.begin()
+    done = publish.publish(adapter, name)
+    assert hub.kept(name).tags == {"v1": done.commit}
+    # Nor does the limit stay with the client of others.
+    assert remote._limited not in huggingface_hub.get_session().event_hooks["request"]
 
 
 def test_a_new_version_takes_the_place_of_the_old_in_one_commit_whichever_request_fails(

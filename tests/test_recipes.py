@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_the_twin_of_a_recipe_goes_the_whole_way(alone: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    began = time.process_time()
     assert twin(name) == 0, capsys.readouterr().err
+    # Of two processors, and of this process alone.
+    assert time.process_time() - began < 120
     shown = capsys.readouterr().out
     told = [line for line in shown.splitlines() if line.startswith("ok  ")]
     for what in ("changes what the model says", "loaded anew it says the same", "merged onto the"):

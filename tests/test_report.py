@@ -204,6 +204,9 @@ def test_the_snippet_is_a_program_that_loads_the_base_as_trained(task: str, quan
     sample = {"prompt": 'say "hi" ```\n\\', "expected": "", "before": "", "after": ""}
     made = summary(task=task, base=base, config=settings(task, quant), environment=environment, samples=[sample])
     program = next(token.content for token in MarkdownIt().parse(body(cards.card(made))) if token.info == "python")
+    for line in program.splitlines():
+        if line.startswith("from lora_ft"):
+            exec(line, {})
     calls = {ast.unparse(n.func): n for n in ast.walk(ast.parse(program)) if isinstance(n, ast.Call)}
     load = calls[f"{cards.TASKS[task][1]}.from_pretrained"]
     given = {k.arg: ast.unparse(k.value) for k in load.keywords}

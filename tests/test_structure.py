@@ -79,6 +79,8 @@ def imported(file: Path) -> set[str]:
     """Returns the rooms of `lora_ft` that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {room(*alias.name.split(".")[1:]) for alias in node.names if alias.name.startswith("lora_ft.")}
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("lora_ft."):
             _, *parts = str(node.module).split(".")
             for alias in node.names:
@@ -154,6 +156,11 @@ def test_requirements_are_floors_and_every_one_has_a_tested_version() -> None:
         assert floor, f"{requirement} has no floor"
         assert "==" not in requirement
         assert name.lower().replace("_", "-") in pinned or "Windows" in place
+
+
+def test_nothing_that_is_kept_is_a_link():
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not [line for line in listed.splitlines() if line.startswith("120000")]
 
 
 def test_the_kernels_import_torch_and_triton_only() -> None:

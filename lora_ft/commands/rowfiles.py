@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_ft.commands.options import DataCheckConfig, DataPrepareConfig
-from lora_ft.config import PreferConfig
+from lora_ft.config import PreferConfig, ReasonConfig
 from lora_ft.errors import LoraFtError
 from lora_ft.system.terminal import say
 
@@ -27,6 +27,9 @@ def check(config: DataCheckConfig) -> None:
     task = tasks.get(config.task)
     if config.task == "prefer" and isinstance(examples[0], formats.Judged):
         task.configure(PreferConfig(loss="kto"))
+    if config.task == "reason":
+        # A row is its prompt here, whatever room a reply has; its answer is checked by a run, which names the reward.
+        task.configure(ReasonConfig(max_new_tokens=1))
     task.learn(examples)
     source = sources.resolve(config.base)
     tokenizer = load_tokenizer(source.folder)

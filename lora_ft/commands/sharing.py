@@ -29,10 +29,10 @@ def export(config: ExportConfig) -> None:
     assert config.out is not None  # noqa: S101 - `ExportConfig` has seen to it
     form, quant = config.format or "gguf", config.quant or "f16"
     size = write(config.source, config.out, form=form, kind=quant, base_name=config.base)
-    if config.json:
-        say(json.dumps({"format": form, "quant": quant, "bytes": size}))
-        return
     kind = "float32" if form == "gguf-lora" else quant
+    if config.json:
+        say(json.dumps({"format": form, "quant": kind, "bytes": size}))
+        return
     say(f"{config.out}: {form}, {kind}, {size / 2**20:.1f} MiB")
     if form == "ollama":
         say(f"Put it into Ollama there: ollama create NAME -f {config.out / 'Modelfile'}")

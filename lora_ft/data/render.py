@@ -113,9 +113,15 @@ class ChatRenderer:
 
     def reply(self, example: Chat) -> str:
         """The text of a conversation's last turn, without what the template puts around it. Raises as `text` does."""
-        text = self.text(example.messages, example.tools)
-        begins = text.rfind(self.header) + len(self.header)
-        return text[begins:].partition(self.end_of_turn)[0].strip()
+        told_with = [dict(tool) for tool in example.tools]
+        try:
+            template = self._template(told_with, example.messages)
+            messages = template.messages(example.messages)
+            text = template.render(messages, told_with)
+        except RefusedError as error:
+            raise MaskError([f"prompt: {error}"]) from error
+        begins = max(text.rfind(header) + len(header) for header in template.headers(messages) if header in text)
+        return text[begins:].partition(template.end_of_turn)[0].strip()
 
     def _template(self, tools: Sequence[Any], messages: Sequence[Mapping[str, Any]] = ()) -> Template:
         """The template for a conversation; the tokenizer keeps it where it had to be taught tools."""

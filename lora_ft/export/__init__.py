@@ -60,11 +60,16 @@ def export(source: Path, out: Path, *, form: Format = "gguf", kind: Kind = "f16"
     Described.of(saved.find_base(source, record["base"], base_name).folder)
     with atomicio.draft(out) as scratch:
         merged = scratch.path / "merged"
+        # What is measured is what is written: 8 bits are made of all that there is.
+        dtype: Literal["float16", "float32"] = "float16" if kind == "f16" else "float32"
         try:
-            # In float16 as it is exported, so that what is measured is what is written.
-            merge.merge(source, merged, dtype="float16", base_name=base_name)
+            merge.merge(source, merged, dtype=dtype, base_name=base_name)
         except ProofError as error:
-            raise ProofError(f"{source} is not exported: merged, it is not proven. {_after_place(error)}") from None
+            told = _after_place(error).replace("try --dtype", "keep it whole with lora-ft merge --dtype")
+            raise ProofError(f"{source} is not exported: merged, it is not proven. {told}") from None
+        except AdapterError as error:
+            told = str(error).replace("--dtype bfloat16 or float32", "--quant q8_0")
+            raise AdapterError(f"{source} is not exported: {told}") from None
         return _write(merged, out, form, kind, record["base"]["name"], task.facts().get("system"))
 
 

@@ -17,6 +17,7 @@ from lora_ft import base as bases
 from lora_ft import saved, sources, tasks
 from lora_ft.config import COMPUTED, RunConfig
 from lora_ft.errors import AdapterError, UnsupportedModelError
+from lora_ft.export import vocabulary
 from lora_ft.export.model import Described
 from lora_ft.foreign import tensors
 from lora_ft.foreign.adapter import HEADS
@@ -51,6 +52,8 @@ class Traits:
     """Why its base is no model that is written as GGUF, empty where it is."""
     tied: bool
     """Whether its base has one matrix for input and output embeddings."""
+    exports: bool
+    """Whether base and tokenizer can be written as GGUF once it is merged."""
 
 
 @dataclass
@@ -128,10 +131,16 @@ def _of_folder(folder: Path, base_name: str | None) -> Traits:
 
 
 def _of_base(folder: Path) -> dict[str, Any]:
+    config = bases.read_config(folder)
     try:
-        return {"unsupported": "", "tied": Described.of(folder).is_tied()}
+        found = {"unsupported": "", "tied": Described.of(folder).is_tied()}
     except UnsupportedModelError:
-        return {"unsupported": bases.read_config(folder).model_type, "tied": False}
+        found = {"unsupported": config.model_type, "tied": False}
+    try:
+        vocabulary.check(folder.name, bases.load_tokenizer(folder), config.get_text_config().vocab_size)
+    except UnsupportedModelError:
+        return found | {"exports": False}
+    return found | {"exports": not found["unsupported"]}
 
 
 def most_rank(rank: int, patterns: Mapping[str, int], init: str) -> int:
@@ -189,7 +198,7 @@ def _vllm(traits: Traits) -> Answer:
 def _llama_cpp(traits: Traits) -> Answer:
     said = Answer("llama.cpp", _why_no_gguf(traits))
     if said.why:
-        merged = not traits.unsupported and traits.task.peft_task == "CAUSAL_LM"
+        merged = traits.exports and traits.task.peft_task == "CAUSAL_LM"
         said.how = "lora-ft export DIR --format gguf, which is merged" if merged else ""
         return said
     said.how = "lora-ft export DIR --format gguf-lora --out FILE, then llama-server --model BASE.gguf --lora FILE"
@@ -203,7 +212,7 @@ def _llama_cpp(traits: Traits) -> Answer:
 
 def _ollama(traits: Traits) -> Answer:
     from_now_on = "from 0.34.1 on it builds no model with an adapter (ollama/ollama#14969)"
-    merged = not traits.unsupported and traits.task.peft_task == "CAUSAL_LM"
+    merged = traits.exports and traits.task.peft_task == "CAUSAL_LM"
     how = "lora-ft export DIR --format ollama --out FOLDER, which is merged" if merged else ""
     return Answer("Ollama", [from_now_on, *_why_no_gguf(traits)], how)
 

@@ -32,7 +32,7 @@ def report(folder: Path) -> Path:
         AdapterError: the folder is none of a run that has ended.
     """
     told = summary.read(folder)
-    if not told.plan:
+    if not told.plan and told.fit:  # adapters are combined without a training
         try:
             told = dataclasses.replace(told, plan=plan(folder))
         except LoraFtError as error:

@@ -9,6 +9,7 @@ Shapes: H heads of queries, J of keys and values, T tokens, D width of a head, S
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def _attend(
     autocast = q_1HTD.device.type if torch.is_autocast_enabled(q_1HTD.device.type) else None
     dtype = torch.get_autocast_dtype(autocast) if autocast else v_1JTD.dtype
     q, k, v = (x.to(dtype) for x in (q_1HTD, k_1JTD, v_1JTD))
-    if q.is_cuda and dtype != torch.float32 and not softcap and not dropout:
+    if q.is_cuda and dtype != torch.float32 and not softcap and not dropout and _has_flash(q.device):
         return _on_gpu(q, k, v, attention_mask, scale, window), None
     ends = attention_mask.flatten().tolist()
     if not dropout:
@@ -90,6 +91,12 @@ def _attend(
     parts = zip(*(x.split([b - a for a, b in pairwise(ends)], 2) for x in (q, k, v)), strict=True)
     options: dict[str, Any] = {"dropout_p": dropout, "is_causal": True, "scale": scale, "enable_gqa": True}
     return torch.cat([scaled_dot_product_attention(*part, **options) for part in parts], 2).transpose(1, 2), None
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    """Returns whether torch's own flash attention runs on a GPU: on those from Ampere on."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _on_gpu(

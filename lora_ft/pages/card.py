@@ -195,7 +195,7 @@ def snippet(summary: Summary, published: Published | None = None) -> str:
         arguments.append("quantization_config=quantization")
     imported = [auto_class, "AutoTokenizer"] + (["BitsAndBytesConfig"] if quant != "none" else [])
     fetched = resolved and published is not None
-    ours = ["from lora_ft import environment, sources"] if resolved else []
+    ours = ["from lora_ft import sources", "from lora_ft.proof import environment"] if resolved else []
     out = (["from pathlib import Path", ""] if resolved else []) + ["import torch"]
     out += (["from huggingface_hub import snapshot_download"] if fetched else []) + [
         *ours,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_ft import runs, seal, tasks
-from lora_ft.config import FROM_HUB, LoraConfig, RunConfig, TrainConfig
+from lora_ft.config import FROM_HUB, TOOL_CALLS, LoraConfig, RunConfig, TrainConfig
 from lora_ft.errors import ConfigError, Interrupted
 from lora_ft.merge import merge
 from lora_ft.model import miniature
@@ -79,7 +79,8 @@ def _shortened(config: RunConfig, base: Path, out: Path) -> RunConfig:
             train=None,
             eval=None,
             streaming=False,
-            metrics=tuple(name for name in config.data.metrics if not name.startswith(FROM_HUB)),
+            # Of made-up rows none calls a tool.
+            metrics=tuple(m for m in config.data.metrics if not m.startswith(FROM_HUB) and m != TOOL_CALLS),
         ),
         train=_hastened(config.train),
         twin=False,

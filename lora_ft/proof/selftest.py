@@ -368,6 +368,16 @@ def _chosen(task: Task, features: Sequence[Features]) -> list[Features]:
     return [features[i] for i in (order[: 2 * ROWS : 2] if len(order) >= 2 * ROWS else order[:ROWS])]
 
 
+def _otherwise_predicted(again: Task, example: Example, row: Features) -> str:
+    """Returns in what a row differs where `predict` asks for it, of a task that makes no text."""
+    try:
+        asked = again.asked(example)
+    except DataError:
+        return ""  # of texts that are compared it asks for one
+    same = "input_ids" not in row or asked["input_ids"] == row["input_ids"]
+    return "" if same else f"{example.where}: predicted with other tokens"
+
+
 def _unlike(again: Task, example: Example, row: Features, ends: set[int]) -> str:
     """Returns in what a row differs where the adapter is loaded again; empty where it does not.
 
@@ -378,7 +388,7 @@ def _unlike(again: Task, example: Example, row: Features, ends: set[int]) -> str
     if again.features(example) != row:
         return f"{example.where}: evaluated with other tokens"
     if not _replies(again):
-        return ""
+        return _otherwise_predicted(again, example, row)
     try:
         prompt, _ = again.question(example)
     except DataError:

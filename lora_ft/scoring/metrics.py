@@ -107,7 +107,10 @@ class Chrf(evaluate.Metric):
 
 
 class ToolCalls(evaluate.Metric):
-    """Shares of replies that hold a call, that call the functions wanted, and that call them with equal arguments."""
+    """Shares of replies that hold a call, that call the functions wanted, and that call them with equal arguments.
+
+    A call is JSON with a name and arguments, whatever stands around it.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(self, TEXTS)

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from lora_ft.errors import ConfigError
+from lora_ft.system import allowance
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def passed(programs: Sequence[tuple[str, str]]) -> list[bool]:
     `test_...`. That a process ends well proves nothing, for a program can end it: a pass is a token, other each time,
     that `caged` is given to read after the last test. A program that looks for it in its own process would find it.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(allowance.cores()) as pool:
         return list(pool.map(lambda pair: _run(*pair)[0], programs))
 
 

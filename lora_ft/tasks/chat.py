@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lora_ft.config import TOOL_CALLS
-from lora_ft.data import meetings
+from lora_ft.data import calls, meetings
 from lora_ft.data.formats import Chat as Conversation
 from lora_ft.data.formats import Example, Pair, Text
 from lora_ft.data.questions import CONVERSATIONS
@@ -59,8 +60,9 @@ class Chat(Causal):
         if not isinstance(example, Conversation) or not _is_reply(example.messages[-1]):
             raise DataError([f"{example.where}: the row does not end in a reply to compare with."])
         *asked, reply = example.messages
-        prompt = self.renderer.prompt(asked, example.tools)
-        return prompt, self.renderer.reply(example) if _calls(reply) else reply["content"]
+        with _told_of(example):
+            prompt = self.renderer.prompt(asked, example.tools)
+            return prompt, self.renderer.reply(example) if _calls(reply) else reply["content"]
 
     def questioned(self, examples: Sequence[Example], metrics: Sequence[str]) -> Sequence[Example]:
         """Returns the rows or, where calls are measured, what of a conversation leads to each of its calls."""
@@ -75,6 +77,10 @@ class Chat(Causal):
         ]
         if not found:
             raise DataError([f"{TOOL_CALLS}: none of the {len(examples)} rows has a call of a function; leave it out."])
+        unread = [row.where for row in found if not calls.written(self.question(row)[1])]
+        if unread:
+            raise DataError([f"{unread[0]}: the chat template does not write a call as JSON with a name and arguments, "
+                             f"which {TOOL_CALLS} reads; leave it out."])  # fmt: skip
         return found
 
     def asked(self, example: Example) -> Features:
@@ -87,17 +93,24 @@ class Chat(Causal):
             messages.append({"role": "user", "content": example.prompt if isinstance(example, Pair) else example.text})
         else:
             return super().asked(example)
-        try:
+        with _told_of(example):
             return {"input_ids": self.renderer.prompt(messages, tools)}
-        except MaskError as error:
-            told = (problem.removeprefix("prompt: ") for problem in error.problems)
-            raise DataError([f"{example.where}: {problem}" for problem in told]) from None
 
     def predict(self, model: Answering, rows: Sequence[Features]) -> list[dict[str, Any]]:
         return replied(model, [row["input_ids"] for row in rows])
 
     def end_ids(self) -> list[int]:
         return [self.renderer.end_id]
+
+
+@contextmanager
+def _told_of(example: Example) -> Iterator[None]:
+    """Says of which row it is what its template refuses."""
+    try:
+        yield
+    except MaskError as error:
+        told = (problem.removeprefix("prompt: ") for problem in error.problems)
+        raise DataError([f"{example.where}: {problem}" for problem in told]) from None
 
 
 def first_system(messages: Sequence[Mapping[str, Any]]) -> str | None:

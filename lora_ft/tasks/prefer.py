@@ -103,10 +103,12 @@ class Prefer(Chat):
         for (ids, targets), text in zip(SIDES, texts, strict=True):
             made |= {ids: text.input_ids, targets: text.labels}
         if not self.judge.judges_one and made["input_ids"] == made["second_ids"]:
-            raise DataError(
-                [f"{example.where}: both replies are the same in the {len(made['input_ids'])} tokens that "
-                 "--data.max-length leaves: raise it, or leave the row out."]
-            )  # fmt: skip
+            told = (
+                f"in the {len(made['input_ids'])} tokens that --data.max-length leaves: raise it, or leave the row out."
+                if any(text.cut for text in texts)
+                else "once the chat template has written them: leave the row out."
+            )
+            raise DataError([f"{example.where}: both replies are the same {told}"])
         return made
 
     def _talks(self, example: Example) -> Iterator[Conversation]:

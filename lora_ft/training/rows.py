@@ -175,13 +175,13 @@ def _check_evaluation(config: RunConfig, task: Task, source: sources.Source, hel
                 raise ConfigError(f"{name} needs held-out rows: give --data.eval a file or a fraction.")
         return
     if config.data.metrics:
-        asked = task.questioned(held_out, config.data.metrics)
-        questions = [task.question(example) for example in asked]
+        replied = task.questioned(held_out, config.data.metrics)
+        questions = [task.question(example) for example in replied]
         held = bases.positions(bases.text_config(source, task.model_class), source.name)
         too_long = [
             f"{example.where}: the prompt has {len(prompt)} tokens, and {source.name} has positions for {held}, so "
             "no reply could be measured: shorten it, or leave out --data.metrics."
-            for example, (prompt, _) in zip(asked, questions, strict=True)
+            for example, (prompt, _) in zip(replied, questions, strict=True)
             if held is not None and len(prompt) > held
         ]
         if too_long:

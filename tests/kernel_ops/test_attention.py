@@ -19,6 +19,7 @@ CASES = [
     (2, 2, 20, [300, 5], FP32, {"scale": 0.31}),
     (4, 1, 16, [150, 260], FP32, {"window": 9}),
     (4, 2, 16, [40, 300], BF16, {"window": 128}),
+    (4, 2, 16, [5, 40], BF16, {"window": 40}),
     (4, 2, 16, [5, 200], FP32, {"softcap": 2.0}),
     (6, 2, 12, [131, 30], FP16, {"softcap": 1.5, "window": 50}),
 ]
@@ -78,7 +79,8 @@ def test_the_operator_keeps_the_rules_of_torch_library():
         torch.library.opcheck(torch.ops.lora_kernels.packed_attention.default, arguments)
 
 
-def test_no_more_memory_than_a_block_needs(monkeypatch):
+@pytest.mark.parametrize("softcap", [0.0, 1.0])
+def test_no_more_memory_than_a_block_needs(softcap):
     """Not one tensor as large as the scores of the longest example is made."""
     sizes, whole = [], 2 * 1000 * 1000
 
@@ -90,7 +92,8 @@ def test_no_more_memory_than_a_block_needs(monkeypatch):
 
     q, k, v = (x.detach() for x in inputs(2, 1, 8, [1000, 24], FP32))
     with Watch():
-        attention._packed_attention._function(q, k, v, [0, 1000, 1024], 0.25, 0, 0.0)
+        out = attention._packed_attention._function(q, k, v, [0, 1000, 1024], 0.25, 0, softcap)
+        attention._packed_attention_backward._function(out, q, k, v, [0, 1000, 1024], 0.25, 0, softcap)
     assert max(sizes) <= 2 * attention.BLOCK * 1000 < whole
 
 
