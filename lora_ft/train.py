@@ -35,6 +35,10 @@ from lora_ft.training.watch import Clock, GradientProof, Interrupt, MetricsFile,
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+UNCOMPILED = (
+    "it takes half a minute to compile first, and its code goes by the lengths that it meets first, so that a resumed run "
+    "would be another (benchmarks/bench_compile.py has what it saves)"
+)
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -152,6 +156,7 @@ def fit(
         StorageError: the folder cannot be written to, or the best checkpoint is damaged.
     """
     out, train = config.out, config.train
+    log.info("torch.compile is off: %s", UNCOMPILED)
     passes = passes or Passes(1, "on" if train.checkpoint_activations else "off", train.base_cache)
     data, collate, shared = _batches(task, model, rows, config)
     if isinstance(data, Packs):
