@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 UNCOMPILED = (
-    "it takes half a minute to compile first, and its code goes by the lengths that it meets first, so that a resumed run "
+    "compiling takes half a minute, and the code goes by the lengths that are met first, so that a resumed run "
     "would be another (benchmarks/bench_compile.py has what it saves)"
 )
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
