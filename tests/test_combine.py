@@ -213,6 +213,12 @@ def test_rows_named_for_an_adapter_are_measured_before_and_after(runs, tmp_path:
     assert "gain kept" in told
     assert "token_accuracy" in told
     assert "| 1 | `token_accuracy` |" in (tmp_path / "both" / "README.md").read_text()
+    assert main(["report", str(tmp_path / "both")]) == 0
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "gain kept" in page
+    assert "part, on rows named for it" in page
+    assert "training rows" not in page
+    assert "<h2>Plan</h2>" not in page
 
 
 def test_adapters_that_do_not_go_together_are_refused_with_every_reason(runs, tmp_path: Path) -> None:

@@ -475,6 +475,32 @@ def changed(run: tiny.Run, folder: Path, file: str, **keys: Any) -> Path:
     return folder
 
 
+def test_nobody_is_sent_to_an_export_that_would_be_refused(tmp_path: Path, capsys) -> None:
+    words = tiny.model_folder(tmp_path / "words", "llama")
+    (tmp_path / "run.yaml").write_text(f"task: chat\nbase: {words}\nout: {tmp_path / 'run'}\nlora:\n  dora: true\n")
+    assert main(["export", str(tmp_path / "run.yaml"), "--portable", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for program in ("llama.cpp", "Ollama"):
+        assert not found[program]["takes"]
+        assert "export" not in found[program]["how"]
+
+
+def test_numbers_too_large_for_16_bits_are_no_dead_end(run: tiny.Run, tmp_path: Path, monkeypatch) -> None:
+    asked = []
+
+    def merged(source: Path, out: Path, *, dtype: str, base_name: str | None) -> None:
+        asked.append(dtype)
+        merge._cast("model.norm.weight", torch.tensor([1e5]), getattr(torch, dtype))
+        raise ProofError(f"{out} but is not proven: Rounding loses part of the adapter: try --dtype float32.")
+
+    monkeypatch.setattr(merge, "merge", merged)
+    with pytest.raises(AdapterError, match=r"norm.weight holds numbers too large for float16: use --quant q8_0\.$"):
+        export.export(run.folder, tmp_path / "a.gguf", kind="f16")
+    with pytest.raises(ProofError, match=r"keep it whole with lora-ft merge --dtype float32\.$"):
+        export.export(run.folder, tmp_path / "a.gguf", kind="q8_0")
+    assert asked == ["float16", "float32"]
+
+
 def test_a_run_that_goes_on_from_an_adapter_has_its_rank(run: tiny.Run, place: Path, tmp_path: Path, capsys) -> None:
     wide = changed(run, tmp_path / "wide", saved.CONFIG, r=40)
     lines = ["task: chat", f"base: {place / 'base'}", f"out: {tmp_path / 'run'}", "quant: none", f"init_from: {wide}"]

@@ -195,7 +195,7 @@ def test_other_names_are_refused(name: str) -> None:
         (DataConfig, "data.metrics"),
         (lambda **o: EvaluateConfig(adapter=Path(), data="a", **o), "metrics"),
     ):
-        with pytest.raises(ValueError, match=rf"^{place} takes exact_match, .*, chrf or hub:NAME, got "):
+        with pytest.raises(ValueError, match=rf"^{place} takes exact_match, .*, tool_calls or hub:NAME, got "):
             make(metrics=("rouge", name))
 
 

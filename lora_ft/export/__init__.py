@@ -68,8 +68,7 @@ def export(source: Path, out: Path, *, form: Format = "gguf", kind: Kind = "f16"
             told = _after_place(error).replace("try --dtype", "keep it whole with lora-ft merge --dtype")
             raise ProofError(f"{source} is not exported: merged, it is not proven. {told}") from None
         except AdapterError as error:
-            told = str(error).replace("--dtype bfloat16 or float32", "--quant q8_0")
-            raise AdapterError(f"{source} is not exported: {told}") from None
+            raise AdapterError(str(error).replace("--dtype bfloat16 or float32", "--quant q8_0")) from None
         return _write(merged, out, form, kind, record["base"]["name"], task.facts().get("system"))
 
 
