@@ -201,7 +201,8 @@ def test_on_a_gpu_the_kernel_of_torch_is_told_the_same(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves run")
 @pytest.mark.filterwarnings("ignore")
-def test_a_packed_step_on_a_gpu_that_is_not_there(tmp_path: Any) -> None:
+def test_a_packed_step_on_a_gpu_that_is_not_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
     loaded = base.load(str(tiny.model_folder(tmp_path, dtype="bfloat16")), dtype="bfloat16", device="cpu")
     model = adapters.attach(loaded, config.LoraConfig(rank=4), peft_task="CAUSAL_LM")
     batch = task().end_to_end(rows())
