@@ -8,8 +8,8 @@ reward is the exact answer, which is the last number in a reply: the base often 
 others. `lora-ft train reason` takes the same options, and rows of your own.
 
 16 steps, 512 replies and 10,152 tokens in all, lift the mean reward of the likeliest replies to 37 held-out rows from
-0.46 to 0.81 (95% interval of the change: 0.19 to 0.51), in four minutes of processor time: 23 minutes of the clock on
-2 cores of an AMD EPYC that 20 other processes shared, 2026-11-27.
+0.46 to 0.89 (95% interval of the change: 0.24 to 0.59) in 58 s, peak 1.89 GiB, on 2 cores of an Intel Xeon with AMX,
+2026-11-27, commit dc25b62.
 """
 
 import random

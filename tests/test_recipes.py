@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from lora_ft import cli, config, saved, sources, tasks, train
 from lora_ft.data.formats import Labelled
 from lora_ft.model import changes, miniature
+from lora_ft.settings import from_yaml
 from lora_ft.training import rows as of_runs
 from tests import tiny
 from tests.test_cli import write_rows
@@ -75,6 +77,15 @@ def recipe(name: str) -> type[config.RunConfig]:
     spec.loader.exec_module(module)
     own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == spec.name]
     return [thing for thing in own if isinstance(thing, type) and issubclass(thing, config.RunConfig)][-1]
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_measured_run_is_its_recipe_on_named_rows(file: Path) -> None:
+    told = from_yaml(config.RunConfig, file)
+    made = recipe(told.task)(data=told.data, base=told.base, quant=told.quant, out=told.out, train=told.train)
+    assert dataclasses.asdict(told) == dataclasses.asdict(made)
+    assert told.data.train
+    assert told.data.eval
 
 
 def twin(name: str, *words: str) -> int:
