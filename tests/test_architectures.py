@@ -26,6 +26,7 @@ KINDS = [
     ("openai-gpt", "classify"),
     ("bert", "classify"),
     ("t5", "seq2seq"),
+    ("bart", "seq2seq"),
     ("bert", "tag"),
     ("llama", "tag"),
 ]

@@ -46,6 +46,20 @@ _BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
+# Its own spread is drawn by `init_std`.
+_BART = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "init_std": SPREAD,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": 2,
+}
 _T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -68,6 +82,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5),
+    "bart": ("BartForConditionalGeneration", "BartConfig", _BART),
 }
 """Name -> model class, configuration class and its small sizes."""
 
@@ -141,7 +156,7 @@ def rows(task_name: str, count: int = 12, seed: int = 0) -> list[tasks.Features]
     return made
 
 
-TASK_OF = {"bert": "classify", "t5": "seq2seq"}
+TASK_OF = {"bert": "classify", "t5": "seq2seq", "bart": "seq2seq"}
 
 
 @dataclass
