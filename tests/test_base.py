@@ -594,7 +594,8 @@ def test_weights_in_a_pickle_are_not_opened(llama: Path, tmp_path: Path) -> None
 
 MEASURE = """
 import re, sys, threading, time
-from lora_ft import base, four_bits
+from lora_ft import base
+from lora_ft.model import four_bits
 
 def anonymous():
     text = open("/proc/self/status").read()

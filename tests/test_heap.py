@@ -7,7 +7,7 @@ import pytest
 
 FREED = """
 import psutil
-from lora_ft import heap
+from lora_ft.system import heap
 
 def anonymous() -> int:
     return psutil.Process().memory_info().rss

@@ -27,7 +27,7 @@ def clean():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lora_ft import locks
+from lora_ft.system import locks
 with locks.run_folder(Path(sys.argv[1])), locks.gpu(sys.argv[2], Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

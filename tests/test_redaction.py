@@ -120,7 +120,7 @@ def test_errors_and_log_records_are_clean() -> None:
 def test_a_process_that_installs_it_is_clean_whoever_logs_and_however_it_ends() -> None:
     code = f"""
 import logging, threading
-from lora_ft import redaction
+from lora_ft.system import redaction
 redaction.install(); redaction.install()
 logging.basicConfig(level="DEBUG")
 logging.getLogger("some.library").debug("at %s", "https://me:pass@host")
