@@ -647,7 +647,7 @@ def test_a_damaged_configuration_is_one_message(place, tmp_path, capfd):
 
 
 def test_every_command_that_people_are_told_to_type_exists(place):
-    files = [*(place.glob("*/README.md")), *(ROOT.glob("*.md")), *(ROOT / "lora_ft" / "templates").iterdir()]
+    files = [*(place.glob("*/README.md")), *(ROOT.glob("*.md")), *(ROOT / "lora_ft" / "pages" / "templates").iterdir()]
     told = {word for file in files for word in re.findall(r"lora-ft ([a-z]+)\b", commands(file.read_text()))}
     assert {"train", "verify", "evaluate"} <= told <= {name.split()[0] for name in COMMANDS}
 
