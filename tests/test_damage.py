@@ -41,6 +41,7 @@ DRAWN = ("metrics", "layers", "samples", "fit")
 CLASSES = {name: {"precision": 0.5, "recall": None, "f1": 0.5, "support": 3} for name in ("a", "b")}
 COMBINED = {"method": "cat", "rank": 8, "parts": [{
     "number": 1, "weight": 1.0, "adapter_sha256": "ab" * 32, "data": ["rows.jsonl"], "effect_kept": 0.5,
+    "gain_kept": None,
     "loss": {"base": 2.0, "alone": 1.0, "combined": 1.5},
     "rows": {name: {"loss": 1.0} for name in ("base", "alone", "combined")},
 }]}  # fmt: skip

@@ -30,7 +30,8 @@ WITHIN: dict[str, dict[str, Any]] = {
 ROWS: dict[str, Any] = {"name": str, "rows": int | None, "sha256": str | None}
 CLASS: dict[str, Any] = {"precision": MEASURED, "recall": MEASURED, "f1": MEASURED, "support": int}
 COMBINED: dict[str, Any] = {
-    "number": int, "weight": NUMBER, "adapter_sha256": str, "data": list, "loss": dict, "effect_kept": MEASURED,
+    "number": int, "weight": NUMBER, "adapter_sha256": str, "data": list, "loss": dict,
+    "effect_kept": MEASURED, "gain_kept": MEASURED,
     "rows": dict,
 }  # fmt: skip
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
