@@ -42,9 +42,10 @@ def test_answers_of_llama_cpp_and_transformers_are_those_of_the_merged_model(tmp
     assert same > 0.8 * PROMPTS * TOKENS
     del merged
     read = reader.load(tmp_path / "merged.gguf")[0].float()
-    for prompt, (said, logp) in list(zip(prompts, answers, strict=True))[:4]:
-        # Its weights are rounded to bfloat16 as they are read.
-        llama_cpp.agreed(read, prompt, said, logp, room=0.5)
+    # Its weights are rounded to bfloat16 as they are read, so that more tokens are as likely.
+    same = sum(llama_cpp.agreed(read, p, *answer, room=0.5) for p, answer in zip(prompts, answers, strict=True))
+    print(f"{same} of {PROMPTS * TOKENS} tokens are those of the file as transformers reads it")
+    assert same > 0.5 * PROMPTS * TOKENS
     del read
     export.export(sources.resolve("smollm2-135m").folder, tmp_path / "base.gguf")
     export.export(folder, tmp_path / "lora.gguf", form="gguf-lora")
