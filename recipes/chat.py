@@ -2,8 +2,13 @@
 
     python recipes/chat.py --data.train your.jsonl --out runs/chat
 
-Rows may be OpenAI chat JSONL, prompt/completion, question/answer, Alpaca or ShareGPT; the first row decides.
-`lora-ft train chat` takes the same options.
+Rows may be OpenAI chat JSONL, prompt/completion, question/answer, Alpaca or ShareGPT, with calls of tools or without;
+the first row decides. `lora-ft train chat` takes the same options.
+
+Of the 208 conversations in LLaMA-Factory's `glaive_toolcall_en_demo.json` that have fewer than 2,200 characters with
+their tools, a fifth is held out (`--data.eval 0.2 --data.max-length 768 --train.steps 20`): 61,895 tokens bring the
+held-out loss of smollm2-135m from 0.988 to 0.518 nats a token (95% interval of the change: -0.56 to -0.39) in 212 s of
+one thread on an Intel Xeon with AMX that other work shared, peak 3.21 GiB, 2026-11-27, commit d609e9f.
 """
 
 import sys
