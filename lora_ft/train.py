@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 UNCOMPILED = (
     "compiling takes half a minute, and the code goes by the lengths that are met first, so that a resumed run "
-    "would be another (benchmarks/bench_compile.py has what it saves)"
+    "need not be the same to the bit (benchmarks/bench_compile.py has what it saves)"
 )
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 

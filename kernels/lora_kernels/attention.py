@@ -120,6 +120,12 @@ class _Block:
         return each_HLD.view(-1, self.group, *each_HLD.shape[1:]).sum(1)
 
 
+def _empty_like(x_HTD: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor of that shape and dtype, heads inside tokens as projections take them, whatever `x_HTD` has."""
+    heads, tokens, width = x_HTD.shape
+    return x_HTD.new_empty((tokens, heads, width)).transpose(0, 1)
+
+
 def _longest(bounds: Sequence[int]) -> int:
     return max(end - begin for begin, end in pairwise(bounds))
 
@@ -142,7 +148,7 @@ def _packed_attention(
     window: int,
     softcap: float,
 ) -> torch.Tensor:
-    out_HTD = torch.empty_like(q_HTD)
+    out_HTD = _empty_like(q_HTD)
     q, k, v = _in_product_dtype(q_HTD, k_JTD, v_JTD)
     q_JGTD, out_JGTD = (x.view(len(k), -1, *x.shape[1:]) for x in (q, out_HTD))
     if q.is_cpu and not softcap and not (window and window < _longest(bounds)):
@@ -159,7 +165,7 @@ def _packed_attention(
 
 @_packed_attention.register_fake
 def _(q_HTD: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return torch.empty_like(q_HTD)
+    return _empty_like(q_HTD)
 
 
 @Operator
@@ -174,7 +180,7 @@ def _packed_attention_backward(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     do, q, k, v = _in_product_dtype(do_HTD, q_HTD, k_JTD, v_JTD)
-    dq_HTD = torch.empty_like(q_HTD)
+    dq_HTD = _empty_like(q_HTD)
     # A key is seen from several blocks.
     dk_JTD, dv_JTD = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
     q_JGTD, do_JGTD, dq_JGTD = (x.view(len(k), -1, *x.shape[1:]) for x in (q, do, dq_HTD))
@@ -184,13 +190,13 @@ def _packed_attention_backward(
         torch.mul(dq.view_as(dq_JGTD[:, :, queries]), scale, out=dq_JGTD[:, :, queries])
         dk_JTD[:, keys] += dk
         dv_JTD[:, keys] += dv
-    return dq_HTD, torch.empty_like(k_JTD).copy_(dk_JTD.mul_(scale)), torch.empty_like(v_JTD).copy_(dv_JTD)
+    return dq_HTD, _empty_like(k_JTD).copy_(dk_JTD.mul_(scale)), _empty_like(v_JTD).copy_(dv_JTD)
 
 
 @_packed_attention_backward.register_fake
 def _(do_HTD: torch.Tensor, *qkv: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q_HTD, k_JTD, v_JTD = qkv[:3]
-    return torch.empty_like(q_HTD), torch.empty_like(k_JTD), torch.empty_like(v_JTD)
+    return _empty_like(q_HTD), _empty_like(k_JTD), _empty_like(v_JTD)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

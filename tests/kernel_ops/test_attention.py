@@ -79,6 +79,14 @@ def test_the_operator_keeps_the_rules_of_torch_library():
         torch.library.opcheck(torch.ops.lora_kernels.packed_attention.default, arguments)
 
 
+def test_results_lie_in_memory_alike_however_the_inputs_do():
+    given = [x.detach() for x in inputs(4, 2, 8, [5, 9], FP32)]
+    for q, k, v in (given, [x.contiguous() for x in given]):
+        out = attention._packed_attention._function(q, k, v, [0, 5, 14], 0.25, 0, 0.0)
+        found = [out, *attention._packed_attention_backward._function(out, q, k, v, [0, 5, 14], 0.25, 0, 0.0)]
+        assert [x.stride() for x in found] == [(8, 32, 1), (8, 32, 1), (8, 16, 1), (8, 16, 1)]
+
+
 @pytest.mark.parametrize("softcap", [0.0, 1.0])
 def test_no_more_memory_than_a_block_needs(softcap):
     """Not one tensor as large as the scores of the longest example is made."""
