@@ -22,8 +22,6 @@ from tests.local_hub import LocalHub, Repo, oid_of
 TOKEN = "hf_" + "t" * 34
 READER = "hf_" + "r" * 34
 LARGE = (".safetensors", ".png", ".bin")
-SILENCE_S = 1.0
-"""How long a hub says nothing that is asked for that."""
 FAULTS = ("error", "drop", "lost", "truncated", "slow")
 
 
@@ -79,8 +77,6 @@ class PublishingHub(LocalHub):
         how = self.fault[1] if self.fault and self.fault[0] == number else None
         if how == "slow":
             time.sleep(0.2)
-        elif how == "silent":
-            time.sleep(SILENCE_S)
         elif how in ("error", "drop"):
             return self.fail(handler, 500 if how == "error" else "cut")
         elif how in ("lost", "truncated"):

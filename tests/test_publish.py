@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from markdown_it import MarkdownIt
 
-from lora_ft import publish, remote, saved
+from lora_ft import publish, saved
 from lora_ft.cli import main
 from lora_ft.data import vectors
 from lora_ft.errors import AdapterError
@@ -34,7 +34,7 @@ from lora_ft.proof import environment
 from lora_ft.remote import PublishError, Remote
 from lora_ft.system import manifest, redaction
 from tests import hub_cards, publishing_hub, tiny
-from tests.publishing_hub import FAULTS, LARGE, SILENCE_S, TOKEN, PublishingHub
+from tests.publishing_hub import FAULTS, LARGE, TOKEN, PublishingHub
 from tests.test_cli import write_rows
 from tests.test_report import summary as of_reports
 from tests.test_sources import point_at
@@ -180,24 +180,6 @@ def test_whichever_request_fails_a_second_call_completes_it(
             count = hub.asked
             assert count >= 10
         fault += 1
-
-
-@pytest.mark.parametrize("transport", ["xet", "lfs"], indirect=True)
-def test_a_hub_that_says_nothing_is_not_waited_for(
-    hub: PublishingHub, adapter: Path, transport: str, unproven: None, at_once: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote, "TIMEOUT_S", SILENCE_S / 4)
-    name = f"{PLACE}-{transport}-silent"
-    hub.begin((1, "silent"))  # after the base, the repository
-    # Waited for, it would have answered in the end.
-    with pytest.raises(PublishError, match=r"reading: the hub did not answer \(.*time"):
-        publish.publish(adapter, name)
-    monkeypatch.setattr(remote, "TIMEOUT_S", 60.0)
-    hub.begin()
-    done = publish.publish(adapter, name)
-    assert hub.kept(name).tags == {"v1": done.commit}
-    # Nor does the limit stay with the client of others.
-    assert remote._limited not in huggingface_hub.get_session().event_hooks["request"]
 
 
 @pytest.mark.parametrize(("transport", "how"), each({("xet", "lost")}), indirect=["transport"])
