@@ -14,6 +14,7 @@ from lora_ft.generate import Sampling, generate
 from lora_ft.model import modes
 from lora_ft.scoring import class_metrics, drift, losses, metrics, retrieval
 from lora_ft.scoring.losses import Losses
+from lora_ft.system import heap
 from lora_ft.tasks import Features, Task
 from lora_ft.training import judged
 
@@ -68,17 +69,17 @@ def compare(
     wanted = [task.question(example)[1] for example in asked]
     # What a metric does not take is said before hours of replies.
     score_replies(wanted, wanted, names)
-    note("measuring the base")
+    _begin("measuring the base", note)
     with modes.without(model):
         base_losses, base_values = _measured(task, model, examples, rows, index, batch_size)
         before = replies(task, model, asked) if names else []
-    note("measuring the adapter")
+    _begin("measuring the adapter", note)
     adapter_losses, adapter_values = _measured(task, model, examples, rows, index, batch_size)
     after = replies(task, model, asked) if names else []
     found = {"loss": losses.difference_interval(base_losses, adapter_losses)}
     found |= losses.change_intervals(base_losses, adapter_losses)
     intervals = {f"{name}_change_interval": pair and list(pair) for name, pair in found.items()}
-    note("measuring the drift on general text")
+    _begin("measuring the drift on general text", note)
     base_drift, adapter_drift = drift.measure(model, task.tokenizer) if task.peft_task == "CAUSAL_LM" else ({}, {})
     # Of the base that knows nothing of the classes a table of them says nothing.
     base_values = {name: value for name, value in base_values.items() if name not in class_metrics.TABLES}
@@ -89,6 +90,12 @@ def compare(
         after,
         asked,
     )
+
+
+def _begin(what: str, note: Callable[[str], None]) -> None:
+    """Says what is measured next; the memory that the stage before it freed goes back first, lest it adds up."""
+    heap.give_back()
+    note(what)
 
 
 def require(task: Task, names: Sequence[str] = ()) -> None:
@@ -132,10 +139,10 @@ def _judged(
     """Returns what `compare` does, of a task that has a reward in the place of a loss."""
     wanted = [task.question(example)[1] for example in examples] if names else []
     score_replies(wanted, wanted, names)
-    note("measuring the base")
+    _begin("measuring the base", note)
     with modes.without(model):
         before, base_values = _rewarded(task, model, examples, rows, names)
-    note("measuring the adapter")
+    _begin("measuring the adapter", note)
     after, adapter_values = _rewarded(task, model, examples, rows, names)
     one_each = np.ones(len(rows))
     interval = {}
@@ -143,7 +150,7 @@ def _judged(
         was, now = (Losses(said.rewards, one_each, one_each) for said in (before, after))
         change = losses.difference_interval(was, now)
         interval = {"reward_change_interval": change and list(change)}
-    note("measuring the drift on general text")
+    _begin("measuring the drift on general text", note)
     base_drift, adapter_drift = drift.measure(model, task.tokenizer)
     return Comparison(
         base_values | base_drift, adapter_values | interval | adapter_drift, before.replies, after.replies, examples

@@ -26,8 +26,9 @@ from lora_ft.model.modes import evaluating, unwrapped
 
 log = logging.getLogger(__name__)
 
-# Tokens of all rows of a batch together, prompt and reply: for SmolLM2-135M a cache of 0.38 GB in float32.
-BATCH_TOKENS = 8192
+# Tokens of all rows of a batch together, prompt and reply, and what their keys and values may take if they are more:
+# of SmolLM2-135M those of 17,476 tokens in 16 bits.
+BATCH_TOKENS, CACHE_BYTES = 8192, 3 << 27
 # Below this many common tokens a pass of its own costs more than it saves.
 SHORTEST_SHARED = 16
 # Tokens that a cache has room for beyond those it holds: a copy of it all this often.
@@ -133,7 +134,7 @@ def reply_ids(
             f"The prompt, with all that was said before, has {longest} tokens, and the model has positions for {held}: "
             "shorten it, or begin a new conversation."
         )
-    cut = 0
+    cut, budget = 0, _batch_tokens(model)
     in_place = can_share(model)
     shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -142,7 +143,7 @@ def reply_ids(
         cache = _prefilled(model, prompts[0][:shared]) if in_place else None
         while order:
             # The longest first: the memory of the whole run is known after one batch.
-            rows = min(most_rows, max(1, BATCH_TOKENS // (len(prompts[order[-1]]) + sampling.max_new_tokens)))
+            rows = min(most_rows, max(1, budget // (len(prompts[order[-1]]) + sampling.max_new_tokens)))
             room = _room(model, held, len(prompts[order[-1]]))
             limits = sampling
             if room is not None and room < sampling.max_new_tokens:
@@ -157,6 +158,17 @@ def reply_ids(
     if cut:
         log.warning("%d replies were cut at the last of the %d positions that the model has", cut, held)
     return made
+
+
+def _batch_tokens(model: Any) -> int:
+    """Returns how many tokens the rows of a batch may have together."""
+    inner = unwrapped(model)
+    config = inner.config.get_text_config(decoder=True)
+    queries = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    keys_and_values = 2 * config.num_hidden_layers * heads * width * inner.dtype.itemsize
+    return max(BATCH_TOKENS, CACHE_BYTES // keys_and_values)
 
 
 def _room(model: Any, held: int | None, prompt: int) -> int | None:

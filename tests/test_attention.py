@@ -77,6 +77,36 @@ def test_gradients_are_those_of_rows_one_by_one(kind: str, checkpointing: bool) 
         torch.testing.assert_close(found[name], gradient, rtol=2e-4, atol=2e-5 * float(gradient.abs().max()), msg=name)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral, a window of 4", "gpt-2"])
+def test_in_16_bits_a_row_is_filled_up_and_nothing_else_comes_of_it(kind: str) -> None:
+    """Products of as many tokens as before are not compiled anew; positions of the filling exist in every model."""
+    model = model_of(PACKED[kind][0], **PACKED[kind][1]).to(torch.bfloat16)
+    batch, seen = task().end_to_end(rows()), []
+    watch = model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    found = {}
+    with attention.packed(model):
+        for alike in (1, attention.ALIKE):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention, "ALIKE", alike)
+                found[alike] = gradients(model, [batch])
+    watch.remove()
+    tokens = batch["input_ids"].shape[1]
+    assert tokens % attention.ALIKE
+    assert seen[-2:] == [tokens, tokens + -tokens % attention.ALIKE]
+    (wanted_loss, wanted), (loss, filled) = found.values()
+    assert loss == pytest.approx(wanted_loss, rel=1e-2)
+    for name, gradient in wanted.items():
+        assert float((filled[name] - gradient).norm()) <= 0.02 * float(gradient.norm()), name
+
+
+def test_in_float32_a_row_is_as_long_as_its_examples() -> None:
+    model, batch, seen = model_of("Llama", **LLAMA), task().end_to_end(rows()), []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+    with attention.packed(model):
+        gradients(model, [batch])
+    assert seen[-1] == batch["input_ids"].shape[1]
+
+
 def test_the_model_has_its_own_attention_again() -> None:
     model = model_of("Llama", **LLAMA)
     with attention.packed(model):

@@ -86,6 +86,20 @@ def test_loss_and_kl_are_those_of_a_plain_pass_in_float64(
     assert after["drift.kl_change_interval"][0] > 0
 
 
+def test_kl_of_two_like_distributions_over_many_words() -> None:
+    """The plain sum of p * log p/q in float32 is off by more than it is here."""
+    generator = torch.Generator().manual_seed(0)
+    base_NV = 5 * torch.randn(20, 50_000, generator=generator)
+    adapter_NV = base_NV + 1e-4 * torch.randn(20, 50_000, generator=generator)
+    logq, logp = (logits.double().log_softmax(-1) for logits in (adapter_NV, base_NV))
+    wanted = float(torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="sum"))
+    *_, found, count = drift._of_row(base_NV, adapter_NV, torch.zeros(20, 1).long()[:, 0])
+    plain = float((base_NV.log_softmax(-1).exp() * (base_NV.log_softmax(-1) - adapter_NV.log_softmax(-1))).sum())
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert abs(plain - wanted) > wanted
+    assert count == 20
+
+
 @pytest.mark.parametrize("quant", ["nf4", "none"])
 def test_an_adapter_that_does_nothing_has_no_drift_at_all(load: Callable[..., Any], quant: str) -> None:
     loaded, model = load(quant=quant)

@@ -231,3 +231,21 @@ def test_the_head_multiplies_states_that_lie_side_by_side(load: Callable[..., An
     model(input_ids=torch.tensor([prompts()[0][:9]] * 3), logits_to_keep=1)
     assert contiguous == [False]
     watch.remove()
+
+
+@pytest.mark.parametrize(
+    ("layers", "key_heads", "dtype", "tokens"),
+    [(30, 3, torch.bfloat16, 17_476), (30, 3, torch.float32, 8738), (32, 32, torch.bfloat16, 8192)],
+)
+def test_a_batch_has_more_tokens_where_they_are_small(
+    layers: int, key_heads: int, dtype: torch.dtype, tokens: int
+) -> None:
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": key_heads, "hidden_size": 64 * key_heads}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(dtype)
+    assert generate._batch_tokens(model) == tokens
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+def test_sizes_of_other_names_are_found_too(load: Callable[..., Any], architecture: str) -> None:
+    assert generate._batch_tokens(load(architecture)[0]) > generate.BATCH_TOKENS

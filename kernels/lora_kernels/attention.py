@@ -83,14 +83,16 @@ class _Block:
     ) -> None:
         heads, self.group, rows, width = q_JGQD.shape
         self.q_JRD, self.k_JLD = q_JGQD.reshape(heads, self.group * rows, width), k_JLD
-        scores_JRL = torch.bmm(self.q_JRD, k_JLD.transpose(1, 2)).float().mul_(scale)
+        scores_JRL = torch.bmm(self.q_JRD, k_JLD.transpose(1, 2))
+        # Scaled and hidden before they are widened, which reads half as much; a scale of a power of two rounds nothing.
+        scores_JRL.mul_(scale)
         self.slope_JRL: torch.Tensor | None = None
         if softcap:
-            scores_JRL.div_(softcap).tanh_()
+            scores_JRL = scores_JRL.float().div_(softcap).tanh_()
             self.slope_JRL = 1 - scores_JRL.square()
             scores_JRL.mul_(softcap)
         scores_JRL.view(heads, self.group, rows, -1)[..., -hidden_QL.shape[1] :].add_(hidden_QL)
-        self.p_JRL = torch.softmax(scores_JRL, -1)
+        self.p_JRL = torch.softmax(scores_JRL.float(), -1)
 
     def times(self, v_JLD: torch.Tensor) -> torch.Tensor:
         return torch.bmm(self.p_JRL.to(v_JLD.dtype), v_JLD)

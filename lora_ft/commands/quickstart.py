@@ -22,7 +22,7 @@ from lora_ft.data.formats import Chat
 from lora_ft.errors import ConfigError, Interrupted
 from lora_ft.merge import REPORT, merge
 from lora_ft.model import modes
-from lora_ft.system import atomicio
+from lora_ft.system import atomicio, heap
 from lora_ft.training import started
 
 FOLDER = Path("runs/quickstart")
@@ -137,7 +137,7 @@ def config(folder: Path) -> RunConfig:
         data=DataConfig(
             train=str(folder / "train.jsonl"), eval=str(folder / "held_out.jsonl"), metrics=(METRIC,), max_length=256
         ),
-        train=TrainConfig(batch_size=2, epochs=1, lr=2e-3, warmup=0.05),
+        train=TrainConfig(batch_size=4, epochs=1, lr=2e-3, warmup=0.05),
     )
 
 
@@ -145,6 +145,7 @@ def _score(task: tasks.Task, model: Any, rows: Sequence[Chat], shots: Sequence[C
     prompted = [
         Chat(row.where, (*meetings.prompt(row.messages[-2]["content"], shots), row.messages[-1])) for row in rows
     ]
+    heap.give_back()
     return evaluate.replies_match(task, model, prompted, (METRIC,))
 
 

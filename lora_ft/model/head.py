@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from lora_ft.model.attention import unpacked
+from lora_ft.model.attention import filled_up, unpacked
 from lora_kernels import linear_cross_entropy
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,11 @@ _heads: WeakKeyDictionary[Any, Head | None] = WeakKeyDictionary()
 
 
 def states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the last hidden states [B, T, K] of a transformers model, those that its head is run on."""
+    """Returns the last hidden states [B, T, K] of a transformers model, those that its head is run on.
+
+    Of rows that lie end to end there may be some more after all others (`attention.filled_up`).
+    """
+    inputs = filled_up(model, inputs)
     return model.base_model(**inputs, use_cache=False)[0]
 
 

@@ -234,3 +234,23 @@ def test_the_twin_has_the_gradients_of_what_it_computes():
     assert torch.autograd.gradcheck(
         lambda *three: loss_function(reference.linear_cross_entropy, labels, options)(*three)[0], tensors
     )
+
+
+def test_in_16_bits_a_cpu_meets_few_shapes():
+    """How many tokens are labelled is another number every time, and each new shape of a product is compiled."""
+    if backend.is_triton(torch.empty(0)):
+        pytest.skip("shapes are no matter to the kernels")
+    shapes = set()
+    for labelled in range(33, 65):
+        h, weight, bias, _ = inputs(labelled, 50, 64, BF16, trained_head=True)
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if "mm" in str(function):
+                    shapes.update(tuple(x.shape) for x in args if isinstance(x, torch.Tensor) and x.ndim == 2)
+                return function(*args, **(kwargs or {}))
+
+        options = (1.0, 0.0, -100, None, True, True, True)
+        with Watch(), torch.no_grad():
+            cross_entropy._linear_cross_entropy._function(h, weight, bias, torch.zeros(labelled).long(), *options)
+    assert shapes == {(64, 64), (64, 50), (50, 64)}
