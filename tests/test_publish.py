@@ -10,8 +10,12 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -24,7 +28,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from markdown_it import MarkdownIt
 
-from lora_ft import publish, saved
+from lora_ft import publish, remote, saved
 from lora_ft.cli import main
 from lora_ft.data import vectors
 from lora_ft.errors import AdapterError
@@ -83,8 +87,8 @@ def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the client's own repetitions come without a pause."""
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    """Lets the client's own repetitions come without a pause; the hub of the tests still has the clock that all have."""
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
 
 
 @pytest.fixture
@@ -295,6 +299,40 @@ def test_a_broken_seal_is_never_published(
     assert "does not do what its seal says" in capsys.readouterr().err
     assert f"{PLACE}-broken" not in hub.repos
     assert not [asked for asked in hub.requests if asked.startswith(("POST", "PUT"))]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda there: there.state(),
+        lambda there: there.create(public=False),
+        lambda there: there.request("a title"),
+        lambda there: there.tag("3" * 40),
+        lambda there: there.make_public(),
+    ],
+    ids=["state", "create", "request", "tag", "make_public"],
+)
+def test_a_hub_that_says_nothing_is_not_waited_for(
+    ask: Callable[[Remote], Any], hub: PublishingHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, told = Remote(PLACE), []
+
+    def asked() -> None:
+        try:
+            ask(there)
+        except PublishError as error:
+            told.append(error)
+
+    monkeypatch.setattr(remote, "TIMEOUT_S", 0.2)
+    # The system takes the connection, and nobody reads from it.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        there.api.endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        asking = threading.Thread(target=asked, daemon=True)
+        asking.start()
+        asking.join(30)
+        assert not asking.is_alive()
+    assert "the hub did not answer" in str(told[0])
+    assert told[0].lost
 
 
 @pytest.mark.parametrize(
