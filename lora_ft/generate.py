@@ -23,6 +23,7 @@ from lora_ft import base as bases
 from lora_ft.errors import LoraFtError
 from lora_ft.model import four_bits
 from lora_ft.model.modes import evaluating, unwrapped
+from lora_ft.system import heap
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,9 @@ def reply_ids(
                 made[i] = reply
                 cut += limits is not sampling and not reply[1]
             note(len(chosen))
+            if order and model.device.type == "cpu":
+                # The cache of the next batch has other sizes, and would not go into the gaps that this one's left.
+                heap.give_back()
     if cut:
         log.warning("%d replies were cut at the last of the %d positions that the model has", cut, held)
     return made
