@@ -133,11 +133,11 @@ def config(folder: Path) -> RunConfig:
         task="chat",
         base=BASE,
         out=folder / "adapter",
-        lora=LoraConfig(rank=16, alpha=32),
+        lora=LoraConfig(rank=16, alpha=32, plus_ratio=4.0),
         data=DataConfig(
             train=str(folder / "train.jsonl"), eval=str(folder / "held_out.jsonl"), metrics=(METRIC,), max_length=256
         ),
-        train=TrainConfig(batch_size=4, epochs=1, lr=2e-3, warmup=0.05),
+        train=TrainConfig(batch_size=4, epochs=1, lr=1e-3, warmup=0.05),
     )
 
 
