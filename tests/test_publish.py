@@ -87,7 +87,7 @@ def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the client's own repetitions come without a pause; the hub of the tests still has the clock that all have."""
+    """Lets the client's own repetitions come without a pause; the hub of the tests keeps the clock that all have."""
     monkeypatch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
 
 
