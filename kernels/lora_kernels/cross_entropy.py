@@ -24,7 +24,7 @@ does n operations for each byte of a 16-bit weight; an RTX 3090 can do 76 in the
 
 ALIKE = 32
 """What the rows of a product in 16 bits on a CPU are filled up to a multiple of: oneDNN compiles each shape that is new
-to it, which takes as long as the product of 200 rows, and how many tokens are labelled is another number every time."""
+to it, which takes as long as multiplying 200 rows, and how many tokens are labelled is another number every time."""
 
 
 def linear_cross_entropy(
