@@ -27,8 +27,8 @@ from lora_ft.system import heap
 
 log = logging.getLogger(__name__)
 
-# Tokens of all rows of a batch together, prompt and reply, and what their keys and values may take if they are more:
-# of SmolLM2-135M those of 17,476 tokens in 16 bits.
+# Tokens of all rows of a batch together, prompt and reply; twice as many where their keys and values stay within the
+# bytes, as those of SmolLM2-135M do in 16 bits.
 BATCH_TOKENS, CACHE_BYTES = 8192, 3 << 27
 # Below this many common tokens a pass of its own costs more than it saves.
 SHORTEST_SHARED = 16
@@ -135,8 +135,9 @@ def reply_ids(
             f"The prompt, with all that was said before, has {longest} tokens, and the model has positions for {held}: "
             "shorten it, or begin a new conversation."
         )
-    cut, budget = 0, _batch_tokens(model)
+    cut = 0
     in_place = can_share(model)
+    budget = _batch_tokens(model) if in_place else BATCH_TOKENS
     shared = shared_length(prompts) if len(prompts) > 1 and in_place else 0
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     made: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
@@ -165,14 +166,14 @@ def reply_ids(
 
 
 def _batch_tokens(model: Any) -> int:
-    """Returns how many tokens the rows of a batch may have together."""
+    """Returns how many tokens the rows of a batch may have together, in a model that `can_share`."""
     inner = unwrapped(model)
-    config = inner.config.get_text_config(decoder=True)
+    config = inner.config.get_text_config()
     queries = config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or queries
     width = getattr(config, "head_dim", None) or config.hidden_size // queries
     keys_and_values = 2 * config.num_hidden_layers * heads * width * inner.dtype.itemsize
-    return max(BATCH_TOKENS, CACHE_BYTES // keys_and_values)
+    return 2 * BATCH_TOKENS if 2 * BATCH_TOKENS * keys_and_values <= CACHE_BYTES else BATCH_TOKENS
 
 
 def _room(model: Any, held: int | None, prompt: int) -> int | None:

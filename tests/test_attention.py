@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from lora_ft import adapters, base, config, tasks
 from lora_ft.model import attention, modes
 from lora_ft.model.head import Head
-from lora_kernels import reference
+from lora_kernels import backend, reference
 from tests import fake_gpu, tiny
 
 SMALL = {"vocab_size": tiny.VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.25}
@@ -79,20 +79,22 @@ def test_gradients_are_those_of_rows_one_by_one(kind: str, checkpointing: bool) 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral, a window of 4", "gpt-2"])
 def test_in_16_bits_a_row_is_filled_up_and_nothing_else_comes_of_it(kind: str) -> None:
-    """Products of as many tokens as before are not compiled anew; positions of the filling exist in every model."""
+    """Products of as many tokens as before are not compiled anew."""
     model = model_of(PACKED[kind][0], **PACKED[kind][1]).to(torch.bfloat16)
     batch, seen = task().end_to_end(rows()), []
     watch = model.get_input_embeddings().register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
     found = {}
-    with attention.packed(model):
-        for alike in (1, attention.ALIKE):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attention, "ALIKE", alike)
-                found[alike] = gradients(model, [batch])
+    with attention.packed(model), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_cpu_multiplies", lambda dtype: True)
+        for alike in (1, backend.ALIKE):
+            patch.setattr(backend, "ALIKE", alike)
+            found[alike] = gradients(model, [batch])
+        # There is no model without this position.
+        assert not attention.filled_up(model, batch)["position_ids"][0, batch["input_ids"].shape[1] :].any()
     watch.remove()
     tokens = batch["input_ids"].shape[1]
-    assert tokens % attention.ALIKE
-    assert seen[-2:] == [tokens, tokens + -tokens % attention.ALIKE]
+    assert tokens % backend.ALIKE
+    assert seen[-2:] == [tokens, tokens + -tokens % backend.ALIKE]
     (wanted_loss, wanted), (loss, filled) = found.values()
     assert loss == pytest.approx(wanted_loss, rel=1e-2)
     for name, gradient in wanted.items():

@@ -129,6 +129,19 @@ def test_damage_is_seen(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatc
     assert found[2] > 1.0
 
 
+def test_each_stage_of_a_comparison_begins_with_the_memory_of_the_one_before(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, model = load()
+    varied(monkeypatch)
+    task, done = tasks.get("complete"), []
+    task.prepare(loaded.tokenizer, 64)
+    monkeypatch.setattr(evaluate.heap, "give_back", lambda: done.append("given back"))
+    evaluate.compare(task, model, [], drift.passages(loaded.tokenizer, 64), note=done.append)
+    stages = ("measuring the base", "measuring the adapter", "measuring the drift on general text")
+    assert done == [said for stage in stages for said in ("given back", stage)]
+
+
 def test_the_text_is_of_many_kinds_and_as_long_as_was_said() -> None:
     tokenizer = tokenizer_of("chatml")
     rows = drift.passages(tokenizer, 512)

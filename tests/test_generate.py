@@ -234,18 +234,31 @@ def test_the_head_multiplies_states_that_lie_side_by_side(load: Callable[..., An
 
 
 @pytest.mark.parametrize(
-    ("layers", "key_heads", "dtype", "tokens"),
-    [(30, 3, torch.bfloat16, 17_476), (30, 3, torch.float32, 8738), (32, 32, torch.bfloat16, 8192)],
+    ("layers", "key_heads", "dtype", "times"),
+    [(30, 3, torch.bfloat16, 2), (30, 3, torch.float32, 1), (32, 32, torch.bfloat16, 1)],
 )
 def test_a_batch_has_more_tokens_where_they_are_small(
-    layers: int, key_heads: int, dtype: torch.dtype, tokens: int
+    layers: int, key_heads: int, dtype: torch.dtype, times: int
 ) -> None:
     sizes = {"num_hidden_layers": layers, "num_attention_heads": key_heads, "hidden_size": 64 * key_heads}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(dtype)
-    assert generate._batch_tokens(model) == tokens
+    assert generate._batch_tokens(model) == times * generate.BATCH_TOKENS
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
-def test_sizes_of_other_names_are_found_too(load: Callable[..., Any], architecture: str) -> None:
-    assert generate._batch_tokens(load(architecture)[0]) > generate.BATCH_TOKENS
+def test_a_model_without_heads_replies() -> None:
+    made = transformers.MambaConfig(vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
+    model = transformers.MambaForCausalLM(made)
+    assert len(generate.replies(model, tiny.tokenizer(), [[5, 6], [7]], sampling=Sampling(3))) == 2
+
+
+def test_what_a_batch_held_is_given_back_before_the_next(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load("llama")
+    done: list[str] = []
+    monkeypatch.setattr(generate.heap, "give_back", lambda: done.append("given back"))
+    generate.replies(
+        model, tokenizer, [[5, 6]] * 5, sampling=GREEDY, most_rows=2, note=lambda rows: done.append(f"{rows} more")
+    )
+    assert done == ["2 more", "given back", "2 more", "given back", "1 more"]

@@ -84,8 +84,8 @@ class _Block:
         heads, self.group, rows, width = q_JGQD.shape
         self.q_JRD, self.k_JLD = q_JGQD.reshape(heads, self.group * rows, width), k_JLD
         scores_JRL = torch.bmm(self.q_JRD, k_JLD.transpose(1, 2))
-        # Scaled and hidden before they are widened, which reads half as much; a scale of a power of two rounds nothing.
-        scores_JRL.mul_(scale)
+        # A power of two rounds nothing, and before they are widened half as much is read.
+        scores_JRL = scores_JRL.mul_(scale) if math.frexp(scale)[0] == 0.5 else scores_JRL.float().mul_(scale)
         self.slope_JRL: torch.Tensor | None = None
         if softcap:
             scores_JRL = scores_JRL.float().div_(softcap).tanh_()

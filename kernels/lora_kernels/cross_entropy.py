@@ -22,11 +22,6 @@ FEWEST_ROWS = 256
 does n operations for each byte of a 16-bit weight; an RTX 3090 can do 76 in the time that it reads one, a 4090 164."""
 
 
-ALIKE = 32
-"""What the rows of a product in 16 bits on a CPU are filled up to a multiple of: oneDNN compiles each shape that is new
-to it, which takes as long as multiplying 200 rows, and how many tokens are labelled is another number every time."""
-
-
 def linear_cross_entropy(
     h: torch.Tensor,
     weight: torch.Tensor,
@@ -105,33 +100,30 @@ def _linear_cross_entropy(
     chunk_rows = chunk_rows or max(FEWEST_ROWS, -(-len(place_L) * columns // words))
     need_any = need_h or need_weight or need_bias
     # One buffer for all chunks. P is V and what aligns the rows, so that vector loads do not hang on the vocabulary.
-    buffer_CP = h_TK.new_empty((_alike(min(chunk_rows, len(place_L)), h_TK), -(-words // 16) * 16), dtype=dtype)
+    buffer_CP = h_TK.new_empty((backend.alike(min(chunk_rows, len(place_L)), h_TK), -(-words // 16) * 16), dtype=dtype)
     buffer_CP[:, words:].zero_()  # `backend.readable` tells who reads it
     for place_C in place_L.split(chunk_rows):
-        count, rows = len(place_C), _alike(len(place_C), h_TK)
-        # What the chunk is filled up with are zeros, whose logits nobody reads.
-        h_CK = torch.nn.functional.pad(h_TK[place_C].to(dtype), (0, 0, 0, rows - count))
+        count, rows = len(place_C), backend.alike(len(place_C), h_TK)
+        h_CK = h_TK[place_C].to(dtype)
+        if rows > count:
+            h_CK = torch.nn.functional.pad(h_CK, (0, 0, 0, rows - count))
         rows_CP, logits_CV = buffer_CP[:count], buffer_CP[:rows, :words]
         if bias_V is None:
             torch.mm(h_CK, weight_VK.t(), out=logits_CV)
         else:
             torch.addmm(bias_V, h_CK, weight_VK.t(), out=logits_CV)
+        logits_CV[count:].zero_()
         nll_T[place_C] = _differentiate_logits(rows_CP, words, labels_T[place_C], scale, softcap, need_any)
         if need_h:
             dh_TK[place_C] = _product(logits_CV, weight_VK)[:count]
         if need_weight:
             dweight_VK += _product(logits_CV.t(), h_CK)
         if need_bias:
-            dbias_V += logits_CV[:count].sum(0, dtype=torch.float32)
+            dbias_V += logits_CV.sum(0, dtype=torch.float32)
     return nll_T.sum(), nll_T, dh_TK, dweight_VK, dbias_V
 
 
 _linear_cross_entropy.register_fake(_empty_outputs)
-
-
-def _alike(rows: int, like: torch.Tensor) -> int:
-    """Returns how many rows to multiply in the place of so many: no fewer."""
-    return rows if backend.is_triton(like) or like.dtype.itemsize != 2 else -(-rows // ALIKE) * ALIKE
 
 
 def _differentiate_logits(

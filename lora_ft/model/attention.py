@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora_ft.model.modes import evaluating, unwrapped
-from lora_kernels import packed_attention
+from lora_kernels import backend, packed_attention
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,6 @@ NAME = "lora_ft_packed"
 PROBE_LENGTHS = (5, 9, 7)
 # Of the norm of what is compared; `tests/test_attention.py` plants wrong places, which are far above.
 ROUNDING = 0.05
-# What the tokens of a row are filled up to a multiple of. In 16 bits oneDNN compiles each product of a shape that is new
-# to it, for 3 to 8 ms where SmolLM2-135M's products of 500 tokens take 0.5, and keeps some 0.2 MB of what it made.
-ALIKE = 32
 # Options of attention that are honoured, and others that change nothing.
 TAKEN = frozenset(
     {
@@ -208,14 +205,16 @@ def row(examples: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def filled_up(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns inputs of `row` with an example more, of no meaning, whose tokens make them a multiple of `ALIKE`.
+    """Returns inputs of `row` with an example more, of no meaning, where `backend.alike` wants more tokens.
 
-    Those of other rows, and whatever is not computed on a processor in 16 bits, it returns as they are.
+    Inputs of other rows it returns as they are.
     """
-    ends, missing = inputs["attention_mask"], -inputs["input_ids"].shape[1] % ALIKE
-    if ends.ndim != 4 or not missing or model.device.type != "cpu" or model.dtype.itemsize != 2:
+    ends, tokens = inputs["attention_mask"], inputs["input_ids"].shape[1]
+    missing = backend.alike(tokens, torch.empty(0, dtype=model.dtype, device=model.device)) - tokens
+    if ends.ndim != 4 or not missing:
         return inputs
     return {
+        **inputs,
         **{name: pad(inputs[name], (0, missing)) for name in ("input_ids", "position_ids")},
         "attention_mask": torch.cat([ends, ends[..., -1:] + missing], dim=-1),
     }

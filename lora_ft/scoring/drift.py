@@ -83,11 +83,12 @@ def passages(tokenizer: Any, max_length: int) -> list[Features]:
 def _of_row(base_NV: torch.Tensor, adapter_NV: torch.Tensor, targets_N: torch.Tensor) -> list[float]:
     """Returns the base's and the adapter's negative log-likelihood, KL(base || adapter) and positions, each summed.
 
-    KL is the sum of p * (q/p - 1 - log q/p), each term of which is positive: p * log p/q has both signs, and of two
+    KL is the sum of p * (q/p - 1 - log q/p), no term of which is negative: p * log p/q has both signs, and of two
     like distributions over 100,000 words their sum in float32 would be wrong by more than it is.
     """
     logp_NV, logq_NV = (torch.log_softmax(logits_NV.float(), dim=1) for logits_NV in (base_NV, adapter_NV))
     nll = [-logs_NV.gather(1, targets_N[:, None]).double().sum() for logs_NV in (logp_NV, logq_NV)]
-    ratio_NV = logq_NV.sub_(logp_NV)
+    # Of a word that the adapter says 10^34 times as often as the base float32 could not hold the ratio.
+    ratio_NV = logq_NV.sub_(logp_NV).clamp_(max=80)
     kl_N = torch.expm1(ratio_NV).sub_(ratio_NV).mul_(logp_NV.exp_()).sum(dim=1)
     return [*torch.stack([*nll, kl_N.double().sum()]).tolist(), float(len(targets_N))]
