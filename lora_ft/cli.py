@@ -45,7 +45,7 @@ from lora_ft.system import locks, processes
 from lora_ft.system.terminal import ask, quiet, say, table
 
 MadeRows = Callable[[], tuple[Sequence[Any], Sequence[Any]]]
-"""Returns rows to train on and rows held out (`formats.Example`)."""
+"""Returns rows to train on and rows held out (`examples.Example`)."""
 
 
 def quickstart(config: QuickstartConfig) -> None:

@@ -22,6 +22,7 @@ from lora_ft import base as bases
 from lora_ft.commands.options import CombineConfig
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
+from lora_ft.data.examples import Example
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.adapter import MAX_RANK
@@ -282,7 +283,7 @@ class _Measured:
     """The losses and replies of each part on its own rows, of the base, the part alone and the combined adapter."""
 
     def __init__(
-        self, loaded: Loaded, parts: Sequence[Part], examples: Sequence[list[formats.Example]], names: Sequence[str]
+        self, loaded: Loaded, parts: Sequence[Part], examples: Sequence[list[Example]], names: Sequence[str]
     ) -> None:
         self.model, self.task, self.parts, self.names = loaded.model, loaded.task, parts, names
         self.examples = examples

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Example
 from lora_ft.generate import Sampling, generate
 from lora_ft.model import modes
 from lora_ft.scoring import class_metrics, drift, losses, metrics, retrieval

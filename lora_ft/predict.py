@@ -18,7 +18,7 @@ from lora_ft import base as bases
 from lora_ft import generate, saved, tasks
 from lora_ft.commands.options import PredictConfig
 from lora_ft.data import formats, questions
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Example
 from lora_ft.data.rows import Row
 from lora_ft.errors import ConfigError, DataError, LoraFtError
 from lora_ft.foreign.strictjson import bare

@@ -22,7 +22,7 @@ from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
 from lora_ft.data import pack
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Example
 from lora_ft.errors import AdapterError, ConfigError, DataError, Interrupted, OutOfMemoryError
 from lora_ft.foreign.strictjson import bare, shown
 from lora_ft.model import layers

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_ft.data import formats
+from lora_ft.data.examples import Chat, Pair, Text
 from lora_ft.sources import resolve
 
 BASE = "smollm2-135m"
@@ -32,13 +33,13 @@ IGNORE = -100
 
 def encode(tokenizer, row):
     """Returns token ids and labels of a row, whole: the answer and its end are trained, the prompt is not."""
-    if isinstance(row, formats.Text):
+    if isinstance(row, Text):
         ids, end = tokenizer(row.text)["input_ids"], [tokenizer.eos_token_id]
         ids += end if ids[-1:] != end else []
         return ids, [IGNORE, *ids[1:]]
-    if isinstance(row, formats.Pair):
+    if isinstance(row, Pair):
         messages, answer, tools = [{"role": "user", "content": row.prompt}], row.completion, None
-    elif isinstance(row, formats.Chat):
+    elif isinstance(row, Chat):
         *messages, last = row.messages
         answer, tools = last["content"], list(row.tools) or None
         if last["role"] != "assistant" or last.get("weight") == 0 or "tool_calls" in last:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lora_ft.cli import run_recipe
 from lora_ft.config import DataConfig, LoraConfig, Quant, ReasonConfig, RunConfig, TaskName, TrainConfig
-from lora_ft.data.formats import Problem
+from lora_ft.data.problems import Problem
 
 OPERANDS = range(1, 16)
 # Pairs, each of them two rows.

@@ -22,7 +22,7 @@ from sklearn import metrics as sklearn
 from lora_ft import base, evaluate, merge, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data import labels as known
-from lora_ft.data.formats import Labelled
+from lora_ft.data.examples import Labelled
 from lora_ft.errors import DataError
 from lora_ft.model import modes
 from lora_ft.proof import replies

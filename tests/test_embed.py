@@ -22,7 +22,7 @@ from lora_ft import adapters, base, combine, config, merge, saved, seal, tasks, 
 from lora_ft.cli import main
 from lora_ft.commands.options import CombineConfig
 from lora_ft.data import formats, vectors
-from lora_ft.data.formats import Labelled, Match, Pair, Scored, Text
+from lora_ft.data.examples import Labelled, Match, Pair, Scored, Text
 from lora_ft.errors import AdapterError, DataError, SourceError, UnsupportedModelError
 from lora_ft.model import modes
 from lora_ft.scoring import losses, retrieval

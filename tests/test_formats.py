@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lora_ft.data import files
-from lora_ft.data.formats import MAX_PROBLEMS, Chat, Example, Labelled, Pair, Text, read, stream
+from lora_ft.data.examples import Chat, Example, Labelled, Pair, Text
+from lora_ft.data.formats import MAX_PROBLEMS, read, stream
 from lora_ft.data.rows import MAX_ROW_BYTES
 from lora_ft.errors import DataError
 from lora_ft.foreign import strictjson

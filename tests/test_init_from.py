@@ -19,7 +19,7 @@ from lora_ft import memory, runs, saved, tasks
 from lora_ft.cli import main
 from lora_ft.commands.options import PlanConfig
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
-from lora_ft.data.formats import Example, Labelled, Pair
+from lora_ft.data.examples import Example, Labelled, Pair
 from lora_ft.errors import AdapterError, ConfigError, DataError
 from lora_ft.model import modes
 from lora_ft.proof import environment

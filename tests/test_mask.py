@@ -8,7 +8,7 @@ import pytest
 from tokenizers import processors
 
 from lora_ft.data import mask, render
-from lora_ft.data.formats import Chat
+from lora_ft.data.examples import Chat
 from lora_ft.data.mask import IGNORE, NoWayError, Rendered, Talk, prefix_spans, sentinel_spans, tag_spans
 from lora_ft.data.render import ChatRenderer, marked
 from lora_ft.data.template import BOS_REPEATED, NO_BOS, PROBE, RefusedError, Template

@@ -5,7 +5,7 @@ import re
 from datetime import date
 
 from lora_ft.data import meetings
-from lora_ft.data.formats import Chat
+from lora_ft.data.examples import Chat
 
 
 def parts(row: Chat) -> tuple[str, dict]:

@@ -97,7 +97,7 @@ def test_bleu_and_chrf_are_those_of_sacrebleu(name: str) -> None:
 
 @pytest.mark.parametrize(("task", "architecture"), [("seq2seq", "t5"), ("complete", "llama")])
 def test_replies_of_a_run_are_measured_as_the_packages_do(tmp_path: Path, task: str, architecture: str) -> None:
-    from lora_ft.data.formats import Pair
+    from lora_ft.data.examples import Pair
 
     run = tiny.run(tmp_path / "adapter", tiny.model_folder(tmp_path / "base", architecture), task=task, quant="none")
     run.task.prepare(run.base.tokenizer, 64)

@@ -19,6 +19,8 @@ from lora_ft import adapters, base, evaluate, runs, tasks, train
 from lora_ft.cli import main
 from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
+from lora_ft.data.examples import Pair
+from lora_ft.data.preferences import Judged, Preference
 from lora_ft.errors import ConfigError, DataError, LoraFtError, UnsupportedModelError
 from lora_ft.model import modes
 from lora_ft.scoring import losses, preference
@@ -128,7 +130,7 @@ SHORT = {
 @pytest.mark.parametrize("name", sorted(PAIRS | SHORT))
 def test_every_way_to_write_a_pair(tmp_path: Path, name: str) -> None:
     (row,) = formats.read(str(file_of(tmp_path, (PAIRS | SHORT)[name])))
-    assert isinstance(row, formats.Preference)
+    assert isinstance(row, Preference)
     prompt = (user("w1"), says("w2") | {"weight": 0}, user("w3")) if name in PAIRS else (user("w3"),)
     assert (row.prompt, row.chosen, row.rejected) == (prompt, (says(BETTER),), (says(WORSE),))
 
@@ -144,12 +146,12 @@ JUDGED = {
 @pytest.mark.parametrize("name", sorted(JUDGED))
 def test_every_way_to_judge_a_reply(tmp_path: Path, name: str) -> None:
     (row,) = formats.read(str(file_of(tmp_path, JUDGED[name])))
-    assert row == formats.Judged("rows.jsonl:1", (user("w3"),), (says(BETTER),), False)
+    assert row == Judged("rows.jsonl:1", (user("w3"),), (says(BETTER),), False)
 
 
 def test_a_label_that_is_no_verdict_leaves_a_row_what_it_was(tmp_path: Path) -> None:
     (row,) = formats.read(str(file_of(tmp_path, {"prompt": "a", "completion": "b", "label": 3})))
-    assert isinstance(row, formats.Pair)
+    assert isinstance(row, Pair)
 
 
 PROMPT = SHORT["prompt"]
@@ -243,7 +245,7 @@ def test_finding_another_prompt_takes_a_look_at_each_row_and_no_more() -> None:
     task = tasks.get("prefer")
     task.configure(PreferConfig(loss="kto"))
     prompts = [*["w1"] * 500, "w2", *["w1"] * 499]
-    made = [formats.Judged(f"a:{n}", Prompt([user(p)]), (says("w3"),), True) for n, p in enumerate(prompts)]
+    made = [Judged(f"a:{n}", Prompt([user(p)]), (says("w3"),), True) for n, p in enumerate(prompts)]
     task.see(made)
     others = [task._others[row.where] for row in made]  # type: ignore[attr-defined]
     assert [made.index(other) for other in others] == [*[500] * 500, 501, *[500] * 499]

@@ -10,7 +10,7 @@ import pytest
 from lora_ft import cli
 from lora_ft.commands.prepare import Prepared, prepare
 from lora_ft.data import findings, formats
-from lora_ft.data.formats import Chat, Pair, Text
+from lora_ft.data.examples import Chat, Pair, Text
 from lora_ft.errors import DataError
 from tests import tiny_server
 

@@ -17,7 +17,8 @@ from lora_ft.cli import main
 from lora_ft.commands.options import EvaluateConfig
 from lora_ft.config import DataConfig, LoraConfig, ReasonConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
-from lora_ft.data.formats import Chat, Pair, Problem, Text
+from lora_ft.data.examples import Chat, Pair, Text
+from lora_ft.data.problems import Problem
 from lora_ft.errors import ConfigError, DataError, OutOfMemoryError, ProofError, SourceError
 from lora_ft.memory import planned
 from lora_ft.model.modes import unwrapped

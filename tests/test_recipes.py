@@ -23,7 +23,7 @@ import transformers
 from safetensors.torch import load_file
 
 from lora_ft import cli, config, saved, sources, tasks, train
-from lora_ft.data.formats import Labelled
+from lora_ft.data.examples import Labelled
 from lora_ft.model import changes, miniature
 from lora_ft.settings import from_yaml
 from lora_ft.training import rows as of_runs

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_ft.data import template as template_module
-from lora_ft.data.formats import Chat, Pair, Text
+from lora_ft.data.examples import Chat, Pair, Text
 from lora_ft.data.render import (
     IGNORE,
     ChatRenderer,

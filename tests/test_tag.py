@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from lora_ft import evaluate, saved, seal, tasks
 from lora_ft.cli import main
 from lora_ft.data import formats
-from lora_ft.data.formats import Tagged, Text
+from lora_ft.data.examples import Tagged, Text
 from lora_ft.data.tagged import WORD, places_of
 from lora_ft.errors import DataError, UnsupportedModelError
 from lora_ft.scoring import metrics

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from lora_ft import tasks
-from lora_ft.data.formats import Chat, Example, Labelled, Pair, Tagged, Text
+from lora_ft.data.examples import Chat, Example, Labelled, Pair, Tagged, Text
 from lora_ft.data.render import ChatRenderer
 from lora_ft.data.template import BOS_REPEATED
 from lora_ft.errors import DataError, MaskError, UnsupportedModelError

@@ -18,7 +18,7 @@ from rich.table import Table
 from lora_ft import evaluate, runs, seal, tasks, train
 from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import meetings
-from lora_ft.data.formats import Chat
+from lora_ft.data.examples import Chat
 from lora_ft.errors import ConfigError, Interrupted
 from lora_ft.merge import REPORT, merge
 from lora_ft.model import modes

@@ -20,12 +20,13 @@ def check(config: DataCheckConfig) -> None:
     from lora_ft import sources, tasks
     from lora_ft.base import load_tokenizer, longest_row
     from lora_ft.data import formats
+    from lora_ft.data.preferences import Judged
     from lora_ft.data.render import Rendered, coloured
     from lora_ft.data.show import TRAINED_STYLE
 
     examples = formats.read(config.file, config.columns)
     task = tasks.get(config.task)
-    if config.task == "prefer" and isinstance(examples[0], formats.Judged):
+    if config.task == "prefer" and isinstance(examples[0], Judged):
         task.configure(PreferConfig(loss="kto"))
     if config.task == "reason":
         # A row is its prompt here, whatever room a reply has; its answer is checked by a run, which names the reward.

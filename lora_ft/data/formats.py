@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_ft.data.chats import OPENAI, SHAREGPT, conversation, toolbox
+from lora_ft.data.examples import Chat, Example, Label, Labelled, Match, Pair, Scored, Tagged, Text
 from lora_ft.data.faults import MISSING, Faults, found, listed
 from lora_ft.data.files import rows
 from lora_ft.data.preferences import (
-    Judged,
-    Preference,
     has_verdict,
     judged_conversation,
     judged_reply,
@@ -33,86 +32,10 @@ from lora_ft.data.tagged import of_spans, places_of, sentence
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import bare
 
-Label = str | tuple[str, ...] | float
-
 # A number as people write it; Python reads more, such as 1_000 and nan.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # A report of more problems than this is of no use, and a broken file can have millions.
 MAX_PROBLEMS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation in OpenAI's form: `role`, `content`, and where present `weight`, `tool_calls`, `tool_call_id`."""
-
-    where: str
-    """Place of the row for messages, such as `train.jsonl:17`."""
-    messages: tuple[dict[str, Any], ...]
-    tools: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt and the text that should follow it (prompt/completion, question/answer, Alpaca, source/target)."""
-
-    where: str
-    prompt: str
-    completion: str
-    """Empty where it is asked for, as `label` is; `tags` are none then."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Plain text, all of it to be learned."""
-
-    where: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A text, or a pair of texts, and its class, its classes, or a number to predict."""
-
-    where: str
-    text: str
-    label: Label
-    text_pair: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tagged:
-    """Words, and what each is: `O`, `B-TYPE` or `I-TYPE`."""
-
-    where: str
-    words: tuple[str, ...]
-    tags: tuple[str, ...]
-    text: str | None = None
-    """What the words stand in, where they were not given one by one."""
-    places: tuple[tuple[int, int], ...] = ()
-    """Where each word begins and ends in the text, in characters."""
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A text, one that belongs to it, and where there is one a third that does not."""
-
-    where: str
-    anchor: str
-    positive: str
-    negative: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Two texts, and how alike they are."""
-
-    where: str
-    text: str
-    text_pair: str
-    score: float
-
-
-Example = Chat | Pair | Text | Labelled | Tagged | Match | Scored | Preference | Judged | Problem
 
 
 def read(source: str, columns: Mapping[str, str] | None = None) -> list[Example]:

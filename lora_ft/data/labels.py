@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
-from lora_ft.data.formats import NUMBER, Label, Labelled
+from lora_ft.data.examples import Label, Labelled
+from lora_ft.data.formats import NUMBER
 from lora_ft.errors import DataError
 from lora_ft.foreign.strictjson import shown
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any, Literal
 
-from lora_ft.data.formats import Chat
+from lora_ft.data.examples import Chat
 
 Split = Literal["train", "held_out"]
 

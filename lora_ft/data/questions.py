@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lora_ft.data.chats import OPENAI, SHAREGPT, Dialect, conversation, toolbox
+from lora_ft.data.examples import Chat, Example, Labelled, Pair, Tagged, Text
 from lora_ft.data.faults import found
-from lora_ft.data.formats import Chat, Example, Fields, Format, Labelled, Pair, Tagged, Text, after, alpaca, with_rows
+from lora_ft.data.formats import Fields, Format, after, alpaca, with_rows
 from lora_ft.data.problems import of_prompt
 from lora_ft.data.rows import Row
 from lora_ft.errors import DataError

@@ -18,7 +18,7 @@ from itertools import zip_longest
 from textwrap import indent
 from typing import Any
 
-from lora_ft.data.formats import Chat, Pair, Text
+from lora_ft.data.examples import Chat, Pair, Text
 from lora_ft.data.mask import IGNORE, Rendered, Talk, breach, cut_off, derive, labels_of, wrong_bos
 from lora_ft.data.show import coloured, marked, marked_tokens
 from lora_ft.data.template import PROBE, Message, RefusedError, Template

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import (
 from lora_ft import adapters, sources, tasks
 from lora_ft import base as bases
 from lora_ft.config import BaseCache, RunConfig
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Example
 from lora_ft.errors import ConfigError, UnsupportedModelError
 from lora_ft.foreign.reading import first_line
 from lora_ft.memory import outline

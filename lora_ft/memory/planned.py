@@ -14,7 +14,7 @@ from typing import Any
 from lora_ft import memory, sources, tasks
 from lora_ft import report as reports
 from lora_ft.config import RunConfig
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Example
 from lora_ft.errors import LoraFtError
 from lora_ft.pages import summary
 from lora_ft.proof import recorded

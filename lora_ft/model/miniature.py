@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from lora_ft import base as bases
 from lora_ft import sources
 from lora_ft.config import RunConfig
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Example
 from lora_ft.sources import Source
 from lora_ft.system import atomicio
 from lora_ft.tasks import Task

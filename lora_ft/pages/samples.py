@@ -9,8 +9,9 @@ from typing import Any
 from lora_ft import base as bases
 from lora_ft import evaluate
 from lora_ft.base import Base
-from lora_ft.data import formats
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Chat, Example, Pair
+from lora_ft.data.preferences import Preference
+from lora_ft.data.problems import Problem
 from lora_ft.errors import DataError
 from lora_ft.model import modes
 from lora_ft.tasks import Task
@@ -51,10 +52,10 @@ def _answerable(task: Task, base: Base, examples: Sequence[Example]) -> Iterator
 
 def _asked(example: Example) -> str:
     """Returns what the user said last, for people to read."""
-    if isinstance(example, formats.Chat | formats.Preference):
-        asked = example.messages[:-1] if isinstance(example, formats.Chat) else example.prompt
+    if isinstance(example, Chat | Preference):
+        asked = example.messages[:-1] if isinstance(example, Chat) else example.prompt
         said = [message["content"] for message in asked if message["role"] == "user"]
         return str(said[-1]) if said else ""
-    if isinstance(example, formats.Problem):
+    if isinstance(example, Problem):
         return example.prompt if isinstance(example.prompt, str) else str(example.prompt[-1]["content"])
-    return example.prompt if isinstance(example, formats.Pair) else ""
+    return example.prompt if isinstance(example, Pair) else ""

@@ -23,7 +23,7 @@ from lora_ft import adapters, generate, sources, tasks, train
 from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import COMPUTED, RunConfig
-from lora_ft.data.formats import Example
+from lora_ft.data.examples import Example
 from lora_ft.data.mask import IGNORE
 from lora_ft.errors import ConfigError, DataError, ProofError
 from lora_ft.model import attention, miniature

@@ -18,7 +18,8 @@ from lora_ft import base as bases
 from lora_ft import sources, tasks
 from lora_ft.config import DataConfig, LoraConfig, PreferConfig, RunConfig, TrainConfig
 from lora_ft.data import formats, pack
-from lora_ft.data.formats import Chat, Example, Pair, Preference, Text
+from lora_ft.data.examples import Chat, Example, Pair, Text
+from lora_ft.data.preferences import Preference
 from lora_ft.errors import AdapterError, DataError, LoraFtError, UnsupportedModelError
 from lora_ft.proof import recorded
 from lora_ft.serve import hyperparameters

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from lora_ft.config import RunConfig
-from lora_ft.data.formats import Example, Format
+from lora_ft.data.examples import Example
+from lora_ft.data.formats import Format
 from lora_ft.errors import DataError
 from lora_ft.scoring.rewards import Reward
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_ft.config import TOOL_CALLS
 from lora_ft.data import calls, meetings
-from lora_ft.data.formats import Chat as Conversation
-from lora_ft.data.formats import Example, Pair, Text
+from lora_ft.data.examples import Chat as Conversation
+from lora_ft.data.examples import Example, Pair, Text
 from lora_ft.data.questions import CONVERSATIONS
 from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import DataError, MaskError

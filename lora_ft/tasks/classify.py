@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from lora_ft.data import labels as known
-from lora_ft.data.formats import Example, Labelled, Text
+from lora_ft.data.examples import Example, Labelled, Text
 from lora_ft.data.labels import MULTI, REGRESSION, SINGLE, Problem
 from lora_ft.data.questions import TEXTS
 from lora_ft.errors import DataError, UnsupportedModelError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_ft.data.formats import Example, Pair, Text
+from lora_ft.data.examples import Example, Pair, Text
 from lora_ft.data.questions import PROMPTS
 from lora_ft.data.render import IGNORE, render_completion, render_prompt
 from lora_ft.errors import DataError

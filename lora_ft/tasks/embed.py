@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForMaskedLM
 from lora_ft.data import labels as known
 from lora_ft.data import questions
 from lora_ft.data import vectors as other_libraries
-from lora_ft.data.formats import Example, Labelled, Match, Pair, Scored, Text
+from lora_ft.data.examples import Example, Labelled, Match, Pair, Scored, Text
 from lora_ft.data.render import IGNORE
 from lora_ft.data.vectors import POOLINGS
 from lora_ft.errors import DataError

@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensor
 
 from lora_ft.config import PreferConfig
 from lora_ft.data import meetings
-from lora_ft.data.formats import Chat as Conversation
-from lora_ft.data.formats import Example, Judged, Preference
+from lora_ft.data.examples import Chat as Conversation
+from lora_ft.data.examples import Example
+from lora_ft.data.preferences import Judged, Preference
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError
 from lora_ft.model.head import Head, states

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_ft.config import ReasonConfig, RunConfig
-from lora_ft.data.formats import Chat as Conversation
-from lora_ft.data.formats import Example, Pair, Problem
+from lora_ft.data.examples import Chat as Conversation
+from lora_ft.data.examples import Example, Pair
+from lora_ft.data.problems import Problem
 from lora_ft.data.questions import PROBLEMS
 from lora_ft.data.render import IGNORE
 from lora_ft.data.tokens import adds_bos

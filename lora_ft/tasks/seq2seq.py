@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
 
-from lora_ft.data.formats import Example, Pair, Text
+from lora_ft.data.examples import Example, Pair, Text
 from lora_ft.data.questions import PROMPTS
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import DataError

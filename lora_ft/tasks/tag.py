@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoModelForTokenClassification
 
+from lora_ft.data.examples import Example, Tagged, Text
 from lora_ft.data.faults import listed
-from lora_ft.data.formats import Example, Tagged, Text
 from lora_ft.data.questions import WORDS as QUESTIONS
 from lora_ft.data.render import IGNORE
 from lora_ft.data.tagged import OUTSIDE, WORD, places_of

@@ -17,7 +17,7 @@ from lora_ft import base as bases
 from lora_ft import evaluate, sources, tasks
 from lora_ft.config import RunConfig
 from lora_ft.data import formats, labels
-from lora_ft.data.formats import Example, Labelled, Tagged
+from lora_ft.data.examples import Example, Labelled, Tagged
 from lora_ft.data.tagged import OUTSIDE
 from lora_ft.errors import ConfigError, DataError, LoraFtError
 from lora_ft.proof import environment

@@ -31,7 +31,7 @@ from typing import Any
 from lora_ft import base as bases
 from lora_ft import saved, sources
 from lora_ft.config import RunConfig
-from lora_ft.data.formats import Chat
+from lora_ft.data.examples import Chat
 from lora_ft.data.render import ChatRenderer
 from lora_ft.errors import LoraFtError
 from lora_ft.settings import from_yaml
