@@ -28,9 +28,12 @@ shape that is new to it, for 3 to 8 ms where SmolLM2-135M's products of 500 toke
 
 
 def alike(rows: int, like: torch.Tensor) -> int:
-    """Returns how many rows of such a tensor to multiply in the place of so many, which are another number often."""
-    on_gpu = is_triton(like)
-    return rows if on_gpu or product_dtype(like).itemsize != 2 else -(-rows // ALIKE) * ALIKE
+    """Returns how many rows to multiply in the place of so many, a number that changes from one product to the next.
+
+    On a CPU that multiplies the dtype of `like` in 16 bits it is the next multiple of `ALIKE`, elsewhere `rows`.
+    """
+    compiled = like.is_cpu and not is_triton(like) and product_dtype(like).itemsize == 2
+    return -(-rows // ALIKE) * ALIKE if compiled else rows
 
 
 _INSTRUCTIONS = {

@@ -205,7 +205,7 @@ def row(examples: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def filled_up(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns inputs of `row` with an example more, of no meaning, where `backend.alike` wants more tokens.
+    """Returns inputs of `row` [1, T] with an example more, of token 0, where `backend.alike` wants more than T tokens.
 
     Inputs of other rows it returns as they are.
     """
