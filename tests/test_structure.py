@@ -2,6 +2,7 @@
 
 import ast
 import os
+import resource
 import subprocess
 import sys
 import tomllib
@@ -101,6 +102,17 @@ def test_imports_go_one_way() -> None:
     assert room("data", "rows") == "data"
 
 
+NEEDED = "import tyro, typeguard, yaml, logging"
+
+
+def seconds(*words: str) -> float:
+    """Returns the processor time that Python takes with these arguments."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *words], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
 def test_help_is_quick_and_imports_nothing_heavy(words):
     command = [sys.executable, "-X", "importtime", "-m", "lora_ft.cli", *words]
@@ -108,13 +120,10 @@ def test_help_is_quick_and_imports_nothing_heavy(words):
     assert done.returncode == 0
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "transformers", "peft", "numpy", "bitsandbytes", "datasets"}
-    spent = []
-    for _ in range(5):  # processor time, and the best of five: other programs may hold the cores
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "lora_ft.cli", *words], capture_output=True)
-        after = os.times()
-        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(spent) < 0.5
+    # Processor time, in turns and the best of five, as others may hold the cores; and beside what the libraries take
+    # that it needs, as some machines are slower: on one where those take 0.18 s, this is half a second.
+    needed, spent = zip(*((seconds("-c", NEEDED), seconds("-m", "lora_ft.cli", *words)) for _ in range(5)), strict=True)
+    assert min(spent) < 2.8 * min(needed)
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
