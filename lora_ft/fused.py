@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_ft.model.four_bits import Dequantized
 from lora_ft.speed import tuning
-from lora_kernels import Frozen, Projection, lora_down, lora_linear, new_seed
+from lora_kernels import Frozen, lora_down, lora_linear, new_seed
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +74,14 @@ def implementation(device: torch.device) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Operands:
-    """What a layer multiplies by as it stands: the frozen weight and the one adapter that is active."""
+class Active:
+    """The one adapter that is active in a layer."""
 
-    projection: Projection
     a: torch.Tensor
     """[rank, K]."""
+    b: torch.Tensor
+    """[N, rank]."""
+    scaling: float
     dropout: float
     """0 in evaluation."""
 
@@ -107,55 +109,49 @@ class _Fused:
     unfit: str | None = None
     """What stood against the dtypes that the last forward pass met."""
 
-    def refusal(self) -> str | None:
-        """Returns why PEFT computes this layer as it stands, or None where the kernels do."""
+    def active(self) -> Active | str:
+        """Returns the adapter that the kernels compute this layer with as it stands, or why PEFT computes it."""
         if self.disable_adapters:
             return "the adapter is switched off"
         if self.merged:
             return "the adapter is merged"
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1:
-            return f"{len(active)} adapters are active"
-        name, base = active[0], self.base_layer
-        if name in self.lora_variant:
-            return f"the adapter is a {type(self.lora_variant[name]).__name__}"
-        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        lora_a, variants, base = self.lora_A, self.lora_variant, self.base_layer
+        names = [name for name in self.active_adapters if name in lora_a]
+        if len(names) != 1:
+            return f"{len(names)} adapters are active"
+        name = names[0]
+        if name in variants:
+            return f"the adapter is a {type(variants[name]).__name__}"
+        a, b, dropout = lora_a[name], self.lora_B[name], self.lora_dropout[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
             return f"the adapter is made of {type(a).__name__}, {type(b).__name__} and {type(dropout).__name__}"
         if b.bias is not None:
             return "the adapter has a bias"
         if is_watched(base) or is_watched(a) or is_watched(b) or is_watched(dropout):
             return "a hook watches a part of the layer"
-        return refusal_of_device(a.weight.device) or self._refusal_of_base(base)
+        weight = a.weight
+        against = refusal_of_device(weight.device) or self._refusal_of_base(base)
+        if against is not None:
+            return against
+        dropped = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return Active(weight, b.weight, self.scaling[name], dropped)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Returns what PEFT's `forward` does, in the same dtype; other arguments than `x` are for PEFT alone."""
-        if args or kwargs or self.refusal() is not None:
+        active = self.active()
+        if args or kwargs or isinstance(active, str):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        name, a, b, dropout = self.active()
-        dtype = self._common_dtype(x, a, b)
-        if dtype is None or x.shape[-1] != a.shape[1] or not x.numel():
+        dtype = self.product_dtype(x, active)
+        if dtype is None or x.shape[-1] != active.a.shape[1] or not x.numel():
             return super().forward(x)  # type: ignore[misc]
-        options = {"scaling": self.scaling[name], "dropout": dropout, "seed": draw_seed(x, dropout)}
-        return self._compute(x, dtype, a, b, **options)
+        return self.compute(x, dtype, active)
 
-    def active(self) -> tuple[str, torch.Tensor, torch.Tensor, float]:
-        """Returns the name of the active adapter, its A and B, and what share of its input it drops now."""
-        name = next(name for name in self.active_adapters if name in self.lora_A)
-        dropout = self.lora_dropout[name]
-        p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        return name, self.lora_A[name].weight, self.lora_B[name].weight, p
-
-    def product_dtype(self, x: torch.Tensor) -> torch.dtype | None:
+    def product_dtype(self, x: torch.Tensor, active: Active) -> torch.dtype | None:
         """Returns the one dtype in which PEFT would multiply a tensor of the dtype and device of `x`.
 
         None where there is none, which is said once, or where PEFT would raise.
         """
-        _, a, b, _ = self.active()
-        return self._common_dtype(x, a, b)
-
-    def _common_dtype(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.dtype | None:
-        autocast = _autocast(x.device)
+        a, b, autocast = active.a, active.b, _autocast(x.device)
         base, adapter = self._dtype_of_base(x, autocast), autocast or a.dtype
         if base is None or not x.device == a.device == self.base_layer.weight.device:
             return None  # PEFT raises what is to be raised
@@ -175,9 +171,8 @@ class _Fused:
         """Returns the dtype in which PEFT would multiply `x` by the frozen weight, or None where it would raise."""
         raise NotImplementedError
 
-    def _compute(
-        self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, dtype: torch.dtype, active: Active) -> torch.Tensor:
+        """Returns what `forward` does, given what `active` and `product_dtype` have found."""
         raise NotImplementedError
 
 
@@ -202,18 +197,13 @@ class Linear(_Fused, lora.Linear):
     def _dtype_of_base(self, x: torch.Tensor, autocast: torch.dtype | None) -> torch.dtype | None:
         return autocast or (x.dtype if x.dtype == self.base_layer.weight.dtype else None)
 
-    def operands(self) -> Operands:
-        """Returns what the layer multiplies by; there has to be no `refusal`."""
-        return _operands(self, self._frozen())
-
-    def _frozen(self) -> Frozen:
+    def frozen(self) -> Frozen:
+        """Returns the weight [N, K]."""
         weight = self.base_layer.weight
         return Frozen.of(weight.t() if self.transposed else weight)
 
-    def _compute(
-        self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        return lora_linear(x.to(dtype), self._frozen(), self.base_layer.bias, a, b, **options)
+    def compute(self, x: torch.Tensor, dtype: torch.dtype, active: Active) -> torch.Tensor:
+        return _product(self, x.to(dtype), active)
 
 
 class TransposedLinear(Linear):
@@ -245,17 +235,12 @@ class Linear4bit(_Fused, lora.Linear4bit):
     def _dtype_of_base(self, x: torch.Tensor, autocast: torch.dtype | None) -> torch.dtype:
         return self.base_layer.compute_dtype or x.dtype
 
-    def operands(self) -> Operands:
-        """Returns what the layer multiplies by; there has to be no `refusal`."""
-        return _operands(self, self._frozen())
-
-    def _frozen(self) -> Frozen:
+    def frozen(self) -> Frozen:
+        """Returns the weight [N, K]."""
         return Frozen.of(self.base_layer.weight, _quant_state(self.base_layer))
 
-    def _compute(
-        self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        return lora_linear(x.to(dtype), self._frozen(), self.base_layer.bias, a, b, **options).to(x.dtype)
+    def compute(self, x: torch.Tensor, dtype: torch.dtype, active: Active) -> torch.Tensor:
+        return _product(self, x.to(dtype), active).to(x.dtype)
 
 
 class Linear8bitLt(_Fused, lora.Linear8bitLt):
@@ -269,27 +254,27 @@ class Linear8bitLt(_Fused, lora.Linear8bitLt):
     def _dtype_of_base(self, x: torch.Tensor, autocast: torch.dtype | None) -> torch.dtype:
         return autocast or x.dtype
 
-    def _compute(
-        self, x: torch.Tensor, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        scaling = options.pop("scaling")
-        y = self.base_layer(x)
-        xa_MR = lora_down(x.to(dtype), a, **options).reshape(-1, len(a))
+    def compute(self, x: torch.Tensor, dtype: torch.dtype, active: Active) -> torch.Tensor:
+        y, b = self.base_layer(x), active.b
+        xa = lora_down(x.to(dtype), active.a, dropout=active.dropout, seed=draw_seed(x, active.dropout))
+        xa_MR = xa.reshape(-1, b.shape[1])
         # Under autocast `y` may be of the wider dtype of `x`, and is not to be narrowed.
         with torch.autocast(x.device.type, enabled=False) if _autocast(x.device) else nullcontext():
-            y_MN = torch.addmm(y.reshape(-1, len(b)), xa_MR.to(y.dtype), b.to(y.dtype).t(), alpha=scaling)
+            y_MN = torch.addmm(y.reshape(-1, len(b)), xa_MR.to(y.dtype), b.to(y.dtype).t(), alpha=active.scaling)
         return y_MN.view(y.shape)
 
 
-def _operands(layer: Linear | Linear4bit, weight: Frozen) -> Operands:
-    name, a, b, dropout = layer.active()
-    return Operands(Projection(weight, layer.base_layer.bias, b, layer.scaling[name]), a, dropout)
+def _product(layer: Linear | Linear4bit, x: torch.Tensor, active: Active) -> torch.Tensor:
+    seed = draw_seed(x, active.dropout)
+    weight, bias = layer.frozen(), layer.base_layer.bias
+    return lora_linear(x, weight, bias, active.a, active.b, scaling=active.scaling, dropout=active.dropout, seed=seed)
 
 
 def _path(layer: Any) -> str:
     if not isinstance(layer, _Fused):
         return f"through PEFT, there is no kernel for {type(layer.get_base_layer()).__name__}"
-    against = layer.refusal() or layer.unfit
+    active = layer.active()
+    against = active if isinstance(active, str) else layer.unfit
     return f"through PEFT, {against}" if against else layer.path
 
 

@@ -21,12 +21,6 @@ from tests import tiny
 from tests.kernel_ops.accuracy import error
 from tests.test_fused import on_base, plainly
 
-
-@pytest.fixture(autouse=True)
-def _whole_on_a_processor(monkeypatch):
-    monkeypatch.setattr(blocks, "ON_CPU", True)
-
-
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
@@ -68,20 +62,21 @@ def is_whole(model: nn.Module) -> bool:
     return set(blocks.paths(model)) == {"whole"}
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch(seed: int = 2) -> dict[str, torch.Tensor]:
     """Rows of unlike length, padded."""
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     mask = torch.ones(3, 9, dtype=torch.long)
     mask[1, 6:] = 0
     return {"input_ids": torch.randint(6, tiny.VOCAB, (3, 9)), "attention_mask": mask}
 
 
-def results(model: nn.Module, **more) -> dict[str, torch.Tensor]:
-    """Returns the logits and the gradients of all that is trained, by name."""
+def results(model: nn.Module, seed: int = 2) -> dict[str, torch.Tensor]:
+    """Returns the logits of a batch and the gradients of all that is trained, by name."""
     model.zero_grad()
+    given = batch(seed)
     torch.manual_seed(3)
     with modes.mixed_precision(model):
-        logits = model(**batch(), **more).logits
+        logits = model(**given).logits
     logits.float().log_softmax(-1)[..., 7].sum().backward()
     return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -108,12 +103,15 @@ def test_results_and_gradients_are_those_of_parts_and_of_peft(folders, family, q
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_in_parts(folders, family):
-    exact = results(adapted(folders[family], "none", "float32").eval())
+    exact = adapted(folders[family], "none", "float32").eval()
     model = adapted(folders[family], "none", "bfloat16").eval()
     assert is_whole(model)
-    found, wanted = results(model), results(in_parts(model))
-    off, allowed = ([error(one[name], exact[name]) for name in exact] for one in (found, wanted))
-    assert sum(off) <= 1.1 * sum(allowed)
+    apart, off = in_parts(model), {"whole": 0.0, "in parts": 0.0}
+    for seed in range(6):  # one batch alone has them apart by chance: by 0.7 to 1.3 times
+        wanted = results(exact, seed)
+        for way, one in (("whole", model), ("in parts", apart)):
+            off[way] += sum(error(value, wanted[name]) for name, value in results(one, seed).items())
+    assert off["whole"] <= 1.1 * off["in parts"]
 
 
 @pytest.mark.parametrize("settings", [{"rank": 1}, {"rank": 20}, {"rslora": True}, {"rank_pattern": {"k_proj": 7}}])
@@ -302,9 +300,10 @@ def test_an_input_that_does_not_fit_is_computed_in_parts_and_said_once(folders, 
             assert is_whole(model)
             (layer,) = layers(model)[:1]
             x, angles = torch.randn(1, 4, 64), torch.randn(2, 1, 4, 16).bfloat16()
-            assert layer._misfit(x, angles) == "the input is float32 and a norm bfloat16"
-            assert layer._misfit(x.bfloat16(), angles[..., :8]) == "heads are not rotated as a whole"
-            assert layer._misfit(x.bfloat16(), None) == "there are no rows, or no rotation of them"
+            adapters = layer.active()
+            assert layer._misfit(x, angles, adapters) == "the input is float32 and a norm bfloat16"
+            assert layer._misfit(x.bfloat16(), angles[..., :8], adapters) == "heads are not rotated as a whole"
+            assert layer._misfit(x.bfloat16(), None, adapters) == "there are no rows, or no rotation of them"
             assert layer(x, position_embeddings=tuple(angles)).dtype == torch.float32
 
 
@@ -394,7 +393,7 @@ def test_the_way_that_training_takes_is_probed_too(folders, wrong, monkeypatch):
 
 
 def packed_weight(model: nn.Module) -> lora_kernels.Frozen:
-    return layers(model)[0].self_attn.q_proj.operands().projection.weight
+    return layers(model)[0].self_attn.q_proj.frozen()
 
 
 def test_another_activation_is_refused(folders):
@@ -447,16 +446,20 @@ def test_where_a_device_is_computed_whole_is_said_and_decided_in_one_place(folde
     monkeypatch.setattr(doctor, "_hub_answers", lambda: "answers")
     assert doctor.examine()["decoder_layers"] == "whole, where proven: llama, mistral, qwen2, qwen3"
     model = adapted(folders["llama"])
-    monkeypatch.setattr(blocks, "_refusal_of_device", lambda device: "a test says so")
+    monkeypatch.setattr(fused, "refusal_of_device", lambda device: "a test says so")
     assert doctor.examine()["decoder_layers"] == "a part at a time: a test says so"
-    assert set(blocks.paths(model)) == {"a part at a time, a test says so"}
+    assert set(blocks.paths(model)) == {"a part at a time, q_proj: a test says so"}
 
 
-def test_the_norm_makes_the_image_and_x_is_read_once(folders, monkeypatch):
-    """In evaluation no narrow product is made but those of the output projection."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_each_input_is_read_once_for_all_adapters_and_by_the_kernels_of_a_gpu_not_again(folders, monkeypatch):
+    """Those make the image of an input with it; on a CPU that of the activation alone is, whose memory it spares."""
     model, calls = adapted(folders["llama"]).eval(), []
-    monkeypatch.setattr(
-        lora_kernels.lora, "down", lambda *args, down=lora_kernels.lora.down: calls.append(1) or down(*args)
-    )
+    down = lora_kernels.lora.down
+    monkeypatch.setattr(lora_kernels.lora, "down", lambda *args: calls.append(1) or down(*args))
     model(**batch())
+    assert len(calls) == 3 * len(layers(model))
+    calls.clear()
+    with backend.triton_anywhere(), torch.no_grad():
+        model(**batch())
     assert len(calls) == len(layers(model))

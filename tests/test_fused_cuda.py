@@ -12,12 +12,6 @@ from lora_kernels import dispatch, group, lora
 from tests import fake_gpu, tiny
 from tests.test_fused import on_base
 
-
-@pytest.fixture(autouse=True)
-def _whole_on_a_processor(monkeypatch):
-    monkeypatch.setattr(blocks, "ON_CPU", True)
-
-
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves run")
 
 

@@ -15,7 +15,6 @@ from lora_ft.config import DataConfig, LoraConfig, RunConfig, TrainConfig
 from lora_ft.data import formats
 from lora_ft.errors import ConfigError, UnsupportedModelError
 from lora_ft.memory import ledger
-from lora_ft.model import blocks
 from lora_ft.system import devices
 from lora_kernels import operators, slabs
 from tests import tiny
@@ -269,7 +268,7 @@ def test_every_kind_is_planned_for_every_device(tmp_path, task, architecture, qu
     stored = sum(tensor.nbytes for tensor in load_file(Path(folder) / "model.safetensors").values())
     of_float32 = {"nf4": 0.9, "int8": 0.9, "none": 1.01}[quant] * (1 if device == "cpu" else 0.55)
     assert plan.asked.bytes[memory.WEIGHTS] < of_float32 * stored + 2**16
-    assert (slabs.SLAB, blocks.ON_CPU) == (2**23, False)
+    assert slabs.SLAB == 2**23
 
 
 def test_the_longest_sources_and_targets_are_planned_for(tmp_path):

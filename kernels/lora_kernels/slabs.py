@@ -13,14 +13,14 @@ SLAB = 2**23
 """Bytes of weights in a slab: in the cache yet when they are multiplied, and in the heap. Above 32 MiB malloc maps
 memory anew each time: a 4096 x 4096 weight takes five times as long to unpack, as its pages are cleared."""
 
-BLOCK = 2**17
-"""Activations in a block of rows: half a MiB of float32, so that the few steps between what is read and what is written
-stay in the second level of the cache, and threads have enough to share."""
+BLOCK = 2**21
+"""Bytes of activations in a block of rows: the few steps between what is read and what is written stay in the second
+level of the cache, and threads have enough to share."""
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+def row_blocks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[slice]:
     """Yields slices of so many rows, a block each."""
-    step = max(BLOCK // columns, 1)
+    step = max(BLOCK // (columns * dtype.itemsize), 1)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import backend
+from lora_kernels import backend, lora
 from lora_kernels.matmul import matmul_float32
 from lora_kernels.operators import Operator
 from lora_kernels.slabs import row_blocks
@@ -53,11 +53,10 @@ _swiglu_lora.register_fake(_empty_output)
 
 
 def _forward_on_cpu(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> None:
-    """Reads gate and up and writes h once: less than torch, which writes silu(gate) in between."""
     columns = gate_MN.shape[1]
     h_MN = h_MS[:, :columns]
-    for rows in row_blocks(*gate_MN.shape):
-        torch.mul(torch.nn.functional.silu(gate_MN[rows].float()), up_MN[rows], out=h_MN[rows])
+    for rows in row_blocks(*gate_MN.shape, gate_MN.dtype):
+        torch.mul(torch.nn.functional.silu(gate_MN[rows]), up_MN[rows], out=h_MN[rows])
     if a_RN is not None:
         dtype = backend.product_dtype(h_MN)
         h_MS[:, columns:] = backend.readable(h_MN.to(dtype)) @ a_RN.to(dtype).T
@@ -105,19 +104,20 @@ def _backward_on_cpu(
 
     Reads three matrices and writes two, once each; h is made again, used, and gone.
     """
-    columns = gate_MN.shape[1]
-    a_RN = None if a_RN is None else a_RN.float()
-    da_RN = None if a_RN is None else torch.zeros_like(a_RN)
-    for rows in row_blocks(*gate_MN.shape):
-        dh_BN, ds_BR = dh_MS[rows, :columns].float(), dh_MS[rows, columns:].float()
-        gate_BN, up_BN = gate_MN[rows].float(), up_MN[rows]
+    columns, dtype = gate_MN.shape[1], lora.product_dtype(dh_MS)
+    da_RN = None if a_RN is None else torch.zeros_like(a_RN, dtype=torch.float32)
+    a_RN = None if a_RN is None else a_RN.to(dtype)
+    for rows in row_blocks(*gate_MN.shape, gate_MN.dtype):
+        gate_BN, up_BN, dh_BN = gate_MN[rows], up_MN[rows], dh_MS[rows, :columns].to(dtype)
+        ds_BR = backend.readable(dh_MS[rows, columns:].to(dtype))
         if a_RN is not None:
             dh_BN = torch.addmm(dh_BN, ds_BR, a_RN)
         silu_BN = torch.nn.functional.silu(gate_BN)
         torch.mul(dh_BN, silu_BN, out=dup_MN[rows])
-        dgate_MN[rows] = torch.ops.aten.silu_backward(dh_BN * up_BN, gate_BN)
+        dsilu_BN = dh_BN * up_BN if a_RN is None else dh_BN.mul_(up_BN)
+        torch.ops.aten.silu_backward.grad_input(dsilu_BN.to(gate_BN.dtype), gate_BN, grad_input=dgate_MN[rows])
         if da_RN is not None:
-            da_RN.addmm_(ds_BR.t(), silu_BN.mul_(up_BN))
+            da_RN += torch.mm(ds_BR.t(), silu_BN.mul_(up_BN).to(dtype))
     return da_RN
 
 

@@ -156,8 +156,7 @@ class Planner:
         # The device that is planned for need not be the one that this is planned on.
         asked = config.train.base_cache
         self.cache: BaseCache = "off" if self.on_gpu and asked == "auto" else asked
-        if self.on_gpu:
-            blocks.presume(self.model)
+        blocks.presume(self.model)
         against = (
             attention.structural_refusal(self.model) if task.shares_rows else f"rows of the task {task.name} cannot"
         )
@@ -180,7 +179,7 @@ class Planner:
         return self._steps[key]
 
     def _measured(self, rows: int, accumulate: int, checkpointing: Checkpointing, cache: BaseCache) -> Step:
-        ledger = Ledger()
+        ledger = Ledger(self.on_gpu)
         batch = self._batch(rows)
         model: Any = self.model
         four_bits.choose_cache(model, cache)

@@ -44,11 +44,15 @@ def _of_attention_backward(do_HTD: Any, *rest: Any, out_val: Any) -> int:
     return _of_attention(*rest, out_val=out_val) * 5 // 2
 
 
-# What operators hold for a while, by their names. The others work on a few rows or scores at a time.
+# What operators hold for a while, by their names. The others work on a few scores at a time.
 _HOLD = dict.fromkeys(
     ("nf4_dequant", "lora_linear", "lora_linear_backward", "lora_group", "lora_group_backward"), WORKSPACE
 )
 _HOLD["linear_cross_entropy"] = LOGITS
+# On a GPU these work in registers, on a CPU on a block of rows at a time.
+_HOLD_ON_CPU = dict.fromkeys(
+    ("rms_norm_lora", "rms_norm_lora_backward", "swiglu_lora", "swiglu_lora_backward", "rope"), WORKSPACE
+)
 _FLOPS = {
     **flop_registry,
     # Torch counts products in place under the names of those that are not.
@@ -66,10 +70,14 @@ class Ledger(TorchDispatchMode):
     It goes inside a `FakeTensorMode`. Operators of `lora_kernels` that hold much for a while, dequantized weights and
     logits, run what they consist of, so that it is counted too. Tensors of numbers, such as token ids, are computed
     with and not counted.
+
+    Args:
+        on_gpu: whether the step is that of a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool) -> None:
         super().__init__()
+        self._hold = _HOLD if on_gpu else _HOLD | _HOLD_ON_CPU
         self.kind = ACTIVATIONS
         """What new storages are counted as."""
         self.held: Counter[str] = Counter()
@@ -132,7 +140,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         space, _, name = func._schema.name.partition("::")
-        if space == "lora_kernels" and name in _HOLD:
+        if space == "lora_kernels" and name in self._hold:
             return self._inside(name, args, kwargs)
         if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
             with unset_fake_temporarily():
@@ -147,7 +155,7 @@ class Ledger(TorchDispatchMode):
         return found
 
     def _inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self, self.counting(_HOLD[name]):
+        with self, self.counting(self._hold[name]):
             found = operators.bodies[name](*args, **kwargs)
         for tensor in tree_leaves(found):
             if isinstance(tensor, FakeTensor):

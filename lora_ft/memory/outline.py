@@ -18,7 +18,7 @@ from lora_ft import base as bases
 from lora_ft.base import Base
 from lora_ft.config import RunConfig
 from lora_ft.memory.ledger import Ledger
-from lora_ft.model import blocks, four_bits
+from lora_ft.model import four_bits
 from lora_ft.sources import Source
 from lora_ft.system.devices import Device
 from lora_ft.tasks import Task
@@ -147,10 +147,9 @@ def _with(value: Any, change: Any) -> Any:
 
 @contextmanager
 def weights_whole() -> Iterator[None]:
-    """Runs the block as a GPU does: a weight is dequantized whole, and decoder layers are computed whole."""
-    before = slabs.SLAB, blocks.ON_CPU
-    slabs.SLAB, blocks.ON_CPU = sys.maxsize, True
+    """Runs the block as a GPU does: a weight is dequantized whole."""
+    before, slabs.SLAB = slabs.SLAB, sys.maxsize
     try:
         yield
     finally:
-        slabs.SLAB, blocks.ON_CPU = before
+        slabs.SLAB = before

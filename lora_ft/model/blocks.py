@@ -17,7 +17,7 @@ import functools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_ft import fused
 from lora_ft.model.modes import mixed_precision
-from lora_kernels import backend, dispatch, lora_group, rms_norm_lora, rope, stacked, swiglu_lora
+from lora_kernels import Projection, backend, dispatch, lora_group, rms_norm_lora, rope, stacked, swiglu_lora
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,12 @@ PROBE_ROWS, PROBE_SIZE = 7, 0.1
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest difference that rounding makes of what a layer adds to its input: about four units in the last place for the
 ten or so roundings on the way, and for float32 the order of long sums."""
-ON_CPU = False
-"""Whether layers on a processor are computed whole. SmolLM2-135M trains at 244 tokens/s so and at 323 a part at a time
-with 240 tokens a step, at 355 and 419 with 950 (two cores with AVX512-BF16, bfloat16)."""
 NO_NUMBERS = "there are no numbers to prove it on"
 SILU = ("SiLU", "SiLUActivation")
+QUERIES_KEYS_VALUES, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+_Adapters = dict[str, fused.Active]
+"""Those of the projections, by their names."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def paths(model: nn.Module) -> dict[str, list[str]]:
         family = _family(type(layer))
         if family:
             whole = isinstance(layer, _Whole)
-            against = layer.refusal() or layer.unfit if whole else _known_refusal(layer, family) or "never proven"
+            active = layer.active() if whole else _known_refusal(layer, family) or "never proven"
+            against = active if isinstance(active, str) else layer.unfit
             found.setdefault(f"a part at a time, {against}" if against else "whole", []).append(name)
     return found
 
@@ -108,19 +110,8 @@ def tell(model: nn.Module) -> None:
 
 def implementation(device: torch.device) -> str:
     """Returns how decoder layers of the known families are computed on a device."""
-    refusal = _refusal_of_device(device)
+    refusal = fused.refusal_of_device(device)
     return f"a part at a time: {refusal}" if refusal else f"whole, where proven: {', '.join(FAMILIES)}"
-
-
-def _refusal_of_device(device: torch.device) -> str | None:
-    """Returns why layers on a device are not computed whole, or None: the one place where that is decided.
-
-    On a GPU it saves passes over memory, which is what the time beside matrix products goes to. On a CPU the products
-    are alike, and torch's own loops over norm and activation take less time than ours.
-    """
-    if device.type == "cpu" and not ON_CPU:
-        return "on a processor parts are faster"
-    return fused.refusal_of_device(device)
 
 
 class _Whole(nn.Module):
@@ -137,12 +128,13 @@ class _Whole(nn.Module):
     unfit: str | None = None
     """What stood against the input of the last forward pass."""
 
-    def refusal(self) -> str | None:
-        """Returns why the layer is computed a part at a time as it stands, or None where it is computed whole."""
-        return self.unproven or self._refusal_of_parts()
+    def active(self) -> _Adapters | str:
+        """Returns the adapters to compute the layer whole with as it stands, or why it is computed a part at a time."""
+        return self.unproven or self._active_in_parts()
 
-    def _refusal_of_parts(self) -> str | None:
+    def _active_in_parts(self) -> _Adapters | str:
         attention, mlp = self.self_attn, self.mlp
+        found: _Adapters = {}
         norms = _norms(self)
         watched = next(filter(fused.is_watched, (attention, mlp, mlp.act_fn, *norms)), None)
         if watched is not None:
@@ -150,13 +142,14 @@ class _Whole(nn.Module):
         if any(norm.weight.requires_grad for norm in norms):
             return "a norm is trained"
         for name, layer in _projections(self).items():
-            against = "a hook watches it" if fused.is_watched(layer) else layer.refusal()
-            if against is not None:
-                return f"{name}: {against}"
-        for group in _groups(self):
-            if len({layer.active()[-1] for layer in group}) > 1:
+            active = "a hook watches it" if fused.is_watched(layer) else layer.active()
+            if isinstance(active, str):
+                return f"{name}: {active}"
+            found[name] = active
+        for group in (QUERIES_KEYS_VALUES, GATE_UP):
+            if len({found[name].dropout for name in group}) > 1:
                 return "projections of one input drop out unlike shares of it"
-        return _refusal_of_device(self.input_layernorm.weight.device)
+        return found
 
     def forward(
         self,
@@ -170,11 +163,12 @@ class _Whole(nn.Module):
     ) -> torch.Tensor:
         """Returns what the layer's own `forward` does."""
         given, angles = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}, position_embeddings
-        if self.refusal() is None:
-            unfit = self._misfit(hidden_states, angles)
+        adapters = self.active()
+        if not isinstance(adapters, str):
+            unfit = self._misfit(hidden_states, angles, adapters)
             if angles is not None and unfit is None:
                 self.unfit = None
-                return self._whole(hidden_states, angles, attention_mask, past_key_values, given)
+                return self._whole(hidden_states, angles, adapters, attention_mask, past_key_values, given)
             self.unfit = unfit
             _say_once(str(unfit))
         return super().forward(
@@ -185,7 +179,9 @@ class _Whole(nn.Module):
             **given,
         )
 
-    def _misfit(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> str | None:
+    def _misfit(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None, adapters: _Adapters
+    ) -> str | None:
         """Returns why the layer does not take an input and what rotates its heads, or None where it does."""
         if angles is None or x.ndim != 3 or not x.numel():
             return "there are no rows, or no rotation of them"
@@ -195,7 +191,7 @@ class _Whole(nn.Module):
             if norm.weight.dtype != x.dtype:
                 return f"the input is {_word(x.dtype)} and a norm {_word(norm.weight.dtype)}"
         for name, layer in _projections(self).items():
-            if layer.product_dtype(x) != x.dtype:
+            if layer.product_dtype(x, adapters[name]) != x.dtype:
                 return f"{name} does not compute in {_word(x.dtype)}, as the input is"
         return None
 
@@ -203,6 +199,7 @@ class _Whole(nn.Module):
         self,
         x: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
+        adapters: _Adapters,
         attention_mask: Any,
         past_key_values: Any,
         given: Mapping[str, Any],
@@ -210,9 +207,7 @@ class _Whole(nn.Module):
         """Returns what `forward` does; `given` is what goes on to the function that computes attention."""
         attention, mlp = self.self_attn, self.mlp
         shape_BTHD = (*x.shape[:2], -1, attention.head_dim)
-        in_attention, in_mlp, _ = _groups(self)
-
-        columns, _ = _project(self.input_layernorm, x, None, in_attention)
+        columns, _ = _project(self.input_layernorm, x, None, _operands(self, adapters, QUERIES_KEYS_VALUES))
         q, k, v = (y.view(shape_BTHD) for y in columns)
         if self.family.head_norms:
             q, k = _head_norm(attention.q_norm, q), _head_norm(attention.k_norm, k)
@@ -225,27 +220,43 @@ class _Whole(nn.Module):
         options = {**self.family.attention(attention), **given}
         dropout = attention.attention_dropout if attention.training else 0.0
         y, _ = compute(attention, q, k, v, attention_mask, dropout=dropout, scaling=attention.scaling, **options)
-        y = attention.o_proj(y.reshape(*x.shape[:2], -1).contiguous())
+        y = attention.o_proj.compute(y.reshape(*x.shape[:2], -1).contiguous(), x.dtype, adapters["o_proj"])
 
-        (gate, up), x = _project(self.post_attention_layernorm, y, x, in_mlp)
-        down = mlp.down_proj.operands()
+        (gate, up), x = _project(self.post_attention_layernorm, y, x, _operands(self, adapters, GATE_UP))
+        down = _operands(self, adapters, ("down_proj",))
         if down.dropout:
-            return x + mlp.down_proj(swiglu_lora(gate, up, None))
-        (y,) = lora_group(swiglu_lora(gate, up, stacked([down.a])), None, [down.projection])
+            return x + mlp.down_proj.compute(swiglu_lora(gate, up, None), x.dtype, adapters["down_proj"])
+        (y,) = lora_group(swiglu_lora(gate, up, down.a), None, down.projections)
         return x + y
 
 
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """What an input is multiplied by that projections share."""
+
+    projections: list[Projection]
+    a: torch.Tensor
+    """[R, K], as `stacked` makes it."""
+    dropout: float
+
+
+def _operands(layer: Any, adapters: _Adapters, names: Sequence[str]) -> _Operands:
+    layers, active = _projections(layer), [adapters[name] for name in names]
+    parts = [(layers[name], one) for name, one in zip(names, active, strict=True)]
+    projections = [Projection(one.frozen(), one.base_layer.bias, x.b, x.scaling) for one, x in parts]
+    return _Operands(projections, stacked([one.a for one in active]), active[0].dropout)
+
+
 def _project(
-    norm: Any, x: torch.Tensor, residual: torch.Tensor | None, layers: Iterable[Any]
+    norm: Any, x: torch.Tensor, residual: torch.Tensor | None, by: _Operands
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Returns the projections of norm(x + residual), and x + residual."""
-    operands = [layer.operands() for layer in layers]
-    a, dropout = stacked([one.a for one in operands]), operands[0].dropout
-    # With dropout the low-rank image is of what is left of the norm's result, which the norm does not know.
-    y, h = rms_norm_lora(x, residual, norm.weight, None if dropout else a, norm.variance_epsilon)
-    seed = fused.draw_seed(x, dropout)
-    projections = [one.projection for one in operands]
-    return lora_group(y, a if dropout else None, projections, dropout=dropout, seed=seed), h
+    # With dropout the low-rank image is of what is left of the norm's result, which the norm does not know; and on a
+    # CPU rows that stand apart, with room for it between them, cost more than what is read again.
+    apart = bool(by.dropout) or not backend.is_triton(x)
+    y, h = rms_norm_lora(x, residual, norm.weight, None if apart else by.a, norm.variance_epsilon)
+    seed = fused.draw_seed(x, by.dropout)
+    return lora_group(y, by.a if apart else None, by.projections, dropout=by.dropout, seed=seed), h
 
 
 def _head_norm(norm: Any, x_BTHD: torch.Tensor) -> torch.Tensor:
@@ -284,12 +295,6 @@ def _norms(layer: Any) -> list[Any]:
     return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
 
 
-def _groups(layer: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Returns the projections by the input that they share: of the norm's result, of the other's, of the activation."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-
-
 def _projections(layer: Any) -> dict[str, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     found = {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -298,7 +303,7 @@ def _projections(layer: Any) -> dict[str, Any]:
 
 def _known_refusal(layer: Any, family: Family) -> str | None:
     """Returns what stands against a layer before it is probed, or None."""
-    return _refusal_of_device(next(layer.parameters()).device) or _unlike(layer, family)
+    return fused.refusal_of_device(next(layer.parameters()).device) or _unlike(layer, family)
 
 
 def _unlike(layer: Any, family: Family) -> str | None:
@@ -344,15 +349,16 @@ def _difference(layer: Any) -> str | None:
     layer.eval()
     try:
         with torch.no_grad():
-            against = layer.refusal() or layer._misfit(x, turns)
+            adapters = layer.active()
+            against = adapters if isinstance(adapters, str) else layer._misfit(x, turns, adapters)
             if against is not None:
                 return f"it was not proven: {against}"
             wanted = super(_Whole, layer).forward(x, position_embeddings=turns)
-            found = [layer._whole(x, turns, None, None, {})]
+            found = [layer._whole(x, turns, adapters, None, None, {})]
             if backend.is_triton(x) and any(type(one) is fused.Linear4bit for one in _projections(layer).values()):
                 # So few rows may go to a kernel that training, with more of them, does not use.
                 with dispatch.forced("dequant"):
-                    found.append(layer._whole(x, turns, None, None, {}))
+                    found.append(layer._whole(x, turns, adapters, None, None, {}))
     finally:
         for module, training in modes.items():
             module.training = training

@@ -15,12 +15,6 @@ from tests import tiny
 from tests.kernel_ops.accuracy import error
 from tests.test_fused import on_base, plainly
 
-
-@pytest.fixture(autouse=True)
-def _whole_on_a_processor(monkeypatch):
-    monkeypatch.setattr(blocks, "ON_CPU", True)
-
-
 STEPS, BATCH = 100, 6
 MODELS = {
     "llama": ("nf4", {}),
