@@ -415,9 +415,8 @@ def norm_backward(x, residual, dy):
     return torch.autograd.grad(y, (x, residual), dy)
 
 
-@pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("operation", [activated, norm_backward])
+@pytest.mark.parametrize(("operation", "forced"), [(activated, True), (norm_backward, False), (norm_backward, True)])
 def test_sixteen_bits_are_what_float32_gives_rounded_once(operation, dtype, forced, monkeypatch):
     monkeypatch.setattr(backend, "_forced", forced)
     # Halves, so that the sum of two is exact.

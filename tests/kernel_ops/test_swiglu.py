@@ -58,6 +58,24 @@ def test_it_is_what_llama_does_between_its_products():
     torch.testing.assert_close(mlp.down_proj(h), mlp(x))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("block", [2**21, 300])
+def test_a_cpu_rounds_where_transformers_does(dtype, block, monkeypatch):
+    """The kernels round once: `test_sixteen_bits_are_what_float32_gives_rounded_once`."""
+    monkeypatch.setattr(backend, "_forced", False)
+    monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
+    gate, up, _ = inputs(63, 130, 0, dtype)
+    found, wanted = (
+        outputs_and_gradients(function, (gate, up), [torch.linspace(-2, 2, 130, dtype=dtype).expand(63, 130)])
+        for function in (
+            lambda *both: lora_kernels.swiglu_lora(*both, None),
+            lambda gate, up: torch.nn.functional.silu(gate) * up,
+        )
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("block", [1, 300])
 def test_a_cpu_takes_a_block_of_rows_at_a_time(block, monkeypatch):
     monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
