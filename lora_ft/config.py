@@ -39,7 +39,8 @@ class LoraConfig:
     alpha: float = 32.0
     """Scale numerator: the update is multiplied by alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
     dropout: float = 0.0
-    """Dropout probability on the adapter's input, in [0, 1)."""
+    """Dropout probability on the adapter's input, in [0, 1). Layers that are computed whole draw one mask for queries,
+    keys and values, and one for gate and up."""
     targets: tuple[str, ...] = ("all-linear",)
     """Module-name suffixes to adapt; `all-linear` is every linear layer but the output head."""
     rslora: bool | None = None

@@ -52,11 +52,12 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 def readable(left_MK: torch.Tensor) -> torch.Tensor:
     """Returns a matrix that torch may multiply from the left: without gaps between its rows where it would read them.
 
-    On a CPU, oneDNN's products with AMX instructions (torch 2.13) read on where K is no multiple of 8 and multiply what
-    they find by zero: if that is not a number, neither is the sum.
+    On a CPU, oneDNN's products with AMX instructions (torch 2.13) read on where K is no multiple of 32, or of 8 up to
+    64, and multiply what they find by zero: if that is not a number, neither is the sum.
     """
     columns = left_MK.shape[1]
-    if left_MK.is_cuda or left_MK.dtype != torch.bfloat16 or columns % 8 == 0 or left_MK.stride(0) <= columns:
+    whole = columns % (8 if columns <= 64 else 32) == 0
+    if left_MK.is_cuda or left_MK.dtype != torch.bfloat16 or whole or left_MK.stride(0) <= columns:
         return left_MK
     return left_MK.contiguous()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,15 +15,28 @@ SLAB = 2**23
 memory anew each time: a 4096 x 4096 weight takes five times as long to unpack, as its pages are cleared."""
 
 BLOCK = 2**21
-"""Bytes of activations in a block of rows: the few steps between what is read and what is written stay in the second
-level of the cache, and threads have enough to share."""
+"""Bytes of activations in a block of rows, as many as the second level of a cache holds. Norm and activation of 2,048
+tokens of SmolLM2-135M take 1.1 to 1.2 times as long with a quarter of it, and with twice as many no less."""
+
+_last_block: int | None = None
 
 
 def row_blocks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[slice]:
     """Yields slices of so many rows, a block each."""
     step = max(BLOCK // (columns * dtype.itemsize), 1)
-    for first in range(0, rows, step):
+    for first in list(range(0, rows, step))[:_last_block]:
         yield slice(first, min(first + step, rows))
+
+
+@contextmanager
+def one_block() -> Iterator[None]:
+    """Runs the block with one of rows in the place of all, which holds no more: for who counts memory, on fakes."""
+    global _last_block
+    before, _last_block = _last_block, 1
+    try:
+        yield
+    finally:
+        _last_block = before
 
 
 def dense_slabs(weight: Frozen, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -102,25 +102,22 @@ def _backward_on_cpu(
     up_MN: torch.Tensor,
     a_RN: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Writes the gradients of gate and up, and returns that of `a` in float32, None where there is no `a`.
-
-    Reads three matrices and writes two, once each; h is made again, used, and gone.
-    """
+    """Writes the gradients of gate and up, and returns that of `a`, None where there is no `a`."""
     columns, dtype = gate_MN.shape[1], lora.product_dtype(dh_MS)
-    da_RN = None if a_RN is None else torch.zeros_like(a_RN, dtype=torch.float32)
+    h_MN = None if a_RN is None else gate_MN.new_empty(gate_MN.shape, dtype=dtype)
     a_RN = None if a_RN is None else a_RN.to(dtype)
     for rows in row_blocks(*gate_MN.shape, gate_MN.dtype):
         gate_BN, up_BN, dh_BN = gate_MN[rows], up_MN[rows], dh_MS[rows, :columns].to(dtype)
-        ds_BR = backend.readable(dh_MS[rows, columns:].to(dtype))
         if a_RN is not None:
-            dh_BN = torch.addmm(dh_BN, ds_BR, a_RN)
+            dh_BN = torch.addmm(dh_BN, backend.readable(dh_MS[rows, columns:].to(dtype)), a_RN)
         silu_BN = torch.nn.functional.silu(gate_BN)
         torch.mul(dh_BN, silu_BN, out=dup_MN[rows])
         dsilu_BN = dh_BN * up_BN if a_RN is None else dh_BN.mul_(up_BN)
         torch.ops.aten.silu_backward.grad_input(dsilu_BN.to(gate_BN.dtype), gate_BN, grad_input=dgate_MN[rows])
-        if da_RN is not None:
-            da_RN += torch.mm(ds_BR.t(), silu_BN.mul_(up_BN).to(dtype))
-    return da_RN
+        if h_MN is not None:
+            torch.mul(silu_BN, up_BN, out=h_MN[rows])
+    # One product over all rows: a sum of those of blocks would be rounded with each.
+    return None if h_MN is None else torch.mm(dh_MS[:, columns:].to(dtype).t(), h_MN)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -156,7 +156,7 @@ class Planner:
         # The device that is planned for need not be the one that this is planned on.
         asked = config.train.base_cache
         self.cache: BaseCache = "off" if self.on_gpu and asked == "auto" else asked
-        blocks.presume(self.model)
+        blocks.presume(self.model, self.on_gpu)
         against = (
             attention.structural_refusal(self.model) if task.shares_rows else f"rows of the task {task.name} cannot"
         )

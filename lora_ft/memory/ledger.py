@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lora_kernels import operators
+from lora_kernels import operators, slabs
 
 ACTIVATIONS, LOGITS, WORKSPACE = "activations", "logits", "workspace"
 ELSEWHERE = "elsewhere"
@@ -46,13 +46,19 @@ def _of_attention_backward(do_HTD: Any, *rest: Any, out_val: Any) -> int:
 
 # What operators hold for a while, by their names. The others work on a few scores at a time.
 _HOLD = dict.fromkeys(
-    ("nf4_dequant", "lora_linear", "lora_linear_backward", "lora_group", "lora_group_backward"), WORKSPACE
+    (
+        "nf4_dequant",
+        "lora_linear",
+        "lora_linear_backward",
+        "lora_group",
+        "lora_group_backward",
+        "swiglu_lora_backward",
+    ),
+    WORKSPACE,
 )
 _HOLD["linear_cross_entropy"] = LOGITS
 # On a GPU these work in registers, on a CPU on a block of rows at a time.
-_HOLD_ON_CPU = dict.fromkeys(
-    ("rms_norm_lora", "rms_norm_lora_backward", "swiglu_lora", "swiglu_lora_backward", "rope"), WORKSPACE
-)
+_HOLD_ON_CPU = dict.fromkeys(("rms_norm_lora", "rms_norm_lora_backward", "swiglu_lora", "rope"), WORKSPACE)
 _FLOPS = {
     **flop_registry,
     # Torch counts products in place under the names of those that are not.
@@ -67,9 +73,9 @@ _FLOPS = {
 class Ledger(TorchDispatchMode):
     """Counts the storages of fake tensors, from the operation that makes them to the last reference to them.
 
-    It goes inside a `FakeTensorMode`. Operators of `lora_kernels` that hold much for a while, dequantized weights and
-    logits, run what they consist of, so that it is counted too. Tensors of numbers, such as token ids, are computed
-    with and not counted.
+    It goes inside a `FakeTensorMode`. Operators of `lora_kernels` that hold much for a while, dequantized weights,
+    logits and on a CPU blocks of rows, run what they consist of, so that it is counted too. Tensors of numbers, such as
+    token ids, are computed with and not counted.
 
     Args:
         on_gpu: whether the step is that of a GPU.
@@ -155,7 +161,7 @@ class Ledger(TorchDispatchMode):
         return found
 
     def _inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self, self.counting(self._hold[name]):
+        with self, self.counting(self._hold[name]), slabs.one_block():
             found = operators.bodies[name](*args, **kwargs)
         for tensor in tree_leaves(found):
             if isinstance(tensor, FakeTensor):

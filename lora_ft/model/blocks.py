@@ -1,8 +1,9 @@
 """Decoder layers like Llama's computed whole: what lies between attention and residual sums as grouped operations.
 
-The projections that share an input read it once, the norm and the activation before them make their low-rank images on
-the way, and no intermediate is written twice. A layer becomes one of a class of its own, which is its class in all but
-`forward`: modules keep their names and classes, and saving, merging and switching adapters off are PEFT's as before.
+The projections that share an input read it once, no intermediate is written twice, and on a GPU the norm and the
+activation before them make their low-rank images on the way. A layer becomes one of a class of its own, which is its
+class in all but `forward`: modules keep their names and classes, and saving, merging and switching adapters off are
+PEFT's as before.
 
 A layer is computed so only where its structure is known and a probe has shown that it computes the same; it is asked
 again at every call, and whatever then stands against it (an adapter that is off or merged, a hook, a dtype that does
@@ -81,11 +82,11 @@ def compute_whole(model: nn.Module) -> None:
                 layer.unproven = _difference(layer)
 
 
-def presume(model: nn.Module) -> None:
-    """Takes layers without numbers for what they seem: for who looks at shapes only."""
+def presume(model: nn.Module, on_gpu: bool) -> None:
+    """Takes layers without numbers for what they seem, and for those of a GPU: for who looks at shapes only."""
     for layer in model.modules():
         if isinstance(layer, _Whole) and layer.unproven == NO_NUMBERS:
-            layer.unproven = None
+            layer.unproven, layer.presumed_on_gpu = None, on_gpu
 
 
 def paths(model: nn.Module) -> dict[str, list[str]]:
@@ -127,12 +128,13 @@ class _Whole(nn.Module):
     """Why the probe did not prove the layer."""
     unfit: str | None = None
     """What stood against the input of the last forward pass."""
+    presumed_on_gpu = False
 
     def active(self) -> _Adapters | str:
         """Returns the adapters to compute the layer whole with as it stands, or why it is computed a part at a time."""
-        return self.unproven or self._active_in_parts()
+        return self.unproven or self._adapters()
 
-    def _active_in_parts(self) -> _Adapters | str:
+    def _adapters(self) -> _Adapters | str:
         attention, mlp = self.self_attn, self.mlp
         found: _Adapters = {}
         norms = _norms(self)
@@ -207,7 +209,8 @@ class _Whole(nn.Module):
         """Returns what `forward` does; `given` is what goes on to the function that computes attention."""
         attention, mlp = self.self_attn, self.mlp
         shape_BTHD = (*x.shape[:2], -1, attention.head_dim)
-        columns, _ = _project(self.input_layernorm, x, None, _operands(self, adapters, QUERIES_KEYS_VALUES))
+        imaged = self.presumed_on_gpu or backend.is_triton(x)
+        columns, _ = _project(self.input_layernorm, x, None, _operands(self, adapters, QUERIES_KEYS_VALUES), imaged)
         q, k, v = (y.view(shape_BTHD) for y in columns)
         if self.family.head_norms:
             q, k = _head_norm(attention.q_norm, q), _head_norm(attention.k_norm, k)
@@ -222,10 +225,11 @@ class _Whole(nn.Module):
         y, _ = compute(attention, q, k, v, attention_mask, dropout=dropout, scaling=attention.scaling, **options)
         y = attention.o_proj.compute(y.reshape(*x.shape[:2], -1).contiguous(), x.dtype, adapters["o_proj"])
 
-        (gate, up), x = _project(self.post_attention_layernorm, y, x, _operands(self, adapters, GATE_UP))
+        (gate, up), x = _project(self.post_attention_layernorm, y, x, _operands(self, adapters, GATE_UP), imaged)
         down = _operands(self, adapters, ("down_proj",))
         if down.dropout:
             return x + mlp.down_proj.compute(swiglu_lora(gate, up, None), x.dtype, adapters["down_proj"])
+        # On a CPU too: with the image of the activation, the memory of the activation itself is spared.
         (y,) = lora_group(swiglu_lora(gate, up, down.a), None, down.projections)
         return x + y
 
@@ -242,18 +246,23 @@ class _Operands:
 
 def _operands(layer: Any, adapters: _Adapters, names: Sequence[str]) -> _Operands:
     layers, active = _projections(layer), [adapters[name] for name in names]
-    parts = [(layers[name], one) for name, one in zip(names, active, strict=True)]
-    projections = [Projection(one.frozen(), one.base_layer.bias, x.b, x.scaling) for one, x in parts]
-    return _Operands(projections, stacked([one.a for one in active]), active[0].dropout)
+    projections = [
+        Projection(layers[name].frozen(), layers[name].base_layer.bias, adapter.b, adapter.scaling)
+        for name, adapter in zip(names, active, strict=True)
+    ]
+    return _Operands(projections, stacked([adapter.a for adapter in active]), active[0].dropout)
 
 
 def _project(
-    norm: Any, x: torch.Tensor, residual: torch.Tensor | None, by: _Operands
+    norm: Any, x: torch.Tensor, residual: torch.Tensor | None, by: _Operands, imaged: bool
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Returns the projections of norm(x + residual), and x + residual."""
-    # With dropout the low-rank image is of what is left of the norm's result, which the norm does not know; and on a
-    # CPU rows that stand apart, with room for it between them, cost more than what is read again.
-    apart = bool(by.dropout) or not backend.is_triton(x)
+    """Returns the projections of norm(x + residual), and x + residual.
+
+    Args:
+        imaged: whether the norm makes the low-rank image on its way, if it can: with dropout that is of what is left of
+            the norm's result, which the norm does not know.
+    """
+    apart = bool(by.dropout) or not imaged
     y, h = rms_norm_lora(x, residual, norm.weight, None if apart else by.a, norm.variance_epsilon)
     seed = fused.draw_seed(x, by.dropout)
     return lora_group(y, by.a if apart else None, by.projections, dropout=by.dropout, seed=seed), h

@@ -117,10 +117,13 @@ def test_few_rows_of_16_bits_meet_an_adapter_in_float32(monkeypatch):
 
 
 def test_rows_are_copied_where_oneDNN_would_read_between_them_and_nowhere_else():
-    apart = torch.randn(3, 40).bfloat16()[:, :13]
-    assert backend.readable(apart).stride(0) == 13
+    for columns in (13, 80, 304):
+        apart = torch.randn(3, 400).bfloat16()[:, :columns]
+        assert backend.readable(apart).stride(0) == columns
     for left in (
         apart.float(),
+        torch.randn(3, 400).bfloat16()[:, :96],
+        torch.randn(3, 400).bfloat16()[:, :64],
         torch.randn(3, 40).bfloat16()[:, :16],
         torch.randn(3, 40).bfloat16()[:, :8],
         torch.randn(3, 13).bfloat16(),

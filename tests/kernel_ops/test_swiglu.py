@@ -24,6 +24,8 @@ CASES = [
     (7, 320, 128, BF16),
     (63, 129, 256, FP32),
     (130, 300, 0, BF16),
+    (130, 304, 16, BF16),
+    (200, 80, 16, FP16),
 ]
 
 
@@ -59,7 +61,7 @@ def test_it_is_what_llama_does_between_its_products():
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("block", [2**21, 300])
+@pytest.mark.parametrize("block", [2**21, 10 * 130 * 4])
 def test_a_cpu_rounds_where_transformers_does(dtype, block, monkeypatch):
     """The kernels round once: `test_sixteen_bits_are_what_float32_gives_rounded_once`."""
     monkeypatch.setattr(backend, "_forced", False)
@@ -76,10 +78,11 @@ def test_a_cpu_rounds_where_transformers_does(dtype, block, monkeypatch):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("block", [1, 300])
-def test_a_cpu_takes_a_block_of_rows_at_a_time(block, monkeypatch):
-    monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
-    assert_like_its_twin(lora_kernels.swiglu_lora, reference.swiglu_lora, inputs(7, 130, 16, FP32))
+@pytest.mark.parametrize("case", [(7, 130, 16, FP32), (130, 130, 16, BF16), (130, 130, 16, FP16)], ids=str)
+@pytest.mark.parametrize("rows", [0, 2, 33])
+def test_a_cpu_takes_a_block_of_rows_at_a_time(rows, case, monkeypatch):
+    monkeypatch.setattr("lora_kernels.slabs.BLOCK", rows * 130 * case[-1].itemsize)
+    assert_like_its_twin(lora_kernels.swiglu_lora, reference.swiglu_lora, inputs(*case))
 
 
 def test_rows_may_stand_apart():
