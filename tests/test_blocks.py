@@ -264,6 +264,21 @@ def test_merged_and_taken_out_again_it_is_whole_again(folders):
     assert is_whole(model)
 
 
+def test_in_parts_an_adapter_of_zeros_says_what_its_base_does(folders):
+    model = adapted(folders["llama"], "none", "bfloat16").eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    with torch.no_grad(), modes.mixed_precision(model):
+        with model.disable_adapter():
+            base = model(**batch()).logits
+        with blocks.in_parts(model):
+            assert not is_whole(model)
+            assert torch.equal(model(**batch()).logits, base)
+        assert is_whole(model)
+        assert not torch.equal(model(**batch()).logits, base)
+
+
 def test_a_norm_that_is_trained_has_its_gradient(folders):
     model = adapted(folders["llama"])
     train_norms(model)

@@ -23,10 +23,10 @@ from tests.stock_templates import tokenizer_of
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    def made(architecture: str = "llama", quant: str = "none", **lora: Any) -> Any:
+    def made(architecture: str = "llama", quant: str = "none", dtype: str = "float32", **lora: Any) -> Any:
         folder = tiny.model_folder(tmp_path_factory.mktemp("base") / "base", architecture)
         task = tasks.get("complete")
-        loaded = base.load(str(folder), quant=quant, model_class=task.model_class, dtype="float32", device="cpu")
+        loaded = base.load(str(folder), quant=quant, model_class=task.model_class, dtype=dtype, device="cpu")
         return loaded, adapters.attach(loaded, LoraConfig(rank=4, **lora), peft_task=task.peft_task)
 
     return made
@@ -100,9 +100,13 @@ def test_kl_of_two_like_distributions_over_many_words() -> None:
     assert count == 20
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", ["nf4", "none"])
-def test_an_adapter_that_does_nothing_has_no_drift_at_all(load: Callable[..., Any], quant: str) -> None:
-    loaded, model = load(quant=quant)
+def test_an_adapter_that_does_nothing_has_no_drift_at_all(
+    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, quant: str, dtype: str
+) -> None:
+    varied(monkeypatch)
+    loaded, model = load(quant=quant, dtype=dtype)
     before, after = drift.measure(model, loaded.tokenizer)
     assert after["drift.kl"] == 0.0
     assert after["drift.loss"] == before["drift.loss"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_ft.data.render import IGNORE
 from lora_ft.errors import ProofError
+from lora_ft.model import blocks
 from lora_ft.model.modes import evaluating
 from lora_ft.scoring import losses
 from lora_ft.tasks import Batch, Features, Task
@@ -66,9 +67,12 @@ def _window(row: Features, length: int, window: slice) -> Features:
 
 
 def ask(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Returns the logits [N, V] at the scored positions of each batch, on the processor."""
+    """Returns the logits [N, V] at the scored positions of each batch, on the processor.
+
+    Layers are computed a part at a time, so that an adapter of zeros says to the bit what its base does.
+    """
     device = next(model.parameters()).device
-    with evaluating(model):
+    with evaluating(model), blocks.in_parts(model):
         return [task.said(model, losses.to(batch, device)).cpu() for batch in batches]
 
 
