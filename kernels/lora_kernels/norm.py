@@ -82,7 +82,7 @@ def _forward_on_cpu(
     eps: float,
 ) -> None:
     h_MK, columns = x_MK if residual_MK is None else h_MK, x_MK.shape[1]
-    for rows in row_blocks(*x_MK.shape, torch.float32):
+    for rows in row_blocks(x_MK, torch.float32):
         if residual_MK is not None:
             torch.add(x_MK[rows], residual_MK[rows], out=h_MK[rows])
         # As LlamaRMSNorm computes it, so that not one bit differs.
@@ -150,7 +150,7 @@ def _backward_on_cpu(
     columns = h_MK.shape[1]
     a_RK, dx_MK = None if a_RK is None else a_RK.float(), h_MK.new_empty(h_MK.shape)
     dweight_K = rstd_M.new_zeros(columns if want_weight else 0)
-    for rows in row_blocks(*h_MK.shape, torch.float32):
+    for rows in row_blocks(h_MK, torch.float32):
         dy_BK, rstd_B1 = dy_MS[rows, :columns].float(), rstd_M[rows, None]
         if a_RK is not None:
             dy_BK = torch.addmm(dy_BK, dy_MS[rows, columns:].float(), a_RK)

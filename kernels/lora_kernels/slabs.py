@@ -21,8 +21,9 @@ tokens of SmolLM2-135M take 1.1 to 1.2 times as long with a quarter of it, and w
 _last_block: int | None = None
 
 
-def row_blocks(rows: int, columns: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Yields slices of so many rows, a block each."""
+def row_blocks(x_MK: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Yields the rows of a matrix a block at a time, as many as fit when they are of `dtype`."""
+    rows, columns = x_MK.shape
     step = max(BLOCK // (columns * dtype.itemsize), 1)
     for first in list(range(0, rows, step))[:_last_block]:
         yield slice(first, min(first + step, rows))

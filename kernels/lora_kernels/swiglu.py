@@ -57,7 +57,7 @@ def _forward_on_cpu(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tens
     """Rounds where LlamaMLP does, so that not one bit differs."""
     columns = gate_MN.shape[1]
     h_MN = h_MS[:, :columns]
-    for rows in row_blocks(*gate_MN.shape, gate_MN.dtype):
+    for rows in row_blocks(gate_MN, gate_MN.dtype):
         torch.mul(torch.nn.functional.silu(gate_MN[rows]), up_MN[rows], out=h_MN[rows])
     if a_RN is not None:
         dtype = backend.product_dtype(h_MN)
@@ -106,7 +106,7 @@ def _backward_on_cpu(
     columns, dtype = gate_MN.shape[1], lora.product_dtype(dh_MS)
     h_MN = None if a_RN is None else gate_MN.new_empty(gate_MN.shape, dtype=dtype)
     a_RN = None if a_RN is None else a_RN.to(dtype)
-    for rows in row_blocks(*gate_MN.shape, gate_MN.dtype):
+    for rows in row_blocks(gate_MN, gate_MN.dtype):
         gate_BN, up_BN, dh_BN = gate_MN[rows], up_MN[rows], dh_MS[rows, :columns].to(dtype)
         if a_RN is not None:
             dh_BN = torch.addmm(dh_BN, backend.readable(dh_MS[rows, columns:].to(dtype)), a_RN)
