@@ -20,7 +20,7 @@ def swiglu_lora(gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor | None) ->
 
     Only the inputs are kept for the backward pass, which computes h again on its way. The product that follows spares
     the memory of h only if it keeps a copy of the last R columns, not a view. On a GPU h is rounded once; a CPU rounds
-    silu(gate) too, as LlamaMLP of Hugging Face does, for which its loops take half as long.
+    silu(gate) too, as LlamaMLP of Hugging Face does: its loops then move half the bytes.
 
     Args:
         gate: [..., N]; rows may stand apart, as the halves of one product of gate and up do.

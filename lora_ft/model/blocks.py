@@ -146,6 +146,7 @@ class _Whole(nn.Module):
     unfit: str | None = None
     """What stood against the input of the last forward pass."""
     presumed_on_gpu = False
+    """Whether the layer has shapes only and stands for one on a GPU."""
 
     def active(self) -> _Adapters | str:
         """Returns the adapters to compute the layer whole with as it stands, or why it is computed a part at a time."""
