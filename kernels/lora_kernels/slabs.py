@@ -15,8 +15,8 @@ SLAB = 2**23
 memory anew each time: a 4096 x 4096 weight takes five times as long to unpack, as its pages are cleared."""
 
 BLOCK = 2**21
-"""Bytes of activations in a block of rows, about as many as the second level of a cache holds: what a step wrote is near
-yet when the next reads it, and blocks are few enough for their calls not to count."""
+"""Bytes of activations in a block of rows, about as many as the second level of a cache holds: what a step wrote is
+near yet when the next reads it, and blocks are few enough for their calls not to count."""
 
 _last_block: int | None = None
 
