@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_ft.model.four_bits import Dequantized
 from lora_ft.speed import tuning
 from lora_kernels import Frozen, lora_down, lora_linear, new_seed
+from lora_kernels.cpu.build import library
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,13 @@ def paths(model: nn.Module) -> dict[str, list[str]]:
 
 
 def tell(model: nn.Module) -> None:
-    """Logs `paths`, a line for each, with the layers named by their places in a block."""
+    """Logs `paths`, a line for each, with the layers named by their places in a block, and what makes a CPU slower."""
     for path, names in paths(model).items():
         places = dict.fromkeys(re.split(r"\.\d+\.", name)[-1] for name in names)
         log.info("%d layers %s: %s", len(names), path, ", ".join(places))
+    loops = library(torch.float32)
+    if isinstance(loops, str) and next(model.parameters()).device.type == "cpu":
+        log.info("norms, activations and losses take torch several passes each: %s", loops)
 
 
 def implementation(device: torch.device) -> str:
@@ -68,7 +72,9 @@ def implementation(device: torch.device) -> str:
     if refusal is not None:
         return f"through PEFT: {refusal}"
     if device.type != "cuda":
-        return "fused: CPU form, as there is no GPU"
+        loops = library(torch.float32)
+        by = f"by torch: {loops}" if isinstance(loops, str) else "compiled"
+        return f"fused: CPU form, as there is no GPU, with its loops {by}"
     major, minor = torch.cuda.get_device_capability(device)
     return f"fused: Triton {importlib.metadata.version('triton')} on sm_{major}{minor}"
 

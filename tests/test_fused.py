@@ -441,7 +441,12 @@ def test_a_device_without_kernels_is_named(device, change, said, monkeypatch):
 def test_doctor_says_what_computes_here(monkeypatch):
     monkeypatch.setattr(doctor, "_hub_answers", lambda: "answers")
     if not torch.cuda.is_available():
-        assert doctor.examine()["kernels"] == "fused: CPU form, as there is no GPU"
+        told = "fused: CPU form, as there is no GPU, with its loops"
+        with monkeypatch.context() as here:
+            here.setattr(fused, "library", lambda dtype: object())
+            assert doctor.examine()["kernels"] == f"{told} compiled"
+            here.setattr(fused, "library", lambda dtype: "there is no C++ compiler")
+            assert doctor.examine()["kernels"] == f"{told} by torch: there is no C++ compiler"
     monkeypatch.setattr(fused, "refusal_of_device", lambda device: "triton is not installed")
     assert fused.implementation(torch.device("cuda")) == "through PEFT: triton is not installed"
     monkeypatch.setattr(fused, "refusal_of_device", lambda device: None)

@@ -68,7 +68,7 @@ def test_what_changed_is_named_and_refused_unless_it_is_allowed(tmp_path, caplog
     keep(tmp_path, resume=True, **changes)
 
 
-@pytest.mark.parametrize("key", ["torch", "device"])
+@pytest.mark.parametrize("key", ["torch", "device", "loops"])
 def test_other_versions_and_devices_are_told_and_not_refused(tmp_path, caplog, monkeypatch, key):
     keep(tmp_path)
     keep(tmp_path, resume=True)

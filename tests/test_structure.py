@@ -146,6 +146,7 @@ def test_a_wheel_holds_the_two_packages_and_the_templates_only(tmp_path: Path) -
     assert {
         "lora_ft/py.typed",
         "lora_ft/data/general.txt",
+        "lora_kernels/cpu/loops.cpp",
         "lora_ft/pages/templates/card.md.jinja",
         "lora_ft/pages/templates/report.html.jinja",
         "lora_ft/serve/page.html",

@@ -1,8 +1,9 @@
 """Fused operations around a frozen, possibly quantized matrix product and its low-rank adapter.
 
 Every operation is a `torch.library` operator with a schema, a shape function for fake tensors and a gradient. On a CUDA
-tensor it runs Triton kernels (`lora_kernels.gpu`), on any other its CPU form. `lora_kernels.reference` holds a naive
-twin of each, which says what the operation computes.
+tensor it runs Triton kernels (`lora_kernels.gpu`), on any other its CPU form, in torch with loops that are compiled
+where it runs (`lora_kernels.cpu`). `lora_kernels.reference` holds a naive twin of each, which says what the operation
+computes.
 
 Imports torch, and triton where there is one; knows nothing of models.
 """

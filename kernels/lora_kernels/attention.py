@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_kernels import backend
+from lora_kernels.cpu import loops
 from lora_kernels.operators import Operator
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -76,14 +77,13 @@ def _blocks(bounds: Sequence[int], window: int, like: torch.Tensor) -> Iterator[
 
 
 class _Block:
-    """The probabilities of one block, and what it takes to differentiate them."""
+    """The probabilities of one block, and what it takes to differentiate them, in torch."""
 
     def __init__(
         self, q_JGQD: torch.Tensor, k_JLD: torch.Tensor, hidden_QL: torch.Tensor, scale: float, softcap: float
     ) -> None:
-        heads, self.group, rows, width = q_JGQD.shape
-        self.q_JRD, self.k_JLD = q_JGQD.reshape(heads, self.group * rows, width), k_JLD
-        scores_JRL = torch.bmm(self.q_JRD, k_JLD.transpose(1, 2))
+        heads, group, rows, width = q_JGQD.shape
+        scores_JRL = torch.bmm(q_JGQD.reshape(heads, group * rows, width), k_JLD.transpose(1, 2))
         # A power of two rounds nothing, and before they are widened half as much is read.
         scores_JRL = scores_JRL.mul_(scale) if math.frexp(scale)[0] == 0.5 else scores_JRL.float().mul_(scale)
         self.slope_JRL: torch.Tensor | None = None
@@ -91,35 +91,33 @@ class _Block:
             scores_JRL = scores_JRL.float().div_(softcap).tanh_()
             self.slope_JRL = 1 - scores_JRL.square()
             scores_JRL.mul_(softcap)
-        scores_JRL.view(heads, self.group, rows, -1)[..., -hidden_QL.shape[1] :].add_(hidden_QL)
+        scores_JRL.view(heads, group, rows, -1)[..., -hidden_QL.shape[1] :].add_(hidden_QL)
         self.p_JRL = torch.softmax(scores_JRL.float(), -1)
 
     def times(self, v_JLD: torch.Tensor) -> torch.Tensor:
         return torch.bmm(self.p_JRL.to(v_JLD.dtype), v_JLD)
 
-    def gradients(self, do_JRD: torch.Tensor, v_JLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns what the gradient of the block's output gives to its queries and keys, over the scale, and values."""
-        p_JRL, dtype = self.p_JRL, v_JLD.dtype
+    def differentiated(self, do_JRD: torch.Tensor, v_JLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the probabilities, and the gradient of the scores over the scale, in the dtype of products."""
         ds_JRL = torch.bmm(do_JRD, v_JLD.transpose(1, 2)).float()
-        ds_JRL = torch.ops.aten._softmax_backward_data(ds_JRL, p_JRL, -1, torch.float32)
+        ds_JRL = torch.ops.aten._softmax_backward_data(ds_JRL, self.p_JRL, -1, torch.float32)
         if self.slope_JRL is not None:
             ds_JRL.mul_(self.slope_JRL)
-        ds_JRL = ds_JRL.to(dtype)
-        dk_JLD, dv_JLD = self._over_queries(ds_JRL, self.q_JRD), self._over_queries(p_JRL.to(dtype), do_JRD)
-        return torch.bmm(ds_JRL, self.k_JLD), dk_JLD, dv_JLD
+        return self.p_JRL.to(v_JLD.dtype), ds_JRL.to(v_JLD.dtype)
 
-    def _over_queries(self, left_JRL: torch.Tensor, right_JRD: torch.Tensor) -> torch.Tensor:
-        """Returns left.T @ right, [J, L, D].
 
-        In float32 it is a sum for each head of queries, and those added: one over all heads that share a key would be
-        as many times as long, and rounds more. Products of 16 bits are rounded once, after their sum.
-        """
-        if left_JRL.dtype != torch.float32:
-            return torch.bmm(left_JRL.transpose(1, 2), right_JRD)
-        heads = len(left_JRL) * self.group
-        left_HQL, right_HQD = (x.view(heads, -1, x.shape[-1]) for x in (left_JRL, right_JRD))
-        each_HLD = torch.bmm(left_HQL.transpose(1, 2), right_HQD)
-        return each_HLD.view(-1, self.group, *each_HLD.shape[1:]).sum(1)
+def _over_queries(left_JRL: torch.Tensor, right_JRD: torch.Tensor, group: int) -> torch.Tensor:
+    """Returns left.T @ right, [J, L, D].
+
+    In float32 it is a sum for each head of queries, and those added: one over all heads that share a key would be as
+    many times as long, and rounds more. Products of 16 bits are rounded once, after their sum.
+    """
+    if left_JRL.dtype != torch.float32:
+        return torch.bmm(left_JRL.transpose(1, 2), right_JRD)
+    heads = len(left_JRL) * group
+    left_HQL, right_HQD = (x.view(heads, -1, x.shape[-1]) for x in (left_JRL, right_JRD))
+    each_HLD = torch.bmm(left_HQL.transpose(1, 2), right_HQD)
+    return each_HLD.view(-1, group, *each_HLD.shape[1:]).sum(1)
 
 
 def _empty_like(x_HTD: torch.Tensor) -> torch.Tensor:
@@ -186,12 +184,20 @@ def _packed_attention_backward(
     # A key is seen from several blocks.
     dk_JTD, dv_JTD = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
     q_JGTD, do_JGTD, dq_JGTD = (x.view(len(k), -1, *x.shape[1:]) for x in (q, do, dq_HTD))
+    in_loops, group = not softcap and scale > 0 and loops.takes(q, k, v, do), q_JGTD.shape[1]
     for queries, keys, hidden_QL in _blocks(bounds, window, q):
-        block = _Block(q_JGTD[:, :, queries], k[:, keys], hidden_QL, scale, softcap)
-        dq, dk, dv = block.gradients(do_JGTD[:, :, queries].reshape(block.q_JRD.shape), v[:, keys])
-        torch.mul(dq.view_as(dq_JGTD[:, :, queries]), scale, out=dq_JGTD[:, :, queries])
-        dk_JTD[:, keys] += dk
-        dv_JTD[:, keys] += dv
+        k_JLD, v_JLD = k[:, keys], v[:, keys]
+        q_JRD, do_JRD = (x[:, :, queries].reshape(len(k), -1, x.shape[-1]) for x in (q_JGTD, do_JGTD))
+        if in_loops:
+            p_JRL, ds_JRL = torch.bmm(q_JRD, k_JLD.transpose(1, 2)), torch.bmm(do_JRD, v_JLD.transpose(1, 2))
+            loops.differentiate_scores_(p_JRL, ds_JRL, len(hidden_QL), window, scale)
+        else:
+            block = _Block(q_JGTD[:, :, queries], k_JLD, hidden_QL, scale, softcap)
+            p_JRL, ds_JRL = block.differentiated(do_JRD, v_JLD)
+        dq_JRD = torch.bmm(ds_JRL, k_JLD)
+        torch.mul(dq_JRD.view_as(dq_JGTD[:, :, queries]), scale, out=dq_JGTD[:, :, queries])
+        dk_JTD[:, keys] += _over_queries(ds_JRL, q_JRD, group)
+        dv_JTD[:, keys] += _over_queries(p_JRL, do_JRD, group)
     return dq_HTD, _empty_like(k_JTD).copy_(dk_JTD.mul_(scale)), _empty_like(v_JTD).copy_(dv_JTD)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lora_kernels import backend
+from lora_kernels.cpu import loops
 from lora_kernels.matmul import matmul_float32
 from lora_kernels.operators import Operator
 
@@ -134,6 +135,8 @@ def _differentiate_logits(
         from lora_kernels.gpu import cross_entropy
 
         return cross_entropy.differentiate_logits(rows_CP, words, labels_C, scale, softcap, need_gradient)
+    if not softcap and scale > 0 and loops.takes(rows_CP):
+        return loops.differentiate_logits_(rows_CP[:, :words], labels_C, scale, need_gradient)
     nll_C = rows_CP.new_empty(len(rows_CP), dtype=torch.float32)
     for first in range(0, len(rows_CP), ROWS_IN_CACHE):
         rows = slice(first, first + ROWS_IN_CACHE)

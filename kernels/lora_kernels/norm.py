@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lora_kernels import backend
+from lora_kernels.cpu import loops
 from lora_kernels.matmul import matmul_float32
 from lora_kernels.operators import Operator
 from lora_kernels.slabs import row_blocks
@@ -81,17 +82,33 @@ def _forward_on_cpu(
     a_RK: torch.Tensor | None,
     eps: float,
 ) -> None:
-    h_MK, columns = x_MK if residual_MK is None else h_MK, x_MK.shape[1]
+    columns = x_MK.shape[1]
+    if loops.takes(x_MK, residual_MK, weight_K):
+        loops.rms_norm_into(y_MS[:, :columns], h_MK, rstd_M, x_MK, residual_MK, weight_K, eps)
+    else:
+        _forward_in_torch(y_MS[:, :columns], h_MK, rstd_M, x_MK, residual_MK, weight_K, eps)
+    if a_RK is not None:
+        dtype = backend.product_dtype(y_MS)
+        y_MS[:, columns:] = backend.readable(y_MS[:, :columns].to(dtype)) @ a_RK.to(dtype).T
+
+
+def _forward_in_torch(
+    y_MK: torch.Tensor,
+    h_MK: torch.Tensor,
+    rstd_M: torch.Tensor,
+    x_MK: torch.Tensor,
+    residual_MK: torch.Tensor | None,
+    weight_K: torch.Tensor,
+    eps: float,
+) -> None:
+    h_MK = x_MK if residual_MK is None else h_MK
     for rows in row_blocks(x_MK, torch.float32):
         if residual_MK is not None:
             torch.add(x_MK[rows], residual_MK[rows], out=h_MK[rows])
         # As LlamaRMSNorm computes it, so that not one bit differs.
         wide_BK = h_MK[rows].float()
         rstd_B = torch.rsqrt(wide_BK.pow(2).mean(-1) + eps, out=rstd_M[rows])
-        torch.mul((wide_BK * rstd_B[:, None]).to(h_MK.dtype), weight_K, out=y_MS[rows, :columns])
-    if a_RK is not None:
-        dtype = backend.product_dtype(y_MS)
-        y_MS[:, columns:] = backend.readable(y_MS[:, :columns].to(dtype)) @ a_RK.to(dtype).T
+        torch.mul((wide_BK * rstd_B[:, None]).to(h_MK.dtype), weight_K, out=y_MK[rows])
 
 
 def _empty_gradients(
@@ -150,6 +167,9 @@ def _backward_on_cpu(
     columns = h_MK.shape[1]
     a_RK, dx_MK = None if a_RK is None else a_RK.float(), h_MK.new_empty(h_MK.shape)
     dweight_K = rstd_M.new_zeros(columns if want_weight else 0)
+    if a_RK is None and not want_weight and loops.takes(dy_MS, dh_MK, h_MK, weight_K):
+        loops.differentiate_rms_norm_into(dx_MK, dy_MS, dh_MK, h_MK, rstd_M, weight_K)
+        return dx_MK, dweight_K
     for rows in row_blocks(h_MK, torch.float32):
         dy_BK, rstd_B1 = dy_MS[rows, :columns].float(), rstd_M[rows, None]
         if a_RK is not None:

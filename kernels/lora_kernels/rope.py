@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lora_kernels import backend
+from lora_kernels.cpu import loops
 from lora_kernels.operators import Operator
 
 
@@ -47,16 +48,19 @@ def _rope(
 
         rope.rotate_into(*outputs, q, k, cos, sin, inverse)
     else:
-        cos, sin = cos[:, None].float(), sin[:, None].float()
+        cos, sin = cos.float().contiguous(), sin.float().contiguous()
         for out, x in zip(outputs, (q, k), strict=True):
-            _rotate_on_cpu(out, x, cos, sin, inverse)
+            if loops.takes(out, x):
+                loops.rotate_into(out, x, cos, sin, inverse)
+            else:
+                _rotate_in_torch(out, x, cos[:, None], sin[:, None], inverse)
     return outputs
 
 
 _rope.register_fake(_empty_outputs)
 
 
-def _rotate_on_cpu(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> None:
+def _rotate_in_torch(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> None:
     x = x.float()
     wide = torch.mul(x, cos, out=out if out.dtype == torch.float32 else None)
     x_1, x_2 = x.chunk(2, dim=-1)

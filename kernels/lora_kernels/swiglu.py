@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lora_kernels import backend, lora
+from lora_kernels.cpu import loops
 from lora_kernels.matmul import matmul_float32
 from lora_kernels.operators import Operator
 from lora_kernels.slabs import row_blocks
@@ -54,11 +55,14 @@ _swiglu_lora.register_fake(_empty_output)
 
 
 def _forward_on_cpu(h_MS: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor, a_RN: torch.Tensor | None) -> None:
-    """Rounds where LlamaMLP does, so that not one bit differs."""
+    """Rounds where LlamaMLP does; in torch not one bit differs."""
     columns = gate_MN.shape[1]
     h_MN = h_MS[:, :columns]
-    for rows in row_blocks(gate_MN, gate_MN.dtype):
-        torch.mul(torch.nn.functional.silu(gate_MN[rows]), up_MN[rows], out=h_MN[rows])
+    if loops.takes(h_MN, gate_MN, up_MN):
+        loops.swiglu_into(h_MN, gate_MN, up_MN)
+    else:
+        for rows in row_blocks(gate_MN, gate_MN.dtype):
+            torch.mul(torch.nn.functional.silu(gate_MN[rows]), up_MN[rows], out=h_MN[rows])
     if a_RN is not None:
         dtype = backend.product_dtype(h_MN)
         h_MS[:, columns:] = backend.readable(h_MN.to(dtype)) @ a_RN.to(dtype).T
@@ -104,20 +108,42 @@ def _backward_on_cpu(
 ) -> torch.Tensor | None:
     """Writes the gradients of gate and up, and returns that of `a`, None where there is no `a`."""
     columns, dtype = gate_MN.shape[1], lora.product_dtype(dh_MS)
-    h_MN = None if a_RN is None else gate_MN.new_empty(gate_MN.shape, dtype=dtype)
+    dh_MN, image_MR = dh_MS[:, :columns], backend.readable(dh_MS[:, columns:].to(dtype))
     a_RN = None if a_RN is None else a_RN.to(dtype)
-    for rows in row_blocks(gate_MN, gate_MN.dtype):
-        gate_BN, up_BN, dh_BN = gate_MN[rows], up_MN[rows], dh_MS[rows, :columns].to(dtype)
+    if loops.takes(dh_MS, gate_MN, up_MN):
+        h_MN = gate_MN.new_empty(gate_MN.shape)
         if a_RN is not None:
-            dh_BN = torch.addmm(dh_BN, backend.readable(dh_MS[rows, columns:].to(dtype)), a_RN)
+            where = h_MN if h_MN.dtype == dtype else None
+            dh_MN = torch.addmm(dh_MN.to(dtype), image_MR, a_RN, out=where).to(h_MN.dtype)
+        loops.differentiate_swiglu_into(dgate_MN, dup_MN, h_MN, dh_MN, gate_MN, up_MN)
+        h_MN = h_MN.to(dtype)
+    else:
+        h_MN = _backward_in_torch(dgate_MN, dup_MN, dh_MN.to(dtype), image_MR, gate_MN, up_MN, a_RN)
+    # One product over all rows: a sum of those of blocks would be rounded with each.
+    return None if a_RN is None else torch.mm(image_MR.t(), h_MN)
+
+
+def _backward_in_torch(
+    dgate_MN: torch.Tensor,
+    dup_MN: torch.Tensor,
+    dh_MN: torch.Tensor,
+    image_MR: torch.Tensor,
+    gate_MN: torch.Tensor,
+    up_MN: torch.Tensor,
+    a_RN: torch.Tensor | None,
+) -> torch.Tensor:
+    """Writes the gradients of gate and up, and returns h in the dtype of products."""
+    h_MN = dh_MN.new_empty(gate_MN.shape)
+    for rows in row_blocks(gate_MN, gate_MN.dtype):
+        gate_BN, up_BN, dh_BN = gate_MN[rows], up_MN[rows], dh_MN[rows]
+        if a_RN is not None:
+            dh_BN = torch.addmm(dh_BN, image_MR[rows], a_RN)
         silu_BN = torch.nn.functional.silu(gate_BN)
         torch.mul(dh_BN, silu_BN, out=dup_MN[rows])
-        dsilu_BN = dh_BN * up_BN if a_RN is None else dh_BN.mul_(up_BN)
+        dsilu_BN = dh_BN * up_BN
         torch.ops.aten.silu_backward.grad_input(dsilu_BN.to(gate_BN.dtype), gate_BN, grad_input=dgate_MN[rows])
-        if h_MN is not None:
-            torch.mul(silu_BN, up_BN, out=h_MN[rows])
-    # One product over all rows: a sum of those of blocks would be rounded with each.
-    return None if h_MN is None else torch.mm(dh_MS[:, columns:].to(dtype).t(), h_MN)
+        torch.mul(silu_BN, up_BN, out=h_MN[rows])
+    return h_MN
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

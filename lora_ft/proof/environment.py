@@ -15,6 +15,7 @@ from lora_ft.base import Base
 from lora_ft.errors import AdapterError
 from lora_ft.foreign.files import object_of
 from lora_ft.system import atomicio
+from lora_kernels.cpu import build
 
 FILE = "environment.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "triton", "tokenizers", "safetensors")
@@ -83,8 +84,10 @@ def embeddings_are_tied(model: Any) -> bool:
 
 
 def made_with() -> dict[str, str]:
-    """Returns what the last bits of a result depend on: the versions, and the device in words."""
-    return {**versions(), "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}
+    """Returns what the last bits of a result depend on: versions, device in words, and on a CPU what was compiled."""
+    if torch.cuda.is_available():
+        return {**versions(), "device": device_name(torch.device("cuda"))}
+    return {**versions(), "device": device_name(torch.device("cpu")), "loops": build.name(torch.float32)}
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -8,6 +8,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import attention, reference
+from tests.kernel_ops import forms
 from tests.kernel_ops.compare import assert_like_its_twin
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -23,6 +24,12 @@ CASES = [
     (4, 2, 16, [5, 200], FP32, {"softcap": 2.0}),
     (6, 2, 12, [131, 30], FP16, {"softcap": 1.5, "window": 50}),
 ]
+
+
+@pytest.fixture(params=forms.ON_CPU, autouse=True)
+def _form(request):
+    with forms.computed_by(request.param):
+        yield
 
 
 def inputs(heads, key_heads, width, lengths, dtype):

@@ -1,6 +1,5 @@
 """Cross entropy of a linear head, against its twin and `torch.nn.functional.cross_entropy`."""
 
-import contextlib
 from unittest import mock
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import backend, cross_entropy, reference
+from tests.kernel_ops import forms
 from tests.kernel_ops.accuracy import assert_as_good
 from tests.kernel_ops.compare import outputs_and_gradients
 from tests.kernel_ops.gaps import memory_is_no_number
@@ -24,9 +24,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["kernel", "cpu"], autouse=True)
-def _implementation(request):
-    with backend.triton_anywhere() if request.param == "kernel" else contextlib.nullcontext():
+@pytest.fixture(params=forms.ALL, autouse=True)
+def _form(request):
+    with forms.computed_by(request.param):
         yield
 
 

@@ -1,14 +1,13 @@
 """Rotary embedding of queries and keys, against its twin and `apply_rotary_pos_emb`."""
 
-import contextlib
-
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import lora_kernels
-from lora_kernels import backend, reference
+from lora_kernels import reference
+from tests.kernel_ops import forms
 from tests.kernel_ops.compare import assert_like_its_twin
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -21,9 +20,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["kernel", "cpu"], autouse=True)
-def _implementation(request):
-    with backend.triton_anywhere() if request.param == "kernel" else contextlib.nullcontext():
+@pytest.fixture(params=forms.ALL, autouse=True)
+def _form(request):
+    with forms.computed_by(request.param):
         yield
 
 

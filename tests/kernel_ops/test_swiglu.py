@@ -1,7 +1,5 @@
 """SwiGLU with the down projection after it, against its twin."""
 
-import contextlib
-
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -9,6 +7,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lora_kernels
 from lora_kernels import backend, reference
+from lora_kernels.cpu import loops
+from tests.kernel_ops import forms
 from tests.kernel_ops.compare import assert_like_its_twin, outputs_and_gradients
 from tests.kernel_ops.gaps import memory_is_no_number
 
@@ -29,9 +29,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["kernel", "cpu"], autouse=True)
-def _implementation(request):
-    with backend.triton_anywhere() if request.param == "kernel" else contextlib.nullcontext():
+@pytest.fixture(params=forms.ALL, autouse=True)
+def _form(request):
+    with forms.computed_by(request.param):
         yield
 
 
@@ -62,9 +62,10 @@ def test_it_is_what_llama_does_between_its_products():
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("block", [2**21, 10 * 130 * 4])
-def test_a_cpu_rounds_where_transformers_does(dtype, block, monkeypatch):
-    """The kernels round once: `test_sixteen_bits_are_what_float32_gives_rounded_once`."""
+def test_torch_rounds_where_transformers_does(dtype, block, monkeypatch):
+    """The kernels round once, and the loops all but the gradient of gates as torch does (`test_loops`)."""
     monkeypatch.setattr(backend, "_forced", False)
+    monkeypatch.setattr(loops, "takes", lambda *tensors: False)
     monkeypatch.setattr("lora_kernels.slabs.BLOCK", block)
     gate, up, _ = inputs(63, 130, 0, dtype)
     found, wanted = (
