@@ -61,9 +61,9 @@ def tell(model: nn.Module) -> None:
     for path, names in paths(model).items():
         places = dict.fromkeys(re.split(r"\.\d+\.", name)[-1] for name in names)
         log.info("%d layers %s: %s", len(names), path, ", ".join(places))
-    loops = library(torch.float32)
-    if isinstance(loops, str) and next(model.parameters()).device.type == "cpu":
-        log.info("norms, activations and losses take torch several passes each: %s", loops)
+    numbers = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    if numbers.device.type == "cpu" and isinstance(loops := library(numbers.dtype), str):
+        log.info("norms, activations and losses take torch several passes each, for want of compiled loops: %s", loops)
 
 
 def implementation(device: torch.device) -> str:

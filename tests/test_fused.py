@@ -408,6 +408,20 @@ def test_what_peft_refuses_is_refused(x):
         ours(x)
 
 
+@pytest.mark.parametrize("made", ["there is no C++ compiler", object()])
+def test_what_makes_a_cpu_slower_is_told(made, caplog, monkeypatch):
+    monkeypatch.setattr(fused, "library", lambda dtype: made if dtype == torch.float32 else "")
+    ours, _ = both("dense")
+    with caplog.at_level("INFO", "lora_ft"):
+        fused.tell(ours)
+    told = [record.message for record in caplog.records if "torch several passes" in record.message]
+    assert told == (
+        ["norms, activations and losses take torch several passes each, for want of compiled loops: " + made]
+        if isinstance(made, str)
+        else []
+    )
+
+
 def test_no_rows_are_no_rows():
     ours, _ = both("nf4")
     assert ours(torch.randn(0, K)).shape == (0, N)

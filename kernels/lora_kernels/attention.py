@@ -57,40 +57,40 @@ def packed_attention(
     return _packed_attention(q, k, v, found, scale, window or 0, softcap)
 
 
-def _blocks(bounds: Sequence[int], window: int, like: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Yields the queries of each block, the keys that any of them sees, and what hides the last of these from a query.
-
-    That is float32 [Q, L] or, without a window, [Q, Q]: -inf where a key comes after the query or before its window,
-    else 0. It is added, as filling by a mask that is the same for all heads takes longer than a product.
-    """
-    rows = BLOCK if like.dtype == torch.float32 else BLOCK_16_BITS
-    hidden_QQ = torch.full((rows, rows), -math.inf, device=like.device).triu(1)
+def _blocks(bounds: Sequence[int], window: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Yields the queries of each block, and the keys that any of them sees."""
+    rows = BLOCK if dtype == torch.float32 else BLOCK_16_BITS
     for begin, end in pairwise(bounds):
         for first in range(begin, end, rows):
             last = min(first + rows, end)
-            hidden_QL, start = hidden_QQ[: last - first, : last - first], begin
-            if window:
-                start = max(begin, first - window + 1)
-                before_QL = torch.full((last - first, last - start), -math.inf, device=like.device)
-                hidden_QL = before_QL.triu(first - start + 1) + before_QL.tril(first - start - window)
-            yield slice(first, last), slice(start, last), hidden_QL
+            yield slice(first, last), slice(max(begin, first - window + 1) if window else begin, last)
+
+
+def _hidden(rows: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """Returns what hides the last keys from the queries of a block: -inf where one comes after, or before the window.
+
+    It is float32, else 0, [Q, L] or, without a window, [Q, Q]. It is added, as filling by a mask that is the same for
+    all heads takes longer than a product.
+    """
+    if not window:
+        return torch.full((rows, rows), -math.inf, device=device).triu(1)
+    before_QL = torch.full((rows, keys), -math.inf, device=device)
+    return before_QL.triu(keys - rows + 1) + before_QL.tril(keys - rows - window)
 
 
 class _Block:
     """The probabilities of one block, and what it takes to differentiate them, in torch."""
 
-    def __init__(
-        self, q_JGQD: torch.Tensor, k_JLD: torch.Tensor, hidden_QL: torch.Tensor, scale: float, softcap: float
-    ) -> None:
+    def __init__(self, q_JGQD: torch.Tensor, k_JLD: torch.Tensor, window: int, scale: float, softcap: float) -> None:
         heads, group, rows, width = q_JGQD.shape
         scores_JRL = torch.bmm(q_JGQD.reshape(heads, group * rows, width), k_JLD.transpose(1, 2))
-        # A power of two rounds nothing, and before they are widened half as much is read.
-        scores_JRL = scores_JRL.mul_(scale) if math.frexp(scale)[0] == 0.5 else scores_JRL.float().mul_(scale)
+        scores_JRL, self.scale = _scaled(scores_JRL, scale), scale
         self.slope_JRL: torch.Tensor | None = None
         if softcap:
             scores_JRL = scores_JRL.float().div_(softcap).tanh_()
             self.slope_JRL = 1 - scores_JRL.square()
             scores_JRL.mul_(softcap)
+        hidden_QL = _hidden(rows, k_JLD.shape[1], window, k_JLD.device)
         scores_JRL.view(heads, group, rows, -1)[..., -hidden_QL.shape[1] :].add_(hidden_QL)
         self.p_JRL = torch.softmax(scores_JRL.float(), -1)
 
@@ -98,12 +98,17 @@ class _Block:
         return torch.bmm(self.p_JRL.to(v_JLD.dtype), v_JLD)
 
     def differentiated(self, do_JRD: torch.Tensor, v_JLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the probabilities, and the gradient of the scores over the scale, in the dtype of products."""
-        ds_JRL = torch.bmm(do_JRD, v_JLD.transpose(1, 2)).float()
-        ds_JRL = torch.ops.aten._softmax_backward_data(ds_JRL, self.p_JRL, -1, torch.float32)
+        """Returns the probabilities, and the gradient of q k.T, in the dtype of products."""
+        dp_JRL = _scaled(torch.bmm(do_JRD, v_JLD.transpose(1, 2)), self.scale).float()
+        ds_JRL = torch.ops.aten._softmax_backward_data(dp_JRL, self.p_JRL, -1, torch.float32)
         if self.slope_JRL is not None:
             ds_JRL.mul_(self.slope_JRL)
         return self.p_JRL.to(v_JLD.dtype), ds_JRL.to(v_JLD.dtype)
+
+
+def _scaled(scores_JRL: torch.Tensor, scale: float) -> torch.Tensor:
+    """Returns scale * scores, widened unless the scale is a power of two: that rounds nothing, and half is read."""
+    return scores_JRL.mul_(scale) if math.frexp(scale)[0] == 0.5 else scores_JRL.float().mul_(scale)
 
 
 def _over_queries(left_JRL: torch.Tensor, right_JRD: torch.Tensor, group: int) -> torch.Tensor:
@@ -157,8 +162,8 @@ def _packed_attention(
             arguments = (q_JGTD[:, :, begin:end], k_JGLD, v_JGLD, 0.0, True)
             out_JGTD[:, :, begin:end] = _flash(*arguments, scale=scale)[0]
         return out_HTD
-    for queries, keys, hidden_QL in _blocks(bounds, window, q):
-        block = _Block(q_JGTD[:, :, queries], k[:, keys], hidden_QL, scale, softcap)
+    for queries, keys in _blocks(bounds, window, q.dtype):
+        block = _Block(q_JGTD[:, :, queries], k[:, keys], window, scale, softcap)
         out_JGTD[:, :, queries] = block.times(v[:, keys]).view_as(out_JGTD[:, :, queries])
     return out_HTD
 
@@ -185,20 +190,20 @@ def _packed_attention_backward(
     dk_JTD, dv_JTD = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
     q_JGTD, do_JGTD, dq_JGTD = (x.view(len(k), -1, *x.shape[1:]) for x in (q, do, dq_HTD))
     in_loops, group = not softcap and scale > 0 and loops.takes(q, k, v, do), q_JGTD.shape[1]
-    for queries, keys, hidden_QL in _blocks(bounds, window, q):
-        k_JLD, v_JLD = k[:, keys], v[:, keys]
+    for queries, keys in _blocks(bounds, window, q.dtype):
+        # Dense, or each of the products below would make its own copy.
+        k_JLD, v_JLD = k[:, keys].contiguous(), v[:, keys].contiguous()
         q_JRD, do_JRD = (x[:, :, queries].reshape(len(k), -1, x.shape[-1]) for x in (q_JGTD, do_JGTD))
         if in_loops:
             p_JRL, ds_JRL = torch.bmm(q_JRD, k_JLD.transpose(1, 2)), torch.bmm(do_JRD, v_JLD.transpose(1, 2))
-            loops.differentiate_scores_(p_JRL, ds_JRL, len(hidden_QL), window, scale)
+            loops.differentiate_scores_(p_JRL, ds_JRL, queries.stop - queries.start, window, scale)
         else:
-            block = _Block(q_JGTD[:, :, queries], k_JLD, hidden_QL, scale, softcap)
+            block = _Block(q_JGTD[:, :, queries], k_JLD, window, scale, softcap)
             p_JRL, ds_JRL = block.differentiated(do_JRD, v_JLD)
-        dq_JRD = torch.bmm(ds_JRL, k_JLD)
-        torch.mul(dq_JRD.view_as(dq_JGTD[:, :, queries]), scale, out=dq_JGTD[:, :, queries])
+        dq_JGTD[:, :, queries] = torch.bmm(ds_JRL, k_JLD).view_as(dq_JGTD[:, :, queries])
         dk_JTD[:, keys] += _over_queries(ds_JRL, q_JRD, group)
         dv_JTD[:, keys] += _over_queries(p_JRL, do_JRD, group)
-    return dq_HTD, _empty_like(k_JTD).copy_(dk_JTD.mul_(scale)), _empty_like(v_JTD).copy_(dv_JTD)
+    return dq_HTD, _empty_like(k_JTD).copy_(dk_JTD), _empty_like(v_JTD).copy_(dv_JTD)
 
 
 @_packed_attention_backward.register_fake

@@ -32,8 +32,11 @@ def rms_norm_lora(
         eps: Added to the mean of squares.
 
     Raises:
-        ValueError: `residual` and `x` differ in dtype.
+        ValueError: `residual` and `x` differ in dtype or shape, or the weight is not [K].
     """
+    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
+        sizes = [list(part.shape) for part in (x, weight, residual) if part is not None]
+        raise ValueError(f"rms_norm_lora: x, weight and residual must be [..., K], [K] and as x, got {sizes}.")
     if residual is None:
         x_MK, residual_MK = x.reshape(-1, x.shape[-1]), None
     elif residual.dtype == x.dtype:

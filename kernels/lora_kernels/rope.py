@@ -22,7 +22,17 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
         k: [B, Hk, T, D].
         cos: [B or 1, T, D] of any float dtype.
         sin: like `cos`.
+
+    Raises:
+        ValueError: the angles are not as many, or D is odd.
     """
+    batch, _, tokens, width = q.shape
+    fits = cos.shape[1:] == (tokens, width) and len(cos) in (1, batch) and cos.shape == sin.shape
+    if not fits or width % 2 or (k.shape[0], *k.shape[2:]) != (batch, tokens, width):
+        sizes = [list(part.shape) for part in (q, k, cos, sin)]
+        raise ValueError(
+            f"rope: q, k, cos, sin must be [B, H, T, D], [B, Hk, T, D] and twice [B or 1, T, D], D even, got {sizes}."
+        )
     return _rope(q, k, cos, sin, False)
 
 

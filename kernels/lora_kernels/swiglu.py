@@ -27,7 +27,12 @@ def swiglu_lora(gate: torch.Tensor, up: torch.Tensor, a: torch.Tensor | None) ->
         gate: [..., N]; rows may stand apart, as the halves of one product of gate and up do.
         up: of the shape and dtype of `gate`.
         a: [R, N] of any float dtype, read in that of `gate`, with a gradient in its own. None where R is 0.
+
+    Raises:
+        ValueError: `gate` and `up` differ in shape.
     """
+    if gate.shape != up.shape:
+        raise ValueError(f"swiglu_lora: gate is {list(gate.shape)} and up {list(up.shape)}; they must be alike.")
     columns = gate.shape[-1]
     h_MS = _swiglu_lora(gate.reshape(-1, columns), up.reshape(-1, columns), a)
     return h_MS.view(*gate.shape[:-1], h_MS.shape[1])
@@ -109,41 +114,33 @@ def _backward_on_cpu(
     """Writes the gradients of gate and up, and returns that of `a`, None where there is no `a`."""
     columns, dtype = gate_MN.shape[1], lora.product_dtype(dh_MS)
     dh_MN, image_MR = dh_MS[:, :columns], backend.readable(dh_MS[:, columns:].to(dtype))
-    a_RN = None if a_RN is None else a_RN.to(dtype)
+    h_MN: torch.Tensor | None = None
     if loops.takes(dh_MS, gate_MN, up_MN):
-        h_MN = gate_MN.new_empty(gate_MN.shape)
         if a_RN is not None:
-            where = h_MN if h_MN.dtype == dtype else None
-            dh_MN = torch.addmm(dh_MN.to(dtype), image_MR, a_RN, out=where).to(h_MN.dtype)
+            dh_MN = h_MN = _with_image(dh_MN, image_MR, a_RN.to(dtype))
         loops.differentiate_swiglu_into(dgate_MN, dup_MN, h_MN, dh_MN, gate_MN, up_MN)
-        h_MN = h_MN.to(dtype)
     else:
-        h_MN = _backward_in_torch(dgate_MN, dup_MN, dh_MN.to(dtype), image_MR, gate_MN, up_MN, a_RN)
-    # One product over all rows: a sum of those of blocks would be rounded with each.
-    return None if a_RN is None else torch.mm(image_MR.t(), h_MN)
-
-
-def _backward_in_torch(
-    dgate_MN: torch.Tensor,
-    dup_MN: torch.Tensor,
-    dh_MN: torch.Tensor,
-    image_MR: torch.Tensor,
-    gate_MN: torch.Tensor,
-    up_MN: torch.Tensor,
-    a_RN: torch.Tensor | None,
-) -> torch.Tensor:
-    """Writes the gradients of gate and up, and returns h in the dtype of products."""
-    h_MN = dh_MN.new_empty(gate_MN.shape)
-    for rows in row_blocks(gate_MN, gate_MN.dtype):
-        gate_BN, up_BN, dh_BN = gate_MN[rows], up_MN[rows], dh_MN[rows]
         if a_RN is not None:
-            dh_BN = torch.addmm(dh_BN, image_MR[rows], a_RN)
-        silu_BN = torch.nn.functional.silu(gate_BN)
-        torch.mul(dh_BN, silu_BN, out=dup_MN[rows])
-        dsilu_BN = dh_BN * up_BN
-        torch.ops.aten.silu_backward.grad_input(dsilu_BN.to(gate_BN.dtype), gate_BN, grad_input=dgate_MN[rows])
-        torch.mul(silu_BN, up_BN, out=h_MN[rows])
-    return h_MN
+            h_MN, a_RN = gate_MN.new_empty(gate_MN.shape, dtype=dtype), a_RN.to(dtype)
+        for rows in row_blocks(gate_MN, gate_MN.dtype):
+            gate_BN, up_BN, dh_BN = gate_MN[rows], up_MN[rows], dh_MN[rows].to(dtype)
+            if a_RN is not None:
+                dh_BN = torch.addmm(dh_BN, image_MR[rows], a_RN)
+            silu_BN = torch.nn.functional.silu(gate_BN)
+            torch.mul(dh_BN, silu_BN, out=dup_MN[rows])
+            dsilu_BN = (dh_BN * up_BN).to(gate_BN.dtype)
+            torch.ops.aten.silu_backward.grad_input(dsilu_BN, gate_BN, grad_input=dgate_MN[rows])
+            if h_MN is not None:
+                torch.mul(silu_BN, up_BN, out=h_MN[rows])
+    # One product over all rows: a sum of those of blocks would be rounded with each.
+    return None if h_MN is None else torch.mm(image_MR.t(), h_MN.to(dtype))
+
+
+def _with_image(dh_MN: torch.Tensor, image_MR: torch.Tensor, a_RN: torch.Tensor) -> torch.Tensor:
+    """Returns dh + image @ a in memory of its own and the dtype of `dh`; the others are of that of products."""
+    if image_MR.dtype == dh_MN.dtype:
+        return torch.addmm(dh_MN, image_MR, a_RN)
+    return dh_MN.to(image_MR.dtype).addmm_(image_MR, a_RN).to(dh_MN.dtype)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -87,7 +87,7 @@ def made_with() -> dict[str, str]:
     """Returns what the last bits of a result depend on: versions, device in words, and on a CPU what was compiled."""
     if torch.cuda.is_available():
         return {**versions(), "device": device_name(torch.device("cuda"))}
-    return {**versions(), "device": device_name(torch.device("cpu")), "loops": build.name(torch.float32)}
+    return {**versions(), "device": device_name(torch.device("cpu")), "loops": build.digest(torch.float32)}
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

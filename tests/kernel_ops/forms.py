@@ -15,16 +15,22 @@ ALL = ("kernel", *ON_CPU)
 
 
 @contextmanager
-def computed_by(form: str) -> Iterator[None]:
-    """Runs the block with operations in one form; a test of loops is skipped where they cannot be compiled."""
+def computed_by(form: str) -> Iterator[set[str]]:
+    """Runs the block with operations in one form; a test of loops is skipped where they cannot be compiled.
+
+    Yields the names of the loops that have run.
+    """
+    ran: set[str] = set()
     if form == "kernel":
         with backend.triton_anywhere():
-            yield
+            yield ran
     elif form == "loops":
         made = build.library(torch.float32)
         if isinstance(made, str):
             pytest.skip(made)
-        yield
+        run = loops._run
+        with mock.patch.object(loops, "_run", lambda name, *rest: (ran.add(name), run(name, *rest))):
+            yield ran
     else:
         with mock.patch.object(loops, "takes", return_value=False):
-            yield
+            yield ran

@@ -191,3 +191,13 @@ def test_rows_may_have_any_shape_without_a_residual():
     flat_y, flat_h = op(x, None, weight, a)
     assert torch.equal(y, flat_y.view(2, 3, -1))
     assert torch.equal(h, flat_h.view(2, 3, -1))
+
+
+@pytest.mark.parametrize("wrong", ["residual", "weight"])
+def test_shapes_that_do_not_meet_are_refused(wrong):
+    x, residual, weight, a = inputs(7, 130, 16, BF16)
+    residual, weight = (residual[:1], weight) if wrong == "residual" else (residual, weight[:1])
+    with pytest.raises(
+        ValueError, match=r"x, weight and residual must be \[\.\.\., K\], \[K\] and as x, got \[\[7, 130\]"
+    ):
+        op(x, residual, weight, a)

@@ -105,3 +105,17 @@ def test_the_twin_has_the_gradients_of_what_it_computes():
     q, k, cos, sin = inputs(2, 2, 1, 3, 4, FP32)
     q, k = q.detach().double().requires_grad_(), k.detach().double().requires_grad_()
     assert torch.autograd.gradcheck(reference.rope, (q, k, cos.double(), sin.double()))
+
+
+@pytest.mark.parametrize("wrong", ["tokens", "rows", "halves", "sin", "odd", "keys"])
+def test_shapes_that_do_not_meet_are_refused(wrong):
+    q, k, cos, sin = inputs(2, 3, 1, 7, 15 if wrong == "odd" else 16, BF16, angles=2)
+    if wrong == "sin":
+        sin = sin[:1]
+    elif wrong == "keys":
+        k = k[:1]
+    elif wrong != "odd":
+        cut = {"tokens": (slice(None), slice(1)), "rows": torch.tensor([0, 1, 1]), "halves": (..., slice(8))}[wrong]
+        cos, sin = cos[cut], sin[cut]
+    with pytest.raises(ValueError, match=r"rope: q, k, cos, sin must be .*, got \[\[2, 3, 7, 1[56]\]"):
+        lora_kernels.rope(q, k, cos, sin)

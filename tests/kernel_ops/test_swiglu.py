@@ -175,3 +175,9 @@ def test_the_kernels_write_their_columns_and_no_others():
 def test_the_twin_has_the_gradients_of_what_it_computes():
     gate, up, a = (tensor.detach().double().requires_grad_() for tensor in inputs(3, 5, 2, FP32))
     assert torch.autograd.gradcheck(reference.swiglu_lora, (gate, up, a))
+
+
+def test_shapes_that_do_not_meet_are_refused():
+    gate, up, a = inputs(7, 130, 16, BF16)
+    with pytest.raises(ValueError, match=r"gate is \[7, 130\] and up \[1, 130\]; they must be alike"):
+        lora_kernels.swiglu_lora(gate, up[:1], a)

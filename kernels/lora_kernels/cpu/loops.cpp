@@ -7,12 +7,12 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <vector>
 
 namespace {
 
-// Below so many numbers, waking threads takes longer than they save.
+// Below so many numbers, which take one thread some 10 us, waking others takes longer than they save.
 constexpr long SHARED = 1 << 14;
 
 struct bfloat16 {
@@ -53,7 +53,7 @@ inline float rounded(float x) { return rounded_as(Number{}, x); }
 
 // e to the x, to two units in the last place: 2^n e^r with n whole and |r| at most ln(2) / 2. Once 1.5 * 2^23 is added,
 // n stands in the lowest bits of a float. The series is Taylor's, with the coefficients of Cephes' expf (Moshier), which
-// make the largest error smallest.
+// make the largest error smallest. What lies beyond +-88 is 0 or infinity.
 inline float exponential(float x) {
     const float whole = 12582912.0f;
     float shifted = x * 1.44269504088896341f + whole;
@@ -118,7 +118,7 @@ void differentiate_swiglu(int threads, Number* dgate, Number* dup, Number* h, co
                           long up_stride) {
 #pragma omp parallel for num_threads(threads) if (rows * columns > SHARED)
     for (long i = 0; i < rows; i++) {
-        Number *dgate_row = dgate + i * columns, *dup_row = dup + i * columns, *h_row = h + i * columns;
+        Number *dgate_row = dgate + i * columns, *dup_row = dup + i * columns, *h_row = h ? h + i * columns : nullptr;
         const Number *dh_row = dh + i * dh_stride, *gate_row = gate + i * gate_stride, *up_row = up + i * up_stride;
 #pragma omp simd
         for (long j = 0; j < columns; j++) {
@@ -126,7 +126,7 @@ void differentiate_swiglu(int threads, Number* dgate, Number* dup, Number* h, co
             float share = sigmoid(x), silu = rounded(x * share);
             put(dup_row[j], d * silu);
             put(dgate_row[j], d * y * share * (1 + x * (1 - share)));
-            put(h_row[j], silu * y);
+            if (h_row) put(h_row[j], silu * y);
         }
     }
 }
@@ -208,8 +208,7 @@ void differentiate_scores(int threads, Number* scores, Number* dp, long rows, lo
     {
         // Rows of any length, filled up: what is left of one by whole registers would take as long as all the rest.
         long room = filled(keys);
-        std::vector<float> buffer(2 * room);
-        float *e = buffer.data(), *g = e + room;
+        auto e = static_cast<float*>(std::malloc(2 * room * sizeof(float))), g = e + room;
 #pragma omp for
         for (long i = 0; i < rows; i++) {
             long end = keys - queries + i % queries + 1, begin = window && window < end ? end - window : 0;
@@ -241,9 +240,10 @@ void differentiate_scores(int threads, Number* scores, Number* dp, long rows, lo
             for (long j = 0; j < seen; j++) {
                 float p = e[j] * share;
                 put(s[begin + j], p);
-                put(d[begin + j], p * (g[j] - dot));
+                put(d[begin + j], p * (g[j] - dot) * scale);
             }
         }
+        std::free(e);
     }
 }
 

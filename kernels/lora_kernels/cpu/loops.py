@@ -10,18 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
 
 from lora_kernels.cpu.build import library
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Of fake tensors, whose memory somebody counts, nothing is computed.
+_TAKEN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def takes(*tensors: torch.Tensor | None) -> bool:
-    """Returns whether the loops read these tensors, which is asked of those of one dtype."""
+    """Returns whether the loops read these tensors: all of one dtype that they know, each row of them dense."""
     given = [x for x in tensors if x is not None]
     dtype = given[0].dtype
-    fits = all(type(x) in _PLAIN and x.is_cpu and x.dtype == dtype and x.stride(-1) == 1 for x in given)
-    return fits and not isinstance(library(dtype), str)
+    return not isinstance(library(dtype), str) and all(
+        type(x) in _TAKEN and x.is_cpu and x.dtype == dtype and x.stride(-1) == 1 and not x.is_neg() for x in given
+    )
 
 
 def differentiate_logits_(
@@ -29,11 +32,22 @@ def differentiate_logits_(
 ) -> torch.Tensor:
     """Returns -log softmax(scale * logits) at the labels, [M] float32, and puts its gradient in the logits' place.
 
-    The scale is above 0.
+    The labels are int64, the scale is above 0. Raises IndexError where a label is no column.
     """
+    wrong_M = (labels_M < 0) | (labels_M >= logits_MN.shape[1])
+    if wrong_M.any():
+        raise IndexError(f"a label is {int(labels_M[wrong_M][0])}, and there are {logits_MN.shape[1]} words, from 0 on")
     nll_M = logits_MN.new_empty(len(logits_MN), dtype=torch.float32)
     sizes = (*logits_MN.shape, logits_MN.stride(0))
-    _run("differentiate_logits", logits_MN, labels_M.contiguous(), nll_M, *sizes, float(scale), need_gradient)
+    _run(
+        "differentiate_logits",
+        logits_MN,
+        labels_M.to(torch.int64).contiguous(),
+        nll_M,
+        *sizes,
+        float(scale),
+        need_gradient,
+    )
     return nll_M
 
 
@@ -46,12 +60,15 @@ def swiglu_into(h_MN: torch.Tensor, gate_MN: torch.Tensor, up_MN: torch.Tensor) 
 def differentiate_swiglu_into(
     dgate_MN: torch.Tensor,
     dup_MN: torch.Tensor,
-    h_MN: torch.Tensor,
+    h_MN: torch.Tensor | None,
     dh_MN: torch.Tensor,
     gate_MN: torch.Tensor,
     up_MN: torch.Tensor,
 ) -> None:
-    """Writes the gradients of gate and up, and h = silu(gate) * up, which may lie where `dh` does: dense all three."""
+    """Writes the gradients of gate and up, and h = silu(gate) * up, which may lie where `dh` does; dense all three.
+
+    No h where it is None.
+    """
     strides = (x.stride(0) for x in (dh_MN, gate_MN, up_MN))
     _run("differentiate_swiglu", dgate_MN, dup_MN, h_MN, dh_MN, gate_MN, up_MN, *gate_MN.shape, *strides)
 
@@ -65,7 +82,7 @@ def rms_norm_into(
     weight_K: torch.Tensor,
     eps: float,
 ) -> None:
-    """Writes h = x + residual, dense and only where there is one, its 1 / rms, and weight * (h / rms)."""
+    """Writes h = x + residual, its 1 / rms, and weight * (h / rms). `h` is dense, and written with a residual only."""
     strides = (y_MK.stride(0), x_MK.stride(0), 0 if residual_MK is None else residual_MK.stride(0))
     _run("rms_norm", y_MK, h_MK, rstd_M, x_MK, residual_MK, weight_K, *x_MK.shape, *strides, float(eps))
 
@@ -95,7 +112,7 @@ def rotate_into(
 def differentiate_scores_(
     scores_JRL: torch.Tensor, dp_JRL: torch.Tensor, queries: int, window: int, scale: float
 ) -> None:
-    """Puts p = softmax(scale * scores) in the place of the scores, and p (dp - sum(p dp)), their gradient, in dp's.
+    """Writes p = softmax(scale * scores) over the scores and scale p (dp - sum(p dp)), the gradient of q k.T, over dp.
 
     Args:
         scores_JRL: dense, R = G * Q; the last query of a head sees all L keys, each before it one less.
@@ -112,7 +129,12 @@ def _longs(numbers: Sequence[int]) -> Any:
 
 
 def _run(name: str, *arguments: Any) -> None:
-    """Runs a loop on as many threads as torch has: tensors by their addresses, numbers as what they are."""
+    """Runs a loop of the dtype of the first argument on as many threads as torch has.
+
+    Tensors go as addresses, whole numbers as long, others as float.
+    """
+    if isinstance(arguments[0], FakeTensor):
+        return
     loop: Callable[..., None] = getattr(library(arguments[0].dtype), name)
     loop(torch.get_num_threads(), *map(_as_c, arguments))
 
