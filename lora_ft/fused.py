@@ -115,9 +115,15 @@ class _Fused:
     unfit: str | None = None
     """What stood against the dtypes that the last forward pass met."""
 
-    def active(self) -> Active | str:
-        """Returns the adapter that the kernels compute this layer with as it stands, or why PEFT computes it."""
-        if self.disable_adapters:
+    def active(self, *, zeros_for_off: bool = False) -> Active | str:
+        """Returns the adapter that the kernels compute this layer with as it stands, or why PEFT computes it.
+
+        Args:
+            zeros_for_off: take one of zeros for an adapter that is switched off, so that a layer without its adapter is
+                computed, and rounded, as one with it.
+        """
+        off = self.disable_adapters
+        if off and not zeros_for_off:
             return "the adapter is switched off"
         if self.merged:
             return "the adapter is merged"
@@ -139,6 +145,8 @@ class _Fused:
         against = refusal_of_device(weight.device) or self._refusal_of_base(base)
         if against is not None:
             return against
+        if off:
+            return Active(torch.zeros_like(weight), torch.zeros_like(b.weight), self.scaling[name], 0.0)
         dropped = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
         return Active(weight, b.weight, self.scaling[name], dropped)
 

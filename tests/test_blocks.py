@@ -1,5 +1,6 @@
 """Decoder layers computed whole do what they do a part at a time, and only where a probe has proven it."""
 
+import contextlib
 import copy
 import functools
 import logging
@@ -227,7 +228,6 @@ FALLBACKS = {
     "several": (second_adapter, "q_proj: 2 adapters are active"),
     "none": (lambda model: model.base_model.set_adapter([]), "q_proj: 0 adapters are active"),
     "merged": (lambda model: model.merge_adapter(), "q_proj: the adapter is merged"),
-    "off": (lambda model: model.base_model.disable_adapter_layers(), "q_proj: the adapter is switched off"),
     "watched attention": (watch("self_attn"), "a hook watches LlamaAttention"),
     "watched norm": (watch("input_layernorm"), "a hook watches LlamaRMSNorm"),
     "watched projection": (watch("mlp.up_proj"), "up_proj: a hook watches it"),
@@ -259,24 +259,34 @@ def test_merged_and_taken_out_again_it_is_whole_again(folders):
     model.unmerge_adapter()
     assert is_whole(model)
     assert_same(results(model), wanted)
-    with model.disable_adapter():
-        assert not is_whole(model)
-    assert is_whole(model)
 
 
-def test_in_parts_an_adapter_of_zeros_says_what_its_base_does(folders):
-    model = adapted(folders["llama"], "none", "bfloat16").eval()
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_an_adapter_of_zeros_says_what_its_base_does(folders, quant):
+    model = adapted(folders["llama"], quant, "bfloat16").train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
     with torch.no_grad(), modes.mixed_precision(model):
-        with model.disable_adapter():
-            base = model(**batch()).logits
-        with blocks.in_parts(model):
-            assert not is_whole(model)
-            assert torch.equal(model(**batch()).logits, base)
+        for parts in (False, True):
+            with blocks.in_parts(model) if parts else contextlib.nullcontext():
+                model.eval()
+                found = model(**batch()).logits
+                model.train()  # what is off drops nothing out
+                with model.disable_adapter():
+                    assert is_whole(model) == (not parts)
+                    assert torch.equal(model(**batch()).logits, found)
+
+
+def test_switched_off_a_spoiled_adapter_spoils_nothing(folders):
+    model = adapted(folders["llama"]).eval()
+    with torch.no_grad(), model.disable_adapter():
+        wanted = model(**batch()).logits
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.fill_(float("nan"))
         assert is_whole(model)
-        assert not torch.equal(model(**batch()).logits, base)
+        assert torch.equal(model(**batch()).logits, wanted)
 
 
 def test_a_norm_that_is_trained_has_its_gradient(folders):

@@ -6,8 +6,9 @@ class in all but `forward`: modules keep their names and classes, and saving, me
 PEFT's as before.
 
 A layer is computed so only where its structure is known and a probe has shown that it computes the same; it is asked
-again at every call, and whatever then stands against it (an adapter that is off or merged, a hook, a dtype that does
-not meet) sends the call to the layer's own `forward`.
+again at every call, and whatever then stands against it (an adapter that is merged, a hook, a dtype that does not meet)
+sends the call to the layer's own `forward`. Adapters that are off are taken for zeros: a model and its base are rounded
+alike, and one that has learned nothing is its base to the bit.
 
 B sequences of T positions, H heads of D columns, K columns of the residual.
 """
@@ -92,14 +93,14 @@ def presume(model: nn.Module, on_gpu: bool) -> None:
 
 @contextmanager
 def in_parts(model: nn.Module) -> Iterator[None]:
-    """Runs the block with layers computed a part at a time, as they are where their adapters are off.
+    """Runs the block with layers computed a part at a time, as those of a plain model are.
 
-    Whoever compares a model with its base needs it: sums that are rounded otherwise are no effect of an adapter.
+    Whoever compares a model with its merge needs it: sums that are rounded otherwise are no effect of merging.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _Whole) and layer.unproven is None]
     try:
         for layer in layers:
-            layer.unproven = "it is compared with one whose adapter is off"
+            layer.unproven = "it is compared with plain ones"
         yield
     finally:
         for layer in layers:
@@ -162,7 +163,7 @@ class _Whole(nn.Module):
         if any(norm.weight.requires_grad for norm in norms):
             return "a norm is trained"
         for name, layer in _projections(self).items():
-            active = "a hook watches it" if fused.is_watched(layer) else layer.active()
+            active = "a hook watches it" if fused.is_watched(layer) else layer.active(zeros_for_off=True)
             if isinstance(active, str):
                 return f"{name}: {active}"
             found[name] = active

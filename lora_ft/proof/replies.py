@@ -69,7 +69,7 @@ def _window(row: Features, length: int, window: slice) -> Features:
 def ask(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor]:
     """Returns the logits [N, V] at the scored positions of each batch, on the processor.
 
-    Layers are computed a part at a time, so that on a CPU an adapter of zeros says to the bit what its base does.
+    Layers are computed a part at a time, as those of a merged model are.
     """
     device = next(model.parameters()).device
     with evaluating(model), blocks.in_parts(model):

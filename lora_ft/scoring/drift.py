@@ -19,7 +19,6 @@ import torch
 from lora_ft import base as bases
 from lora_ft import tasks
 from lora_ft.data.tokens import adds_bos
-from lora_ft.model import blocks
 from lora_ft.model.modes import unwrapped, without
 from lora_ft.scoring import losses
 from lora_ft.scoring.losses import Losses
@@ -55,8 +54,7 @@ def measure(model: Any, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]
             here = after.row_N == row
             sums[:, place] = _of_row(before.logits_NV[here], after.logits_NV[here], after.targets_N[here])
 
-    with blocks.in_parts(model):
-        losses.each_batch(task, model, rows, ROWS, take)
+    losses.each_batch(task, model, rows, ROWS, take)
     base_nll, nll, kl, count = sums
     nothing = np.zeros(len(rows))
     base_loss, loss = Losses(base_nll, count, nothing), Losses(nll, count, nothing)
