@@ -22,18 +22,20 @@ from typing import Any
 FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NAMES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.move")
 
-# Files that have a reason to write for themselves, each with the part of a path that it may write to.
+# Files that have a reason to write for themselves, each with parts of paths that it may write to.
 EXCEPTIONS = {
     # A lock that is never written to.
-    "lora_ft/system/locks.py": "/lora_ft-",
+    "lora_ft/system/locks.py": ("/lora_ft-",),
     # What a process with limits prints.
-    "lora_ft/foreign/cell.py": os.devnull,
+    "lora_ft/foreign/cell.py": (os.devnull,),
+    # What is compiled for this processor stays in the user's cache; the kernels know nothing of lora_ft.
+    "lora_kernels/cpu/build.py": ("/cache/lora_kernels", "loops.o"),
     # Python's own, of what it compiled.
-    "<frozen importlib._bootstrap_external>": "__pycache__",
+    "<frozen importlib._bootstrap_external>": ("__pycache__",),
     # The Trainer would make its folder, which is there.
-    "transformers/trainer.py": "/checkpoints",
+    "transformers/trainer.py": ("/checkpoints",),
     # Pipes of a process that is started, and its null device.
-    "/subprocess.py": os.devnull,
+    "/subprocess.py": (os.devnull,),
 }
 
 
@@ -64,11 +66,15 @@ class Hook:
             path, files = str(args[0]), frames(sys._getframe(1))
             if any(file.endswith("lora_ft/system/atomicio.py") for file in files):
                 self.ours += 1
-            elif not any(file.endswith(end) and part in path for file in files for end, part in EXCEPTIONS.items()):
+            elif not self.excused(path, files):
                 ours = next((file for file in files if "/lora_ft/" in file), files[0])
                 self.strange.append(f"{event} {path} by {ours}")
         finally:
             self.on = True
+
+    def excused(self, path: str, files: list[str]) -> bool:
+        allowed = (parts for end, parts in EXCEPTIONS.items() if any(file.endswith(end) for file in files))
+        return any(part in path for parts in allowed for part in parts)
 
 
 def ways(folder: Path) -> dict[str, Callable[[], Any]]:

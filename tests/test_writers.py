@@ -97,7 +97,11 @@ def test_reading_is_no_writing() -> None:
 
 
 def test_in_a_training_nothing_is_written_but_through_that_module(tmp_path: Path) -> None:
+    # A cache of its own: what is compiled at first use is written here too.
+    cache = tmp_path / "cache"
+    cache.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["XDG_CACHE_HOME"] = str(cache)
     words = [sys.executable, "-W", "ignore", "-m", "tests.audited", str(tmp_path)]
     done = subprocess.run(words, cwd=LIBRARY.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
