@@ -179,8 +179,10 @@ def run(
     task: str = "complete",
     quant: str = "nf4",
     dtype: str = "float32",
+    device: str = "cpu",
     steps: int = 20,
     lr: float = 5e-3,
+    packing: bool = False,
     special_tokens: tuple[str, ...] = (),
     features: list[tasks.Features] | None = None,
     facts: dict[str, Any] | None = None,
@@ -194,7 +196,7 @@ def run(
         out=out,
         quant=quant,  # type: ignore[arg-type]
         lora=config.LoraConfig(**{"rank": 4, "alpha": 16.0, **lora}),
-        data=config.DataConfig(special_tokens=special_tokens),
+        data=config.DataConfig(special_tokens=special_tokens, packing=packing),
         train=config.TrainConfig(steps=steps, lr=lr, batch_size=6, dtype=dtype, warmup=0.0),  # type: ignore[arg-type]
     )
     if facts is None:
@@ -205,7 +207,7 @@ def run(
         quant=settings.quant,
         model_class=made.model_class,
         dtype=dtype,
-        device="cpu",
+        device=device,
         config_changes=made.config_changes(),
     )
     made.tokenizer = loaded.tokenizer  # type: ignore[attr-defined]

@@ -13,18 +13,23 @@ HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = ("test_bounds.py", "test_interpreter.py", "test_launched.py", "test_mutants.py")
 """Files that look into Triton's interpreter, or hand kernels the memory of the processor."""
+ANYWHERE = ("test_compiled.py", "test_loops.py", "test_widths.py")
+"""Files that ask for no GPU where there is one: of GPUs that are not there, and of the processor."""
 if not ON_GPU:
     interpreter.make_bfloat16_exact()
 
 
 def mark_for_gpu(items: Iterable[pytest.Item]) -> None:
-    """Marks the tests of this folder as they are where there is a GPU: `-m gpu` takes them, but for `INTERPRETED`."""
+    """Marks the tests of this folder as they are where there is a GPU: `-m gpu` takes them.
+
+    But for those of `INTERPRETED`, which are skipped, and of `ANYWHERE`.
+    """
     for item in items:
         if item.path.parent == HERE and item.path.name in INTERPRETED:
             item.add_marker(
                 pytest.mark.skip(reason="looks into Triton's interpreter, and on a GPU kernels are compiled")
             )
-        elif item.path.parent == HERE:
+        elif item.path.parent == HERE and item.path.name not in ANYWHERE:
             item.add_marker(pytest.mark.gpu)
 
 
@@ -35,9 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded_on_the_device() -> Iterator[None]:
+def _seeded_on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
-    with torch.device("cuda" if ON_GPU else "cpu"):
+    with torch.device("cuda" if ON_GPU and request.path.name not in ANYWHERE else "cpu"):
         yield
 
 

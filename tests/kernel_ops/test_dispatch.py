@@ -44,6 +44,12 @@ def test_up_to_four_rows_every_card_multiplies_by_the_packed_weight(arch, multip
     assert dispatch.choose(257, outputs, 4096, card, packed=True, dtype=dtype) == "dequant"
 
 
+def test_no_rows_are_no_case_for_a_kernel(monkeypatch):
+    key = dispatch.shape_key(0, 64, 64, packed=True, dtype=BF16)
+    monkeypatch.setattr(dispatch, "_measured", {RTX_4090.name: {key: "gemm_4bit"}})
+    assert dispatch.choose(0, 64, 64, RTX_4090, packed=True, dtype=BF16) == "dequant"
+
+
 @pytest.mark.parametrize(
     ("arch", "multiprocessors", "outputs", "rows"),
     [

@@ -85,9 +85,10 @@ def test_on_a_gpu_all_tests_of_kernels_run_there_but_those_of_the_interpreter(re
         item.path = folder / name
         return item
 
-    items = [named("test_norm.py"), named("test_mutants.py"), named("test_cli.py", Path(__file__).parents[1])]
+    items = [named(name) for name in ("test_norm.py", "test_mutants.py", "test_loops.py")]
+    items.append(named("test_cli.py", Path(__file__).parents[1]))
     conftest.mark_for_gpu(items)
     kinds = [{mark.name for mark in item.own_markers} for item in items]
-    assert kinds == [{"gpu"}, {"skip"}, set()]
-    for name in conftest.INTERPRETED:
+    assert kinds == [{"gpu"}, {"skip"}, set(), set()]
+    for name in (*conftest.INTERPRETED, *conftest.ANYWHERE):
         assert (Path(__file__).parent / name).is_file()
