@@ -116,7 +116,8 @@ def operations() -> tuple[Operation, ...]:
         Pass(packed + few - 2 * R * K, 2 * FEW * N * (K + R)),
     )
     # Queries, keys and values of Llama-3-8B, with x @ a.T brought by the norm: each weight is multiplied, and written,
-    # with its adapter behind it. Backward their gradients are put side by side first.
+    # with its adapter behind it, forward and backward. Backward their gradients are put side by side first, and each
+    # is read once more for that of its b.
     ranks, outputs = 3 * R, N + N // 4 + N // 4
     brought, tails, qkv = 2 * M * (K + ranks), 2 * R * outputs, 2 * M * outputs
     grouped = tuple(
@@ -128,10 +129,10 @@ def operations() -> tuple[Operation, ...]:
         )
     )
     grouped_back = (
-        Pass((PACKED + 2) * outputs * K),
-        *(up_backward(n) for n in (N, N // 4, N // 4)),
+        Pass(PACKED * outputs * K + 2 * outputs * (K + ranks)),
+        *(Pass(2 * M * n + narrow + 4 * n * R, 2 * M * n * R) for n in (N, N // 4, N // 4)),
         Pass(2 * qkv),
-        Pass(qkv + 2 * outputs * K + x, 2 * M * outputs * K),
+        Pass(qkv + 2 * outputs * (K + ranks) + brought, 2 * M * outputs * (K + ranks)),
     )
     chunk = 2 * M * V
     loss = (Pass(x + 2 * V * K + chunk, 2 * M * V * K), Pass(3 * chunk), Pass(chunk + 2 * V * K + x, 2 * M * V * K))

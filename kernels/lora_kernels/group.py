@@ -6,6 +6,7 @@ it, S = K + R.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from lora_kernels import backend, linear, lora
 from lora_kernels.dropout import new_seed
 from lora_kernels.frozen import Frozen
+from lora_kernels.matmul import matmul_float32
 from lora_kernels.nf4 import dequantize_into
 from lora_kernels.operators import Operator
 
@@ -56,9 +58,10 @@ def lora_group(
 
     On a GPU a packed weight is written out with scaling * b behind its rows, so that base and adapter are one matrix
     product with [x | x @ a.T], whose sum is rounded once. (With a dense weight that would cost a copy of it, and for
-    few rows other kernels are faster: `dispatch`.) The gradient of x is likewise one product,
-    [dy | ds] @ [W; a], where putting the dy side by side moves less than adding to dx once for each projection.
-    Dropout has to come between ds @ a and the sum, so with it ds @ a is a product of its own, that dx begins with.
+    few rows other kernels are faster: `dispatch`.) Where `x` brings x @ a.T, its gradient is the sum of
+    dy @ [W | scaling * b], else of [dy | ds] @ [W; a]: one product, where putting the dy side by side moves less than
+    adding to dx once for each projection. Dropout has to come between ds @ a and the sum, so with it ds @ a is a
+    product of its own, that dx begins with.
 
     Args:
         x: [..., K]; or where `a` is None [..., K + R], with x @ a.T behind x as `rms_norm_lora` and `swiglu_lora`
@@ -132,14 +135,21 @@ def _takes_inside(x_MK: torch.Tensor, weight: Frozen) -> bool:
 
 def _product_inside(x_MS: torch.Tensor, one: Projection, place: slice, w_NS: torch.Tensor) -> torch.Tensor:
     """Returns [x | xa] @ [W | scaling * b].T + bias; `w_NS` is written over."""
-    columns = one.weight.shape[1]
-    dequantize_into(w_NS[:, :columns], one.weight)
-    tail_NR = w_NS[:, columns:].zero_()
-    # Scaled in float32, so that it is rounded once.
-    tail_NR[:, place] = one.b.float() * one.scaling
+    _write_out(w_NS, one, place)
     if one.bias is None:
         return torch.mm(x_MS, w_NS.t())
     return torch.addmm(one.bias.to(x_MS.dtype), x_MS, w_NS.t())
+
+
+def _write_out(w_NS: torch.Tensor, one: Projection, place: slice) -> None:
+    """Writes [W | scaling * b] into `w_NS`, with zeros where other projections have their b."""
+    columns = one.weight.shape[1]
+    dequantize_into(w_NS[:, :columns], one.weight)
+    tail_NR = w_NS[:, columns:]
+    if one.b.shape[1] < tail_NR.shape[1]:
+        tail_NR.zero_()
+    # Scaled in float32, so that it is rounded once.
+    torch.mul(one.b.float(), one.scaling, out=tail_NR[:, place])
 
 
 def _backward(
@@ -156,32 +166,57 @@ def _backward(
     # Columns side by side: one copy here, or one in each of the products below.
     dtype = backend.product_dtype(dys[0])
     dys = [dy_MN.to(dtype) if dy_MN.stride(1) == 1 else dy_MN.to(dtype).contiguous() for dy_MN in dys]
-    ds_MR, dbs = torch.zeros_like(xa_MR), []
-    for dy_MN, one, place in zip(dys, projections, _places([p.b for p in projections]), strict=True):
-        ds_MR[:, place], db_NR = lora.up_backward(dy_MN, one.b, xa_MR[:, place], one.scaling)
-        dbs.append(db_NR)
     weights = [one.weight for one in projections]
     if x_MK is None or a_RK is None:
-        if not need_dx:
-            return None, None, dbs
-        columns = weights[0].shape[1]
-        dx_MS = ds_MR.new_empty(len(ds_MR), columns + ds_MR.shape[1])
-        dx_MS[:, columns:] = ds_MR
-        if _is_joint(ds_MR, weights, saved=len(weights) - 1):
-            _joint_product(dx_MS[:, :columns], dys, weights, None, None)
-        else:
-            _add_products(dx_MS[:, :columns], dys, weights, beta=0)
+        dx_MS, dbs = _backward_of_brought(dys, xa_MR, projections, need_dx)
         return dx_MS, None, dbs
+    ds_MR, dbs = _up_backward(dys, xa_MR, projections)
     if need_dx and not dropout and _is_joint(ds_MR, weights, saved=len(weights)):
         _, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, 0.0, 0, need_dx=False)
-        dx_MK = ds_MR.new_empty(len(ds_MR), weights[0].shape[1])
-        _joint_product(dx_MK, dys, weights, ds_MR, a_RK)
-        return dx_MK, da_RK, dbs
+        rows = _rows(weights)
+        w_PK = ds_MR.new_empty(rows[-1].stop + len(a_RK), weights[0].shape[1])
+        for weight, its in zip(weights, rows, strict=True):
+            dequantize_into(w_PK[its], weight)
+        w_PK[rows[-1].stop :] = a_RK
+        return _joint_product([*dys, ds_MR], w_PK), da_RK, dbs
     maybe_dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx)
     if maybe_dx_MK is not None:
         maybe_dx_MK = maybe_dx_MK.to(dtype)
         _add_products(maybe_dx_MK, dys, weights, beta=1)
     return maybe_dx_MK, da_RK, dbs
+
+
+def _up_backward(
+    dys: Sequence[torch.Tensor], xa_MR: torch.Tensor, projections: Sequence[Projection]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns the gradient of x @ a.T, [M, R], and every db_NR in float32."""
+    ds_MR, dbs = torch.zeros_like(xa_MR), []
+    for dy_MN, one, place in zip(dys, projections, _places([p.b for p in projections]), strict=True):
+        ds_MR[:, place], db_NR = lora.up_backward(dy_MN, one.b, xa_MR[:, place], one.scaling)
+        dbs.append(db_NR)
+    return ds_MR, dbs
+
+
+def _backward_of_brought(
+    dys: Sequence[torch.Tensor], xa_MR: torch.Tensor, projections: Sequence[Projection], need_dx: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """Returns dx_MS and every db_NR in float32, where `x` brought x @ a.T."""
+    weights = [one.weight for one in projections]
+    if need_dx and all(_takes_inside(xa_MR, weight) for weight in weights):
+        places = _places([one.b for one in projections])
+        dbs = [
+            matmul_float32(dy_MN.t(), xa_MR[:, place]).mul_(one.scaling)
+            for dy_MN, one, place in zip(dys, projections, places, strict=True)
+        ]
+        return _input_gradient_inside(dys, xa_MR, projections, places), dbs
+    ds_MR, dbs = _up_backward(dys, xa_MR, projections)
+    if not need_dx:
+        return None, dbs
+    columns = weights[0].shape[1]
+    dx_MS = ds_MR.new_empty(len(ds_MR), columns + ds_MR.shape[1])
+    dx_MS[:, columns:] = ds_MR
+    _add_products(dx_MS[:, :columns], dys, weights, beta=0)
+    return dx_MS, dbs
 
 
 def _is_joint(ds_MR: torch.Tensor, weights: Sequence[Frozen], saved: int) -> bool:
@@ -194,24 +229,35 @@ def _is_joint(ds_MR: torch.Tensor, weights: Sequence[Frozen], saved: int) -> boo
     return rows < saved * columns and all(_takes_inside(ds_MR, weight) for weight in weights)
 
 
-def _joint_product(
-    dx_MK: torch.Tensor,
-    dys: Sequence[torch.Tensor],
-    weights: Sequence[Frozen],
-    ds_MR: torch.Tensor | None,
-    a_RK: torch.Tensor | None,
-) -> None:
-    """Writes [dy | ds] @ [W; a] into `dx_MK`, whose rows may stand apart, without ds and a where those are None."""
-    rows = sum(weight.shape[0] for weight in weights) + (0 if a_RK is None else len(a_RK))
-    w_PK = dx_MK.new_empty(rows, dx_MK.shape[1])
-    first = 0
-    for weight in weights:
-        dequantize_into(w_PK[first : first + weight.shape[0]], weight)
-        first += weight.shape[0]
-    if a_RK is not None:
-        w_PK[first:] = a_RK
-    left_MP = torch.cat([*dys] if ds_MR is None else [*dys, ds_MR], dim=1)
-    torch.mm(left_MP, w_PK, out=dx_MK)
+def _rows(weights: Sequence[Frozen]) -> list[slice]:
+    """Returns the rows of each weight where they lie one below the other."""
+    ends = list(itertools.accumulate((weight.shape[0] for weight in weights), initial=0))
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def _input_gradient_inside(
+    dys: Sequence[torch.Tensor], xa_MR: torch.Tensor, projections: Sequence[Projection], places: Sequence[slice]
+) -> torch.Tensor:
+    """Returns dx_MS, the sum of dy @ [W | scaling * b]: of x, and behind it that of x @ a.T."""
+    weights = [one.weight for one in projections]
+    rows, wide = _rows(weights), weights[0].shape[1] + xa_MR.shape[1]
+    if _is_joint(xa_MR, weights, saved=len(weights) - 1):
+        w_PS = xa_MR.new_empty(rows[-1].stop, wide)
+        for one, place, its in zip(projections, places, rows, strict=True):
+            _write_out(w_PS[its], one, place)
+        return _joint_product(dys, w_PS)
+    # One buffer, as each weight is multiplied while the cache has it.
+    buffer_PS = xa_MR.new_empty(max(weight.shape[0] for weight in weights), wide)
+    dx_MS = xa_MR.new_empty(len(xa_MR), wide)
+    for beta, (dy_MN, one, place) in enumerate(zip(dys, projections, places, strict=True)):
+        w_NS = buffer_PS[: one.weight.shape[0]]
+        _write_out(w_NS, one, place)
+        dx_MS.addmm_(dy_MN, w_NS, beta=min(beta, 1))
+    return dx_MS
+
+
+def _joint_product(lefts: Sequence[torch.Tensor], w_PK: torch.Tensor) -> torch.Tensor:
+    return torch.mm(torch.cat([*lefts], dim=1), w_PK)
 
 
 def _add_products(dx_MK: torch.Tensor, dys: Sequence[torch.Tensor], weights: Sequence[Frozen], beta: int) -> None:
