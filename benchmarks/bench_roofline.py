@@ -18,6 +18,7 @@ import torch
 import tyro
 from records import RESULTS, write
 from steps import Steps
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lora_ft import memory
@@ -64,6 +65,7 @@ def main() -> None:
                 reached.append(rates.matmul_rate(dtype, on))
                 times.append(steps.seconds(batch))
             rate, seconds = statistics.median(reached), statistics.median(times)
+            taken = by_operation(steps, batch)
             line = {
                 "quant": quant,
                 "tokens/s": round(options.rows * options.length / seconds, 1),
@@ -73,10 +75,13 @@ def main() -> None:
                 "GFLOP/s of products alone": round(rate / 1e9, 1),
                 "share": round(step.flops / seconds / rate, 3),
             }
+            if on.type == "cuda":
+                # What is left is the time in which the processor is behind with launching kernels.
+                line["share that the GPU is busy"] = round(sum(taken.values()) / seconds, 3)
             print(*[f"{key} {value}" for key, value in line.items()], sep="  ", flush=True)
             lines.append(line)
-            for name, share in by_operation(steps, batch):
-                print(f"  {share:6.1%}  {name}", flush=True)
+            for name, own in sorted(taken.items(), key=lambda one: -one[1])[:SHOWN]:
+                print(f"  {own / sum(taken.values()):6.1%}  {name}", flush=True)
     write(options.out, lines, on)
 
 
@@ -95,18 +100,17 @@ def planned(options: Options, quant: Any, dtype: torch.dtype, cache: BaseCache) 
     return memory.plan(config, "cpu").asked
 
 
-def by_operation(steps: Steps, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
-    """Returns the operations that take the most of a step's time themselves, and which share."""
+def by_operation(steps: Steps, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Returns the seconds that each operation of a step takes itself; on a GPU those of each kernel."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=activities) as profiled:
         steps.make(batch)
     on_gpu = steps.base.device.type == "cuda"
-    found = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in profiled.key_averages()
-    }
-    total = sum(found.values())
-    return [(name, taken / total) for name, taken in sorted(found.items(), key=lambda one: -one[1])[:SHOWN]]
+    if not on_gpu:
+        return {event.key: event.self_cpu_time_total / 1e6 for event in profiled.key_averages()}
+    # An operation that launches kernels has their time too.
+    kernels = (event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA)
+    return {event.key: event.self_device_time_total / 1e6 for event in kernels}
 
 
 if __name__ == "__main__":
