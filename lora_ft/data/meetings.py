@@ -9,120 +9,57 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date, timedelta
-from typing import Any, Literal
+from typing import Any
 
 from lora_ft.data.examples import Chat
-
-Split = Literal["train", "held_out"]
+from lora_ft.data.vocabulary import KINDS, NAMES, TOPICS, Split
 
 INSTRUCTION = "Answer in JSON: title, date, time (24 h), duration_min, attendees."
 FIELDS = ("title", "date", "time", "duration_min", "attendees")
 FIRST_DAY = date(2026, 1, 1)
 DAYS = 3 * 365
 
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the sentences of one split are made of."""
-
-    phrasings: tuple[str, ...]
-    titles: tuple[str, ...]
-    names: tuple[str, ...]
-
-
-def _titles(topics: str, kinds: str) -> tuple[str, ...]:
-    return tuple(f"{topic} {kind}" for topic in _words(topics) for kind in _words(kinds))
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-VOCABULARY: dict[Split, Vocabulary] = {
-    "train": Vocabulary(
-        phrasings=(
-            "Let's meet for the {title} on {date} at {time} for {duration} with {people}.",
-            "Please book the {title} with {people} on {date} at {time}, {duration}.",
-            "{people} and I need {duration} for the {title} on {date}, starting at {time}.",
-            "Can you set up a {title} for {people}? {date}, {time}, {duration}.",
-            "On {date} at {time}, {people} will join the {title} for {duration}.",
-            "Schedule {duration} on {date} at {time} for the {title}; invite {people}.",
-            "The {title} is on {date}. It starts at {time}, takes {duration}, and {people} should come.",
-            "Invite {people} to the {title}: {time} on {date}, {duration}.",
-            "I'd like to hold the {title} at {time} on {date}. Block {duration} and add {people}.",
-            "Put the {title} in the calendar for {date}, {time}. {people} will be there for {duration}.",
-            "Reminder: {title} with {people}, {date} at {time}, expected to last {duration}.",
-            "We agreed on {duration} for the {title}. {people}, see you on {date} at {time}.",
-            "Could we do the {title} on {date}? {time} works for {people}, and {duration} is enough.",
-            "Hi {people}, the {title} will be at {time} on {date} and run for {duration}.",
-            "Add a {duration} slot at {time} on {date}: {title} with {people}.",
-            "{title} on {date} from {time}, {duration}, attendees {people}.",
-            "Set aside {duration} with {people} for the {title}, {date} at {time} please.",
-            "At {time} on {date} there is a {title}. Plan {duration} and tell {people}.",
-            "New meeting: {title}. When: {date}, {time}. How long: {duration}. Who: {people}.",
-            "Would {people} be free on {date} at {time} for the {title}? It should take {duration}.",
-            "Reserve {time} to talk through the {title} with {people} on {date}; {duration} will do.",
-            "{people} asked for a {title}. Make it {duration}, {date}, {time}.",
-            "Get {people} together at {time} on {date} for a {title} of {duration}.",
-            "For the {title}, {people} can spare {duration} on {date} at {time}.",
-        ),
-        titles=_titles(
-            """
-            budget design sales project hiring product security marketing roadmap customer contract research release
-            data vendor training travel board grant quality support onboarding inventory website partner strategy
-            safety tax media team engineering finance newsletter conference warehouse fleet alumni election harvest
-            library orchestra bridge factory pharmacy laboratory theatre insurance festival mortgage
-            surgery vaccine satellite telescope archive bakery catering charity climate coaching energy exhibition
-            forestry furniture gallery genome heritage hotel housing irrigation jewelry landing laundry lighting
-            magazine mentoring mining monitor nursing packaging parking patent pension photography plumbing
-            poetry portfolio privacy procurement railway recycling recruiting robotics sailing scholarship soccer
-            software speech startup storage studio survey swimming tenant textile tourism traffic tutoring
-            vineyard visa volunteer wedding wildlife winter yearbook zoning
-            """,
-            """
-            review planning workshop call lunch kickoff interview demo audit sync meeting session update briefing
-            discussion retrospective check-in brainstorm handover offsite
-            """,
-        ),
-        names=_words(
-            """
-            Anna Ben Carla David Elena Frank Grace Hassan Ingrid Jonas Karim Laura Miguel Nina Oscar Priya Quentin
-            Rosa Samir Tanja Ulrich Vera Wei Xenia Yusuf Zoe Alice Bruno Chloe Diego Emma Felix Gina Henry Irene
-            Jack Kate Liam Maria Noah Olga Paul Ruth Stefan Tom Ursula Victor Wendy Adam Beth Cyrus Dora Edgar Flora
-            Gustav Hilda Isaac Jane Klaus Lena Martin Naomi Otto Petra Rafael Sarah Tariq Uma Vincent Walter Yara
-            Zachary Agnes Boris Celia Dmitri Esther Florian Gloria Hugo Iris Jorge Kira Lars Monica Nils Ophelia
-            Pablo Rita Simon Tessa Vikram Willa Yuki Zara Andrew Brenda Cedric Denise Erik Fiona Gordon Heidi Ismail
-            Joanna Kevin Lydia Marcus Nora Owen Patricia Ryan Silvia Trevor Violet William Yvonne
-            """
-        ),
+PHRASINGS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "Let's meet for the {title} on {date} at {time} for {duration} with {people}.",
+        "Please book the {title} with {people} on {date} at {time}, {duration}.",
+        "{people} and I need {duration} for the {title} on {date}, starting at {time}.",
+        "Can you set up a {title} for {people}? {date}, {time}, {duration}.",
+        "On {date} at {time}, {people} will join the {title} for {duration}.",
+        "Schedule {duration} on {date} at {time} for the {title}; invite {people}.",
+        "The {title} is on {date}. It starts at {time}, takes {duration}, and {people} should come.",
+        "Invite {people} to the {title}: {time} on {date}, {duration}.",
+        "I'd like to hold the {title} at {time} on {date}. Block {duration} and add {people}.",
+        "Put the {title} in the calendar for {date}, {time}. {people} will be there for {duration}.",
+        "Reminder: {title} with {people}, {date} at {time}, expected to last {duration}.",
+        "We agreed on {duration} for the {title}. {people}, see you on {date} at {time}.",
+        "Could we do the {title} on {date}? {time} works for {people}, and {duration} is enough.",
+        "Hi {people}, the {title} will be at {time} on {date} and run for {duration}.",
+        "Add a {duration} slot at {time} on {date}: {title} with {people}.",
+        "{title} on {date} from {time}, {duration}, attendees {people}.",
+        "Set aside {duration} with {people} for the {title}, {date} at {time} please.",
+        "At {time} on {date} there is a {title}. Plan {duration} and tell {people}.",
+        "New meeting: {title}. When: {date}, {time}. How long: {duration}. Who: {people}.",
+        "Would {people} be free on {date} at {time} for the {title}? It should take {duration}.",
+        "Reserve {time} to talk through the {title} with {people} on {date}; {duration} will do.",
+        "{people} asked for a {title}. Make it {duration}, {date}, {time}.",
+        "Get {people} together at {time} on {date} for a {title} of {duration}.",
+        "For the {title}, {people} can spare {duration} on {date} at {time}.",
     ),
-    "held_out": Vocabulary(
-        phrasings=(
-            "Please arrange the {title} for {date} at {time} with {people}; we need {duration}.",
-            "{people} will attend the {title} on {date}, which begins at {time} and lasts {duration}.",
-            "I want {people} at the {title} on {date} at {time}, for {duration}.",
-            "Plan a {title} with {people}: {duration}, {date}, at {time}.",
-            "The {title} takes place at {time} on {date} with {people} and goes on for {duration}.",
-            "Could you find room for a {title} on {date}? {people} can make {time}; {duration} please.",
-            "Our {title} is set for {time}, {date}. Expect {duration}. Guests: {people}.",
-            "Block {duration} from {time} on {date} so that {people} can hold the {title}.",
-            "Tell {people} that the {title} was moved to {date} at {time}, still {duration}.",
-            "Meeting request: {title}, {date}, {time}, {duration}, with {people}.",
-        ),
-        titles=_titles(
-            "pricing network payroll podcast museum logistics compliance fundraising kitchen translation thesis garden",
-            "upgrade rehearsal tour dinner committee seminar walkthrough party",
-        ),
-        names=_words(
-            """
-            Amir Bella Carlos Daria Ethan Fatima George Hannah Ivan Julia Kenji Leo Marta Nadia Oliver Paula Robert
-            Sofia Theo Viola
-            """
-        ),
+    "held_out": (
+        "Please arrange the {title} for {date} at {time} with {people}; we need {duration}.",
+        "{people} will attend the {title} on {date}, which begins at {time} and lasts {duration}.",
+        "I want {people} at the {title} on {date} at {time}, for {duration}.",
+        "Plan a {title} with {people}: {duration}, {date}, at {time}.",
+        "The {title} takes place at {time} on {date} with {people} and goes on for {duration}.",
+        "Could you find room for a {title} on {date}? {people} can make {time}; {duration} please.",
+        "Our {title} is set for {time}, {date}. Expect {duration}. Guests: {people}.",
+        "Block {duration} from {time} on {date} so that {people} can hold the {title}.",
+        "Tell {people} that the {title} was moved to {date} at {time}, still {duration}.",
+        "Meeting request: {title}, {date}, {time}, {duration}, with {people}.",
     ),
-}  # fmt: skip
+}
 
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July",
@@ -145,7 +82,7 @@ def rows(count: int, split: Split, seed: int = 0) -> list[Chat]:
     seen: set[str] = set()
     made: list[Chat] = []
     while len(made) < count:
-        sentence, meeting = _meeting(rng, VOCABULARY[split])
+        sentence, meeting = _meeting(rng, split)
         if sentence in seen:
             continue
         seen.add(sentence)
@@ -160,13 +97,13 @@ def prompt(sentence: str, shots: Sequence[Chat] = ()) -> tuple[dict[str, Any], .
     return ({"role": "system", "content": INSTRUCTION}, *solved, {"role": "user", "content": sentence})
 
 
-def _meeting(rng: random.Random, words: Vocabulary) -> tuple[str, dict[str, Any]]:
+def _meeting(rng: random.Random, split: Split) -> tuple[str, dict[str, Any]]:
     day = FIRST_DAY + timedelta(days=rng.randrange(DAYS))
     minutes = 15 * rng.randrange(9 * 4, 18 * 4)
     duration = rng.choice(list(DURATIONS))
-    people = rng.sample(words.names, rng.choice((1, 2, 2, 3)))
-    title = rng.choice(words.titles)
-    sentence = rng.choice(words.phrasings).format(
+    people = rng.sample(NAMES[split], rng.choice((1, 2, 2, 3)))
+    title = f"{rng.choice(TOPICS[split])} {rng.choice(KINDS[split])}"
+    sentence = rng.choice(PHRASINGS[split]).format(
         title=title,
         date=_spoken_date(rng, day),
         time=_spoken_time(rng, *divmod(minutes, 60)),
