@@ -4,7 +4,7 @@
 
 Products of large matrices are timed in turns with the steps, in the dtype of the training. The arithmetic of a step is
 that of its matrix products, counted on its shapes (`lora_ft.memory.ledger`); the time of each operation is that of a
-profile.
+profile. On a GPU the share of a step in which it is busy is shown too: in the rest it waits for kernels to be launched.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def main() -> None:
                 "share": round(step.flops / seconds / rate, 3),
             }
             if on.type == "cuda":
-                # What is left is the time in which the processor is behind with launching kernels.
                 line["share that the GPU is busy"] = round(sum(taken.values()) / seconds, 3)
             print(*[f"{key} {value}" for key, value in line.items()], sep="  ", flush=True)
             lines.append(line)
@@ -105,12 +104,14 @@ def by_operation(steps: Steps, batch: dict[str, torch.Tensor]) -> dict[str, floa
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=activities) as profiled:
         steps.make(batch)
-    on_gpu = steps.base.device.type == "cuda"
-    if not on_gpu:
+    if steps.base.device.type != "cuda":
         return {event.key: event.self_cpu_time_total / 1e6 for event in profiled.key_averages()}
-    # An operation that launches kernels has their time too.
-    kernels = (event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA)
-    return {event.key: event.self_device_time_total / 1e6 for event in kernels}
+    # Operations that launch kernels, and marks around several of them, have their time too.
+    return {
+        event.key: event.self_device_time_total / 1e6
+        for event in profiled.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    }
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def test_a_training_step_in_whole_decoder_layers(
     folders, architecture, quant, dtype, way, dropout, checkpointing, monkeypatch
 ):
     task, model = adapted(folders[architecture], quant, dtype, dropout)
-    joint, product = [], group._joint_product
-    monkeypatch.setattr(group, "_joint_product", lambda *args: joint.append(args) or product(*args))
+    joint, whole = [], group._joint_backward
+    monkeypatch.setattr(group, "_joint_backward", lambda *args: joint.append(args) or whole(*args))
     if checkpointing:
         # Of a GPU that is not there, no generator has a state to bring back.
         options = {"use_reentrant": False, "preserve_rng_state": False}

@@ -1,11 +1,13 @@
 """What only a GPU can tell: kernels launch there, agree with their twins, do not race, and train an adapter."""
 
+import time
+
 import pytest
 import torch
 
 from lora_ft import seal
 from lora_ft.model import attention, blocks, modes
-from lora_ft.speed import bench, tuning, twins
+from lora_ft.speed import bench, rates, tuning, twins
 from lora_kernels import Frozen, dispatch, lora_linear, nf4_dequant, reference, rms_norm_lora, swiglu_lora
 from tests import tiny
 from tests.kernel_ops.accuracy import assert_as_good, error
@@ -104,6 +106,18 @@ def logits_and_gradients(model) -> dict[str, torch.Tensor]:
     return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def test_a_run_is_timed_without_the_launching_of_it():
+    x = torch.zeros(2**20, device="cuda")
+
+    def launched_slowly():
+        for _ in range(5):
+            time.sleep(0.002)
+            x.add_(1)
+
+    found = rates.times({"run": launched_slowly}, bench.device(), seconds=0.1)
+    assert 0 < found["run"] < 0.002
+
+
 def test_what_is_tuned_is_kept_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_FT_HOME", str(tmp_path))
     monkeypatch.setattr(dispatch, "_measured", {})
@@ -149,7 +163,7 @@ def test_examples_of_a_row_attend_to_themselves_alone(dtype, window):
     def outputs_and_gradients(attend, precision):
         leaves = [x.detach().to(precision).requires_grad_() for x in inputs]
         out = attend(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, upstream.to(precision))]
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(precision))]
 
     def by_flash(q, k, v):
         assert attention._has_flash(q.device)

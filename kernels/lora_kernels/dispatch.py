@@ -50,7 +50,8 @@ def choose(m: int, n: int, k: int, card: Gpu | None, packed: bool, dtype: torch.
     """Returns the way for `m` rows of `dtype` and a weight [n, k], which is in 4 bits where `packed`."""
     if _forced is not None:
         return _forced
-    if card is None or m == 0:  # for no rows, bitsandbytes' kernel cannot be launched
+    # For no rows, bitsandbytes' kernel cannot be launched.
+    if card is None or m == 0:
         return "dequant"
     measured = _measured.get(card.name, {}).get(shape_key(m, n, k, packed, dtype))
     if measured is not None and measured in ways(packed, dtype):

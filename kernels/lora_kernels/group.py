@@ -7,7 +7,7 @@ it, S = K + R.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,13 +90,14 @@ def lora_group(
     return outputs if x.ndim == 2 else [y_MN.view(*x.shape[:-1], y_MN.shape[1]) for y_MN in outputs]
 
 
-def _places(b: Sequence[torch.Tensor]) -> list[slice]:
+def _side_by_side(sizes: Iterable[int]) -> list[slice]:
+    """Returns where parts of these sizes lie that lie one behind the other."""
+    return [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+
+
+def _places(projections: Sequence[Projection]) -> list[slice]:
     """Returns the columns of x @ a.T that each projection reads."""
-    places, first = [], 0
-    for b_NR in b:
-        places.append(slice(first, first + b_NR.shape[1]))
-        first += b_NR.shape[1]
-    return places
+    return _side_by_side(one.b.shape[1] for one in projections)
 
 
 def _forward(
@@ -118,7 +119,7 @@ def _forward(
         most = max(one.weight.shape[0] for one, wide in zip(projections, inside, strict=True) if wide)
         buffer_PS = x_MS.new_empty(most, x_MS.shape[1])
     outputs = []
-    for one, place, wide in zip(projections, _places([p.b for p in projections]), inside, strict=True):
+    for one, place, wide in zip(projections, _places(projections), inside, strict=True):
         if wide:
             outputs.append(_product_inside(x_MS, one, place, buffer_PS[: one.weight.shape[0]]))
         else:
@@ -136,6 +137,7 @@ def _takes_inside(x_MK: torch.Tensor, weight: Frozen) -> bool:
 def _product_inside(x_MS: torch.Tensor, one: Projection, place: slice, w_NS: torch.Tensor) -> torch.Tensor:
     """Returns [x | xa] @ [W | scaling * b].T + bias; `w_NS` is written over."""
     _write_out(w_NS, one, place)
+    x_MS = backend.readable(x_MS)
     if one.bias is None:
         return torch.mm(x_MS, w_NS.t())
     return torch.addmm(one.bias.to(x_MS.dtype), x_MS, w_NS.t())
@@ -171,14 +173,9 @@ def _backward(
         dx_MS, dbs = _backward_of_brought(dys, xa_MR, projections, need_dx)
         return dx_MS, None, dbs
     ds_MR, dbs = _up_backward(dys, xa_MR, projections)
-    if need_dx and not dropout and _is_joint(ds_MR, weights, saved=len(weights)):
+    if need_dx and not dropout and _is_joint(weights, saved=len(weights)) and _all_inside(xa_MR, weights):
         _, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, 0.0, 0, need_dx=False)
-        rows = _rows(weights)
-        w_PK = ds_MR.new_empty(rows[-1].stop + len(a_RK), weights[0].shape[1])
-        for weight, its in zip(weights, rows, strict=True):
-            dequantize_into(w_PK[its], weight)
-        w_PK[rows[-1].stop :] = a_RK
-        return _joint_product([*dys, ds_MR], w_PK), da_RK, dbs
+        return _joint_input_gradient(dys, ds_MR, weights, a_RK), da_RK, dbs
     maybe_dx_MK, da_RK = lora.down_backward(ds_MR, x_MK, a_RK, dropout, seed, need_dx)
     if maybe_dx_MK is not None:
         maybe_dx_MK = maybe_dx_MK.to(dtype)
@@ -191,7 +188,7 @@ def _up_backward(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns the gradient of x @ a.T, [M, R], and every db_NR in float32."""
     ds_MR, dbs = torch.zeros_like(xa_MR), []
-    for dy_MN, one, place in zip(dys, projections, _places([p.b for p in projections]), strict=True):
+    for dy_MN, one, place in zip(dys, projections, _places(projections), strict=True):
         ds_MR[:, place], db_NR = lora.up_backward(dy_MN, one.b, xa_MR[:, place], one.scaling)
         dbs.append(db_NR)
     return ds_MR, dbs
@@ -202,13 +199,9 @@ def _backward_of_brought(
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Returns dx_MS and every db_NR in float32, where `x` brought x @ a.T."""
     weights = [one.weight for one in projections]
-    if need_dx and all(_takes_inside(xa_MR, weight) for weight in weights):
-        places = _places([one.b for one in projections])
-        dbs = [
-            matmul_float32(dy_MN.t(), xa_MR[:, place]).mul_(one.scaling)
-            for dy_MN, one, place in zip(dys, projections, places, strict=True)
-        ]
-        return _input_gradient_inside(dys, xa_MR, projections, places), dbs
+    if need_dx and _all_inside(xa_MR, weights):
+        joint = _is_joint(weights, saved=len(weights) - 1)
+        return (_joint_backward if joint else _backward_one_by_one)(dys, xa_MR, projections)
     ds_MR, dbs = _up_backward(dys, xa_MR, projections)
     if not need_dx:
         return None, dbs
@@ -219,45 +212,61 @@ def _backward_of_brought(
     return dx_MS, dbs
 
 
-def _is_joint(ds_MR: torch.Tensor, weights: Sequence[Frozen], saved: int) -> bool:
-    """Returns whether dx is one product of all dy side by side, for which they are copied.
+def _all_inside(xa_MR: torch.Tensor, weights: Sequence[Frozen]) -> bool:
+    return all(_takes_inside(xa_MR, weight) for weight in weights)
+
+
+def _is_joint(weights: Sequence[Frozen], saved: int) -> bool:
+    """Returns whether dx, of weights that are written out anyway, is one product of all dy side by side.
 
     Those are 2 M sum(N) numbers read and written, in place of 2 M K for each of the `saved` products that would add to
     dx. For queries, keys and values in groups it pays, for gate and up it does not. A dense weight would be copied too.
     """
-    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return rows < saved * columns and all(_takes_inside(ds_MR, weight) for weight in weights)
+    return sum(weight.shape[0] for weight in weights) < saved * weights[0].shape[1]
 
 
-def _rows(weights: Sequence[Frozen]) -> list[slice]:
-    """Returns the rows of each weight where they lie one below the other."""
-    ends = list(itertools.accumulate((weight.shape[0] for weight in weights), initial=0))
-    return [slice(*pair) for pair in itertools.pairwise(ends)]
-
-
-def _input_gradient_inside(
-    dys: Sequence[torch.Tensor], xa_MR: torch.Tensor, projections: Sequence[Projection], places: Sequence[slice]
+def _joint_input_gradient(
+    dys: Sequence[torch.Tensor], ds_MR: torch.Tensor, weights: Sequence[Frozen], a_RK: torch.Tensor
 ) -> torch.Tensor:
-    """Returns dx_MS, the sum of dy @ [W | scaling * b]: of x, and behind it that of x @ a.T."""
-    weights = [one.weight for one in projections]
-    rows, wide = _rows(weights), weights[0].shape[1] + xa_MR.shape[1]
-    if _is_joint(xa_MR, weights, saved=len(weights) - 1):
-        w_PS = xa_MR.new_empty(rows[-1].stop, wide)
-        for one, place, its in zip(projections, places, rows, strict=True):
-            _write_out(w_PS[its], one, place)
-        return _joint_product(dys, w_PS)
+    """Returns [dy | ds] @ [W; a] of all dy side by side, [M, K]."""
+    *rows, last = _side_by_side([*(weight.shape[0] for weight in weights), len(a_RK)])
+    w_PK = ds_MR.new_empty(last.stop, a_RK.shape[1])
+    for weight, its in zip(weights, rows, strict=True):
+        dequantize_into(w_PK[its], weight)
+    w_PK[last] = a_RK
+    return torch.mm(torch.cat([*dys, ds_MR], dim=1), w_PK)
+
+
+def _joint_backward(
+    dys: Sequence[torch.Tensor], xa_MR: torch.Tensor, projections: Sequence[Projection]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns dy @ [W | scaling * b] of all dy side by side, and every db_NR in float32."""
+    rows = _side_by_side(one.weight.shape[0] for one in projections)
+    w_PS = xa_MR.new_empty(rows[-1].stop, projections[0].weight.shape[1] + xa_MR.shape[1])
+    dy_MP = torch.cat(list(dys), dim=1)
+    # Of each projection with the image of all of them, of which it takes its own: one read of xa.
+    db_PR, dbs = matmul_float32(dy_MP.t(), xa_MR), []
+    for one, place, its in zip(projections, _places(projections), rows, strict=True):
+        _write_out(w_PS[its], one, place)
+        dbs.append(db_PR[its, place] * one.scaling)
+    return torch.mm(dy_MP, w_PS), dbs
+
+
+def _backward_one_by_one(
+    dys: Sequence[torch.Tensor], xa_MR: torch.Tensor, projections: Sequence[Projection]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Returns the sum of dy @ [W | scaling * b], and every db_NR in float32."""
+    wide = projections[0].weight.shape[1] + xa_MR.shape[1]
     # One buffer, as each weight is multiplied while the cache has it.
-    buffer_PS = xa_MR.new_empty(max(weight.shape[0] for weight in weights), wide)
-    dx_MS = xa_MR.new_empty(len(xa_MR), wide)
-    for beta, (dy_MN, one, place) in enumerate(zip(dys, projections, places, strict=True)):
+    buffer_PS = xa_MR.new_empty(max(one.weight.shape[0] for one in projections), wide)
+    dx_MS, beta, dbs = xa_MR.new_empty(len(xa_MR), wide), 0, []
+    for dy_MN, one, place in zip(dys, projections, _places(projections), strict=True):
         w_NS = buffer_PS[: one.weight.shape[0]]
         _write_out(w_NS, one, place)
-        dx_MS.addmm_(dy_MN, w_NS, beta=min(beta, 1))
-    return dx_MS
-
-
-def _joint_product(lefts: Sequence[torch.Tensor], w_PK: torch.Tensor) -> torch.Tensor:
-    return torch.mm(torch.cat([*lefts], dim=1), w_PK)
+        dx_MS.addmm_(backend.readable(dy_MN), w_NS, beta=beta)
+        dbs.append(matmul_float32(dy_MN.t(), xa_MR[:, place]).mul_(one.scaling))
+        beta = 1
+    return dx_MS, dbs
 
 
 def _add_products(dx_MK: torch.Tensor, dys: Sequence[torch.Tensor], weights: Sequence[Frozen], beta: int) -> None:

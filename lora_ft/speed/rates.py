@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ ON_GPU = Sizes(2048, 4096, 4096, 32000, (32, 8), (0, 700, 1100, 2048))
 ON_CPU = Sizes(256, 1536, 576, 8192, (9, 3), (0, 90, 140, 256))
 """Of SmolLM2-135M, with fewer words."""
 COPIED_BYTES = 2**28
+"""Several times the caches of any GPU."""
 
 
 @dataclass(frozen=True)
@@ -162,23 +164,50 @@ def bandwidth(on: torch.device) -> float:
 def times(runs: Mapping[str, Run], on: torch.device, seconds: float = 1.0, least: int = 5) -> dict[str, float]:
     """Returns the median time of each run in seconds; the runs take turns, so that noise falls on all alike.
 
+    On a GPU it is the time of the GPU alone: one layer is launched more slowly than it is computed.
+
     Args:
         seconds: time to spend on all of them; at least `least` turns are taken.
     """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # the first of each compiles, fills caches, or grows buffers
         run()
+    if on.type == "cuda":
+        written = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=on)
+        clocks = {name: _clock_of_gpu(run, written) for name, run in runs.items()}
+    else:
+        clocks = {name: partial(_clock, run) for name, run in runs.items()}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(taken.values()))) < least:
-        for name, run in runs.items():
-            _finish(on)
-            began = time.perf_counter()
-            run()
-            _finish(on)
-            taken[name].append(time.perf_counter() - began)
+        for name, clock in clocks.items():
+            taken[name].append(clock())
     return {name: statistics.median(found) for name, found in taken.items()}
 
 
-def _finish(on: torch.device) -> None:
-    if on.type == "cuda":
-        torch.cuda.synchronize(on)
+def _clock(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _clock_of_gpu(run: Run, written: torch.Tensor) -> Callable[[], float]:
+    """Returns what tells the seconds that a GPU works on `run`, with no input in its caches.
+
+    Before each run the GPU is given `written` to write, so often that the processor has launched all of the run by the
+    time it is written.
+    """
+
+    def timed(work: Run, ahead: int) -> float:
+        for _ in range(ahead):
+            written.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    torch.cuda.synchronize(written.device)
+    launching = _clock(run)
+    ahead = 1 + math.ceil(2 * launching / timed(written.zero_, ahead=1))
+    return partial(timed, run, ahead)

@@ -134,6 +134,7 @@ IN_BOUNDS: dict[str, Callable[[], object]] = {
     "linear 4-bit": lambda: linear("triton_4bit", quantized(65, 192), rows=7, rank=4, dropout=0.5),
     "linear 4-bit rows": lambda: linear("triton_4bit", quantized(67, 128, nested=False), rows=63, rank=16, dropout=0.0),
     "group": lambda: group("dequant", [65, 33, 17], 130, brought=True),
+    "group one by one": lambda: group("dequant", [130, 65], 65, brought=True),
     "group joint": lambda: group("dequant", [33, 17], 130, brought=False),
     "group 4-bit": lambda: group("triton_4bit", [65, 33], 192, brought=True),
     "keep_mask": lambda: lora_kernels.keep_mask(apart(7, 130), 0.5, 1),
