@@ -49,7 +49,7 @@ def test_every_answer_is_in_its_sentence():
             day = date.fromisoformat(meeting["date"])
             assert str(day.year) in sentence
             assert str(day.day) in sentence
-            assert any(spoken in sentence for spoken in meetings.DURATIONS[meeting["duration_min"]])
+            assert any(spoken in sentence.lower() for spoken in meetings.DURATIONS[meeting["duration_min"]])
             hour, minute = map(int, meeting["time"].split(":"))
             clock = f"{hour % 12 or 12}:{minute:02}" if minute else str(hour % 12 or 12)
             assert meeting["time"] in sentence or "noon" in sentence or re.search(rf"\b{clock} ?[ap]m", sentence)
