@@ -1,7 +1,7 @@
 """The words of the quickstart's sentences (`meetings`): many to train on, and others that are held out.
 
-A model has to learn to copy them, not to know them: trained on a fifth as many topics, it put one of those in the place
-of every tenth that it had never seen.
+A model has to learn to copy them, not to know them: of fewer words it puts those that it was trained on in the place of
+others.
 """
 
 from __future__ import annotations
