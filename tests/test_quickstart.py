@@ -59,6 +59,7 @@ def test_what_lies_in_the_folder_is_not_touched(tmp_path, name):
     assert digests(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_stopped_while_merging_it_goes_on_to_its_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "TRAIN_ROWS", 8)
     monkeypatch.setattr(quickstart, "HELD_OUT_ROWS", 2)

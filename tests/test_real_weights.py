@@ -39,12 +39,8 @@ def lowered_beyond_doubt(done: runs.Run) -> bool:
 
 
 @needs_data
-@pytest.mark.parametrize(
-    ("file", "rows", "held_out"),
-    [("alpaca_en_demo.json", 32, 24), ("glaive_toolcall_en_demo.json", 12, 10)],
-)
-def test_the_held_out_loss_falls(file, rows, held_out, tmp_path):
-    done = fine_tune(tmp_path / "run", file, rows, held_out)
+def test_the_held_out_loss_falls(tmp_path):
+    done = fine_tune(tmp_path / "run", "glaive_toolcall_en_demo.json", 12, 10)
     assert lowered_beyond_doubt(done), done.metrics
     assert done.fit.tokens > 0
 
