@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
@@ -134,6 +135,13 @@ def test_architectures_that_would_leak_are_refused(kind: str, settings: dict[str
     found = attention.refusal(getattr(transformers, names.get(kind, f"{kind}ForCausalLM"))(made))
     assert found is not None
     assert reason in found
+
+
+def test_a_base_in_8_bits_is_refused_where_rows_choose_its_columns_together() -> None:
+    model = model_of("Llama", **LLAMA)
+    for threshold, refused in ((6.0, True), (0.0, False)):
+        model.model.layers[1].mlp.up_proj = bnb.nn.Linear8bitLt(4, 4, threshold=threshold)
+        assert (attention.structural_refusal(model) is not None) == refused
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Causal attention over examples that lie end to end in one sequence, none of which sees another.
 
 H heads of queries, J heads of keys and values, G = H / J queries to a key, T tokens, D width of a head, S examples;
-within an example a block of Q queries meets L keys.
+within an example a block of Q queries meets L keys. Of S blocks together each has R rows; B = S J, and theirs are G R.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import backend
+from lora_kernels import backend, slabs
 from lora_kernels.cpu import loops
 from lora_kernels.operators import Operator
 
@@ -25,6 +25,10 @@ values are sums over these queries: with 128 they were up to 1.25 times as far o
 
 BLOCK_16_BITS = 128
 """That of 16-bit numbers, whose products are summed in float32 inside."""
+
+TILE = 32
+"""Queries that blocks are filled up to multiples of, with zeros, to be differentiated together: as many as a matrix
+instruction sums over, so that an example's sums are the same in whatever company it is."""
 
 
 def packed_attention(
@@ -64,6 +68,63 @@ def _blocks(bounds: Sequence[int], window: int, dtype: torch.dtype) -> Iterator[
         for first in range(begin, end, rows):
             last = min(first + rows, end)
             yield slice(first, last), slice(max(begin, first - window + 1) if window else begin, last)
+
+
+def _alike(bounds: Sequence[int], window: int, q_HTD: torch.Tensor) -> Iterator[list[tuple[slice, slice]]]:
+    """Yields the blocks of `_blocks`, some at a time that are filled up to the length of the first.
+
+    Before the first query of each there are as many keys, and of their scores the cache holds all. Short examples are
+    many, and a product of one of them takes less time than starting it.
+    """
+    by_lead: dict[int, list[tuple[slice, slice]]] = {}
+    for queries, keys in _blocks(bounds, window, q_HTD.dtype):
+        by_lead.setdefault(_length(keys) - _length(queries), []).append((queries, keys))
+    for lead, blocks in by_lead.items():
+        blocks.sort(key=lambda block: -_length(block[0]))
+        while blocks:
+            rows = _filled(blocks[0][0])
+            fit = max(slabs.BLOCK // (len(q_HTD) * rows * (rows + lead) * q_HTD.dtype.itemsize), 1)
+            yield blocks[:fit]
+            blocks = blocks[fit:]
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _filled(part: slice) -> int:
+    """Returns how many rows a part has once it is filled up to whole `TILE`s."""
+    return -(-_length(part) // TILE) * TILE
+
+
+def _stacked(x_HTD: torch.Tensor, parts: Sequence[slice], rows: int) -> torch.Tensor:
+    """Returns parts of T one after the other, each with zeros behind it up to `rows`: [parts, H, rows, D]."""
+    heads, _, width = x_HTD.shape
+    out_SHRD = x_HTD.new_empty((len(parts), heads, rows, width))
+    if loops.takes(x_HTD):
+        loops.gather_into(out_SHRD, x_HTD, parts)
+        return out_SHRD
+    for out_HRD, part in zip(out_SHRD.zero_(), parts, strict=True):
+        out_HRD[:, : _length(part)] = x_HTD[:, part]
+    return out_SHRD
+
+
+def _put(x_HTD: torch.Tensor, parts: Sequence[slice], y_SHRD: torch.Tensor) -> None:
+    """Puts the rows of `y` where `_stacked` takes them from."""
+    if loops.takes(y_SHRD) and loops.takes(x_HTD):
+        loops.scatter_into(x_HTD, y_SHRD, parts)
+        return
+    for part, y_HRD in zip(parts, y_SHRD, strict=True):
+        x_HTD[:, part] = y_HRD[:, : _length(part)]
+
+
+def _add(x_HTD: torch.Tensor, parts: Sequence[slice], y_SHRD: torch.Tensor) -> None:
+    """Adds the rows of `y` to float32 numbers, where `_put` would put them."""
+    if loops.takes(y_SHRD):
+        loops.scatter_add(x_HTD, y_SHRD, parts)
+        return
+    for part, y_HRD in zip(parts, y_SHRD, strict=True):
+        x_HTD[:, part] += y_HRD[:, : _length(part)]
 
 
 def _hidden(rows: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
@@ -188,21 +249,23 @@ def _packed_attention_backward(
     dq_HTD = _empty_like(q_HTD)
     # A key is seen from several blocks.
     dk_JTD, dv_JTD = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    q_JGTD, do_JGTD, dq_JGTD = (x.view(len(k), -1, *x.shape[1:]) for x in (q, do, dq_HTD))
-    in_loops, group = not softcap and scale > 0 and loops.takes(q, k, v, do), q_JGTD.shape[1]
-    for queries, keys in _blocks(bounds, window, q.dtype):
-        # Dense, or each of the products below would make its own copy.
-        k_JLD, v_JLD = k[:, keys].contiguous(), v[:, keys].contiguous()
-        q_JRD, do_JRD = (x[:, :, queries].reshape(len(k), -1, x.shape[-1]) for x in (q_JGTD, do_JGTD))
+    in_loops, heads, group = not softcap and scale > 0 and loops.takes(q, k, v, do), len(k), len(q) // len(k)
+    for blocks in _alike(bounds, window, q):
+        queries, keys = zip(*blocks, strict=True)
+        rows = _filled(queries[0])
+        seen = rows + _length(keys[0]) - _length(queries[0])
+        q_BGRD, do_BGRD = (_stacked(x, queries, rows).view(-1, group, rows, x.shape[-1]) for x in (q, do))
+        k_BLD, v_BLD = (_stacked(x, keys, seen).flatten(0, 1) for x in (k, v))
+        q_BRD, do_BRD = q_BGRD.flatten(1, 2), do_BGRD.flatten(1, 2)
         if in_loops:
-            p_JRL, ds_JRL = torch.bmm(q_JRD, k_JLD.transpose(1, 2)), torch.bmm(do_JRD, v_JLD.transpose(1, 2))
-            loops.differentiate_scores_(p_JRL, ds_JRL, queries.stop - queries.start, window, scale)
+            p_BRL, ds_BRL = torch.bmm(q_BRD, k_BLD.transpose(1, 2)), torch.bmm(do_BRD, v_BLD.transpose(1, 2))
+            loops.differentiate_scores_(p_BRL, ds_BRL, rows, window, scale)
         else:
-            block = _Block(q_JGTD[:, :, queries], k_JLD, window, scale, softcap)
-            p_JRL, ds_JRL = block.differentiated(do_JRD, v_JLD)
-        dq_JGTD[:, :, queries] = torch.bmm(ds_JRL, k_JLD).view_as(dq_JGTD[:, :, queries])
-        dk_JTD[:, keys] += _over_queries(ds_JRL, q_JRD, group)
-        dv_JTD[:, keys] += _over_queries(p_JRL, do_JRD, group)
+            block = _Block(q_BGRD, k_BLD, window, scale, softcap)
+            p_BRL, ds_BRL = block.differentiated(do_BRD, v_BLD)
+        _put(dq_HTD, queries, torch.bmm(ds_BRL, k_BLD).view(len(blocks), -1, rows, q.shape[-1]))
+        for sums_JTD, left_BRL, right_BRD in ((dk_JTD, ds_BRL, q_BRD), (dv_JTD, p_BRL, do_BRD)):
+            _add(sums_JTD, keys, _over_queries(left_BRL, right_BRD, group).unflatten(0, (-1, heads)))
     return dq_HTD, _empty_like(k_JTD).copy_(dk_JTD), _empty_like(v_JTD).copy_(dv_JTD)
 
 

@@ -44,7 +44,7 @@ def _of_attention_backward(do_HTD: Any, *rest: Any, out_val: Any) -> int:
     return _of_attention(*rest, out_val=out_val) * 5 // 2
 
 
-# What operators hold for a while, by their names. The others work on a few scores at a time.
+# What operators hold for a while, by their names.
 _HOLD = dict.fromkeys(
     (
         "nf4_dequant",
@@ -57,8 +57,10 @@ _HOLD = dict.fromkeys(
     WORKSPACE,
 )
 _HOLD["linear_cross_entropy"] = LOGITS
-# On a GPU these work in registers, on a CPU on a block of rows at a time.
-_HOLD_ON_CPU = dict.fromkeys(("rms_norm_lora", "rms_norm_lora_backward", "swiglu_lora", "rope"), WORKSPACE)
+# On a GPU these work in registers, on a CPU on a block of rows, or on the scores of some examples, at a time.
+_HOLD_ON_CPU = dict.fromkeys(
+    ("rms_norm_lora", "rms_norm_lora_backward", "swiglu_lora", "rope", "packed_attention_backward"), WORKSPACE
+)
 _FLOPS = {
     **flop_registry,
     # Torch counts products in place under the names of those that are not.

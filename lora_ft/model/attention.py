@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import bitsandbytes as bnb
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -159,6 +160,9 @@ def structural_refusal(model: Any) -> str | None:
         return f"it has layers of {', '.join(sorted(layers)) or 'chunked attention'}"
     if not unwrapped(model)._can_set_attn_implementation():
         return "its attention is its own, not one of AttentionInterface"
+    if any(isinstance(layer, bnb.nn.Linear8bitLt) and layer.state.threshold for layer in model.modules()):
+        # Columns with large numbers in any row: those of the probe need have none.
+        return "which columns LLM.int8 multiplies in 16 bits goes by all rows together"
     return None
 
 

@@ -80,6 +80,16 @@ def scores(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return found
 
 
+def parts(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    taken = [slice(0, rows - 2), slice(rows + 1, 2 * rows + 1)]
+    x, y, sums = (_random(2 * rows + 1, 3, columns, dtype=of).transpose(0, 1) for of in (dtype, dtype, torch.float32))
+    stacked = torch.empty(2, 3, rows, columns, dtype=dtype)
+    loops.gather_into(stacked, x, taken)
+    loops.scatter_into(y, stacked, taken)
+    loops.scatter_add(sums, stacked, taken)
+    return [stacked, y, sums]
+
+
 CASES: dict[str, Callable[[int, int, torch.dtype], list[torch.Tensor]]] = {
     "logits": logits,
     "activation": activation,
@@ -88,6 +98,7 @@ CASES: dict[str, Callable[[int, int, torch.dtype], list[torch.Tensor]]] = {
     "norm_gradients": norm_gradients,
     "rotation": rotation,
     "scores": scores,
+    "parts": parts,
 }
 
 

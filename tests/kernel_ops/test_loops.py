@@ -88,6 +88,37 @@ def test_an_activation_is_rounded_as_transformers_does(dtype):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_parts_go_and_come_back(dtype):
+    x, parts = torch.randn(20, 3, 8).to(dtype).transpose(0, 1), [slice(2, 7), slice(7, 8), slice(11, 20)]
+    stacked, back = torch.full((3, 3, 9, 8), float("nan"), dtype=dtype), torch.zeros(3, 20, 8, dtype=dtype)
+    loops.gather_into(stacked, x, parts)
+    loops.scatter_into(back, stacked, parts)
+    wanted = torch.zeros_like(back)
+    for part, found in zip(parts, stacked, strict=True):
+        size = part.stop - part.start
+        assert torch.equal(found[:, :size], x[:, part])
+        assert not found[:, size:].any()
+        wanted[:, part] = x[:, part]
+    assert torch.equal(back, wanted)
+    sums = torch.ones(3, 20, 8)
+    loops.scatter_add(sums, stacked, parts)
+    assert torch.equal(sums, 1 + wanted.float())
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_scores_of_rows_that_registers_fill_and_of_others(window):
+    """Reading past what a query sees, in a row of 64, gives what a row of 61 does."""
+    scores, dp = (torch.randn(2, 3 * 61, 61) for _ in range(2))
+    wide = [torch.nn.functional.pad(x.view(2, 3, 61, 61), (0, 3, 0, 3), value=7.0).flatten(1, 2) for x in (scores, dp)]
+    loops.differentiate_scores_(scores, dp, 61, window, 0.3)
+    loops.differentiate_scores_(*wide, 64, window, 0.3)
+    for one, other in zip((scores, dp), wide, strict=True):
+        other = other.view(2, 3, 64, 64)[:, :, :61]
+        assert not other[..., 61:].any()
+        torch.testing.assert_close(one.view(2, 3, 61, 61), other[..., :61], rtol=1e-5, atol=1e-7)
+
+
 def test_what_is_no_number_stays_none():
     nan = float("nan")
     for dtype in (BF16, FP32):

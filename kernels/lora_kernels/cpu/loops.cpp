@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 namespace {
 
@@ -71,8 +72,10 @@ inline float exponential(float x) {
     return x > 88.3f ? INFINITY : y;
 }
 
-// The next multiple of as many numbers as the widest registers hold of the smallest dtype.
-inline long filled(long numbers) { return (numbers + 31) / 32 * 32; }
+// As many numbers as the widest registers hold of the smallest dtype.
+constexpr long FULL = 32;
+
+inline long filled(long numbers) { return (numbers + FULL - 1) / FULL * FULL; }
 
 inline float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
 
@@ -208,43 +211,87 @@ void differentiate_scores(int threads, Number* scores, Number* dp, long rows, lo
     {
         // Rows of any length, filled up: what is left of one by whole registers would take as long as all the rest.
         long room = filled(keys);
-        auto e = static_cast<float*>(std::malloc(2 * room * sizeof(float))), g = e + room;
+        auto e = static_cast<float*>(std::aligned_alloc(64, 2 * room * sizeof(float))), g = e + room;
 #pragma omp for
         for (long i = 0; i < rows; i++) {
             long end = keys - queries + i % queries + 1, begin = window && window < end ? end - window : 0;
-            long seen = end - begin, padded = filled(seen);
-            Number *s = scores + i * keys, *d = dp + i * keys;
+            // Where registers go into a row whole, those at its ends are read and written whole too.
+            long from = keys == room ? begin / FULL * FULL : begin, to = keys == room ? filled(end) : end;
+            int first = int(begin - from), last = int(end - from), size = int(to - from), padded = int(filled(size));
+            Number *s = scores + i * keys + from, *d = dp + i * keys + from;
 #pragma omp simd
-            for (long j = 0; j < seen; j++) {
-                e[j] = wide(s[begin + j]);
-                g[j] = wide(d[begin + j]);
+            for (int j = 0; j < size; j++) {
+                bool seen = j >= first && j < last;
+                e[j] = seen ? wide(s[j]) : -INFINITY;
+                g[j] = seen ? wide(d[j]) : 0.0f;
             }
-            for (long j = seen; j < padded; j++) {
+            for (int j = size; j < padded; j++) {
                 e[j] = -INFINITY;
                 g[j] = 0;
             }
             float top = -INFINITY, sum = 0, dot = 0;
 #pragma omp simd reduction(max : top)
-            for (long j = 0; j < padded; j++) top = e[j] > top ? e[j] : top;
+            for (int j = 0; j < padded; j++) top = e[j] > top ? e[j] : top;
 #pragma omp simd reduction(+ : sum, dot)
-            for (long j = 0; j < padded; j++) {
+            for (int j = 0; j < padded; j++) {
                 e[j] = exponential((e[j] - top) * scale);
                 sum += e[j];
                 dot += e[j] * g[j];
             }
             float share = 1 / sum;
             dot *= share;
-            for (long j = 0; j < begin; j++) s[j] = d[j] = Number{};
-            for (long j = end; j < keys; j++) s[j] = d[j] = Number{};
+            for (Number* row : {s, d}) {
+                std::memset(row - from, 0, from * sizeof(Number));
+                std::memset(row + size, 0, (keys - to) * sizeof(Number));
+            }
 #pragma omp simd
-            for (long j = 0; j < seen; j++) {
+            for (int j = 0; j < size; j++) {
+                bool seen = j >= first && j < last;
                 float p = e[j] * share;
-                put(s[begin + j], p);
-                put(d[begin + j], p * (g[j] - dot) * scale);
+                put(s[j], p);
+                put(d[j], seen ? p * (g[j] - dot) * scale : 0.0f);
             }
         }
         std::free(e);
     }
+}
+
+void gather(int threads, Number* out, const Number* x, long rows, long parts, long heads, long width, const long* ends,
+            long head_stride, long row_stride) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (parts * heads * rows * width > SHARED)
+    for (long i = 0; i < parts; i++)
+        for (long n = 0; n < heads; n++) {
+            const Number* from = x + n * head_stride + ends[2 * i] * row_stride;
+            Number* to = out + (i * heads + n) * rows * width;
+            long filled = ends[2 * i + 1] - ends[2 * i];
+            for (long j = 0; j < filled; j++) std::memcpy(to + j * width, from + j * row_stride, width * sizeof(Number));
+            std::memset(to + filled * width, 0, (rows - filled) * width * sizeof(Number));
+        }
+}
+
+void scatter(int threads, const Number* y, Number* x, long rows, long parts, long heads, long width, const long* ends,
+             long head_stride, long row_stride) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (parts * heads * rows * width > SHARED)
+    for (long i = 0; i < parts; i++)
+        for (long n = 0; n < heads; n++) {
+            Number* to = x + n * head_stride + ends[2 * i] * row_stride;
+            const Number* from = y + (i * heads + n) * rows * width;
+            for (long j = 0; j < ends[2 * i + 1] - ends[2 * i]; j++)
+                std::memcpy(to + j * row_stride, from + j * width, width * sizeof(Number));
+        }
+}
+
+void scatter_add(int threads, const Number* y, float* x, long rows, long parts, long heads, long width,
+                 const long* ends, long head_stride, long row_stride) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (parts * heads * rows * width > SHARED)
+    for (long i = 0; i < parts; i++)
+        for (long n = 0; n < heads; n++) {
+            float* to = x + n * head_stride + ends[2 * i] * row_stride;
+            const Number* from = y + (i * heads + n) * rows * width;
+            for (long j = 0; j < ends[2 * i + 1] - ends[2 * i]; j++)
+#pragma omp simd
+                for (long m = 0; m < width; m++) to[j * row_stride + m] += wide(from[j * width + m]);
+        }
 }
 
 }  // extern "C"

@@ -124,6 +124,27 @@ def differentiate_scores_(
     _run("differentiate_scores", scores_JRL, dp_JRL, heads * rows, queries, keys, window, float(scale))
 
 
+def gather_into(out_SHRD: torch.Tensor, x_HTD: torch.Tensor, parts: Sequence[slice]) -> None:
+    """Writes each part of T, of at most R rows, and zeros behind it; `out` is dense."""
+    _run("gather", out_SHRD, x_HTD, *_parts(x_HTD, parts, out_SHRD))
+
+
+def scatter_into(x_HTD: torch.Tensor, y_SHRD: torch.Tensor, parts: Sequence[slice]) -> None:
+    """Writes the first rows of each [H, R, D], which is dense, where the part of T lies."""
+    _run("scatter", y_SHRD, x_HTD, *_parts(x_HTD, parts, y_SHRD))
+
+
+def scatter_add(x_HTD: torch.Tensor, y_SHRD: torch.Tensor, parts: Sequence[slice]) -> None:
+    """Adds what `scatter_into` writes to `x`, which is float32 whatever `y` is; no parts overlap."""
+    _run("scatter_add", y_SHRD, x_HTD, *_parts(x_HTD, parts, y_SHRD))
+
+
+def _parts(x_HTD: torch.Tensor, parts: Sequence[slice], stacked_SHRD: torch.Tensor) -> tuple[Any, ...]:
+    _, heads, rows, width = stacked_SHRD.shape
+    ends = [end for part in parts for end in (part.start, part.stop)]
+    return rows, len(parts), heads, width, _longs(ends), *x_HTD.stride()[:2]
+
+
 def _longs(numbers: Sequence[int]) -> Any:
     return (ctypes.c_long * len(numbers))(*numbers)
 
