@@ -72,15 +72,15 @@ class Operator:
         only (a mode, a transform, the profiler, a tensor of a class of its own, `torch.compile`), or where there are no
         numbers to compute with.
         """
-        if inputs[0].is_meta or _dispatcher_is_watched() or not all(type(x) in _PLAIN for x in self._spread(inputs)):
+        spread = self._spread(inputs)
+        if inputs[0].is_meta or _dispatcher_is_watched() or not _PLAIN.issuperset(map(type, spread)):
             return self._call(*inputs)
-        return self._recorded(inputs, self._compute)
+        return self._recorded(inputs, spread, self._compute)
 
     def _record(self, *inputs: Any) -> Any:
-        return self._recorded(inputs, self._below_autograd)
+        return self._recorded(inputs, self._spread(inputs), self._below_autograd)
 
-    def _recorded(self, inputs: Sequence[Any], compute: Callable[..., Any]) -> Any:
-        spread = self._spread(inputs)
+    def _recorded(self, inputs: Sequence[Any], spread: Sequence[Any], compute: Callable[..., Any]) -> Any:
         wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in spread)
         if not wanted:
             return compute(*inputs)

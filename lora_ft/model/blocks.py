@@ -44,8 +44,8 @@ NO_NUMBERS = "there are no numbers to prove it on"
 SILU = ("SiLU", "SiLUActivation")
 QUERIES_KEYS_VALUES, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
-_Adapters = dict[str, fused.Active]
-"""Those of the projections, by their names."""
+_Adapters = dict[str, tuple[Any, fused.Active]]
+"""Each projection and its adapter, by its name."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,9 @@ class _Whole(nn.Module):
             active = "a hook watches it" if fused.is_watched(layer) else layer.active(zeros_for_off=True)
             if isinstance(active, str):
                 return f"{name}: {active}"
-            found[name] = active
+            found[name] = layer, active
         for group in (QUERIES_KEYS_VALUES, GATE_UP):
-            if len({found[name].dropout for name in group}) > 1:
+            if len({found[name][1].dropout for name in group}) > 1:
                 return "projections of one input drop out unlike shares of it"
         return found
 
@@ -211,8 +211,8 @@ class _Whole(nn.Module):
         for norm in _norms(self):
             if norm.weight.dtype != x.dtype:
                 return f"the input is {_word(x.dtype)} and a norm {_word(norm.weight.dtype)}"
-        for name, layer in _projections(self).items():
-            if layer.product_dtype(x, adapters[name]) != x.dtype:
+        for name, (layer, adapter) in adapters.items():
+            if layer.product_dtype(x, adapter) != x.dtype:
                 return f"{name} does not compute in {_word(x.dtype)}, as the input is"
         return None
 
@@ -226,10 +226,10 @@ class _Whole(nn.Module):
         given: Mapping[str, Any],
     ) -> torch.Tensor:
         """Returns what `forward` does; `given` is what goes on to the function that computes attention."""
-        attention, mlp = self.self_attn, self.mlp
+        attention = self.self_attn
         shape_BTHD = (*x.shape[:2], -1, attention.head_dim)
         imaged = self.presumed_on_gpu or backend.is_triton(x)
-        columns, _ = _project(self.input_layernorm, x, None, _operands(self, adapters, QUERIES_KEYS_VALUES), imaged)
+        columns, _ = _project(self.input_layernorm, x, None, _operands(adapters, QUERIES_KEYS_VALUES), imaged)
         q, k, v = (y.view(shape_BTHD) for y in columns)
         if self.family.head_norms:
             q, k = _head_norm(attention.q_norm, q), _head_norm(attention.k_norm, k)
@@ -242,12 +242,14 @@ class _Whole(nn.Module):
         options = {**self.family.attention(attention), **given}
         dropout = attention.attention_dropout if attention.training else 0.0
         y, _ = compute(attention, q, k, v, attention_mask, dropout=dropout, scaling=attention.scaling, **options)
-        y = attention.o_proj.compute(y.reshape(*x.shape[:2], -1).contiguous(), x.dtype, adapters["o_proj"])
+        o_proj, adapter = adapters["o_proj"]
+        y = o_proj.compute(y.reshape(*x.shape[:2], -1).contiguous(), x.dtype, adapter)
 
-        (gate, up), x = _project(self.post_attention_layernorm, y, x, _operands(self, adapters, GATE_UP), imaged)
-        down = _operands(self, adapters, ("down_proj",))
+        (gate, up), x = _project(self.post_attention_layernorm, y, x, _operands(adapters, GATE_UP), imaged)
+        down = _operands(adapters, ("down_proj",))
         if down.dropout:
-            return x + mlp.down_proj.compute(swiglu_lora(gate, up, None), x.dtype, adapters["down_proj"])
+            down_proj, adapter = adapters["down_proj"]
+            return x + down_proj.compute(swiglu_lora(gate, up, None), x.dtype, adapter)
         # On a CPU too: with the image of the activation, the memory of the activation itself is spared.
         (y,) = lora_group(swiglu_lora(gate, up, down.a), None, down.projections)
         return x + y
@@ -263,11 +265,11 @@ class _Operands:
     dropout: float
 
 
-def _operands(layer: Any, adapters: _Adapters, names: Sequence[str]) -> _Operands:
-    layers, active = _projections(layer), [adapters[name] for name in names]
+def _operands(adapters: _Adapters, names: Sequence[str]) -> _Operands:
+    layers, active = zip(*(adapters[name] for name in names), strict=True)
     projections = [
-        Projection(layers[name].frozen(), layers[name].base_layer.bias, adapter.b, adapter.scaling)
-        for name, adapter in zip(names, active, strict=True)
+        Projection(layer.frozen(), layer.base_layer.bias, adapter.b, adapter.scaling)
+        for layer, adapter in zip(layers, active, strict=True)
     ]
     return _Operands(projections, stacked([adapter.a for adapter in active]), active[0].dropout)
 

@@ -6,7 +6,7 @@ M rows, N or K columns, J heads of keys with G heads of queries each, Q queries 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -156,13 +156,12 @@ def _run(name: str, *arguments: Any) -> None:
     """
     if isinstance(arguments[0], FakeTensor):
         return
-    loop: Callable[..., None] = getattr(library(arguments[0].dtype), name)
-    loop(torch.get_num_threads(), *map(_as_c, arguments))
+    loop = getattr(library(arguments[0].dtype), name)
+    if loop.argtypes is None:
+        loop.argtypes, loop.restype = (ctypes.c_int, *map(_as_in_c, arguments)), None
+    loop(torch.get_num_threads(), *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
 
 
-def _as_c(argument: Any) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return ctypes.c_long(argument) if type(argument) is int else argument
+def _as_in_c(argument: Any) -> Any:
+    """Returns the type in C of an argument, which is the same whenever a loop is called."""
+    return {bool: ctypes.c_int, int: ctypes.c_long, float: ctypes.c_float}.get(type(argument), ctypes.c_void_p)
