@@ -14,6 +14,7 @@ from lora_ft import base as bases
 from lora_ft.config import BaseCache, LoraConfig
 from lora_ft.model import attention, four_bits
 from lora_ft.model.modes import mixed_precision
+from lora_ft.system import heap
 
 
 class Steps:
@@ -31,7 +32,7 @@ class Steps:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Runs the block as a training does: 4-bit weights dequantized where they are, examples kept apart."""
-        with four_bits.dequantized(self.model), attention.packed(self.model):
+        with four_bits.dequantized(self.model), attention.packed(self.model), heap.free_memory_kept():
             yield
 
     def batch(self, lengths: Sequence[int], labelled: float = 1.0) -> dict[str, torch.Tensor]:

@@ -210,6 +210,7 @@ def fit(
             activations.kept(model, passes.checkpointing),
             four_bits.dequantized(model),
             attention.packed(model) if shared else nullcontext(),
+            heap.free_memory_kept(),
         ):
             trainer.train(resume_from_checkpoint=config.resume)
     except DivergedError as diverged:

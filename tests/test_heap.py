@@ -5,6 +5,36 @@ import sys
 
 import pytest
 
+KEPT = """
+import ctypes, resource
+from lora_ft.system import heap
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    # 160 MB in blocks that are no mappings of their own.
+    blocks = [libc.malloc(16 << 20) for _ in range(10)]
+    for block in blocks:
+        ctypes.memset(block, 1, 16 << 20)
+    for block in blocks:
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with heap.large_blocks_returned():
+    pass
+for _ in range(2):
+    faults()
+before = faults()
+with heap.free_memory_kept():
+    faults()
+    inside = faults()
+faults()
+print(before, inside, faults())
+"""
+
+
 FREED = """
 import psutil
 from lora_ft.system import heap
@@ -25,3 +55,10 @@ print((held - anonymous()) >> 20)
 def test_pages_between_what_is_still_held_are_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
     assert int(done.stdout) > 100, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
+def test_what_one_step_frees_the_next_finds() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    before, inside, after = map(int, done.stdout.split())
+    assert inside < 100 < 5_000 < min(before, after), done.stderr

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 # Parameters of mallopt, from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Where glibc's own adjustment ends on 64 bits once large blocks come and go (mallopt(3)).
+MMAP_THRESHOLD, TRIM_THRESHOLD = 32 << 20, 64 << 20
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -29,9 +31,26 @@ def large_blocks_returned() -> Iterator[None]:
     try:
         yield
     finally:
-        # Where glibc's own adjustment ends on 64 bits once large blocks come and go (mallopt(3)): cheap for training.
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+
+
+@contextmanager
+def free_memory_kept() -> Iterator[None]:
+    """Makes the C library keep up to 1 GiB that is free above all else, in the `with` block: the next step takes it.
+
+    A step of SmolLM2-135M on 440 tokens gave back 80 MB and got them anew, cleared, page by page: a twentieth of its
+    time. The largest that a process holds stays as it is.
+    """
+    mallopt = getattr(_LIBC, "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+    try:
+        yield
+    finally:
+        mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
 def give_back() -> None:
