@@ -141,7 +141,7 @@ def test_a_base_in_8_bits_is_refused_where_rows_choose_its_columns_together() ->
     model = model_of("Llama", **LLAMA)
     for threshold, refused in ((6.0, True), (0.0, False)):
         model.model.layers[1].mlp.up_proj = bnb.nn.Linear8bitLt(4, 4, threshold=threshold)
-        assert (attention.structural_refusal(model) is not None) == refused
+        assert ("LLM.int8" in (attention.structural_refusal(model) or "")) == refused
 
 
 @contextmanager

@@ -28,7 +28,7 @@ BLOCK_16_BITS = 128
 
 TILE = 32
 """Queries that blocks are filled up to multiples of, with zeros, to be differentiated together: as many as a matrix
-instruction sums over, so that an example's sums are the same in whatever company it is."""
+instruction sums over, so that in 16 bits an example's sums are the same in whatever company it is."""
 
 
 def packed_attention(
@@ -70,22 +70,29 @@ def _blocks(bounds: Sequence[int], window: int, dtype: torch.dtype) -> Iterator[
             yield slice(first, last), slice(max(begin, first - window + 1) if window else begin, last)
 
 
-def _alike(bounds: Sequence[int], window: int, q_HTD: torch.Tensor) -> Iterator[list[tuple[slice, slice]]]:
-    """Yields the blocks of `_blocks`, some at a time that are filled up to the length of the first.
+def _alike(bounds: Sequence[int], window: int, q_HTD: torch.Tensor) -> list[list[tuple[slice, slice]]]:
+    """Returns the blocks of `_blocks`, some at a time that are filled up to the length of the first.
 
-    Before the first query of each there are as many keys, and of their scores the cache holds all. Short examples are
-    many, and a product of one of them takes less time than starting it.
+    They are of different examples, and before the first query of each there are as many keys. The cache holds them and
+    their scores. Short examples are many, and a product of one of them takes less time than starting it.
     """
-    by_lead: dict[int, list[tuple[slice, slice]]] = {}
-    for queries, keys in _blocks(bounds, window, q_HTD.dtype):
-        by_lead.setdefault(_length(keys) - _length(queries), []).append((queries, keys))
-    for lead, blocks in by_lead.items():
+    by_place: dict[int, list[tuple[slice, slice]]] = {}
+    for ends in pairwise(bounds):
+        for place, block in enumerate(_blocks(ends, window, q_HTD.dtype)):
+            by_place.setdefault(place, []).append(block)
+    batches, sizes = [], []
+    for blocks in by_place.values():
         blocks.sort(key=lambda block: -_length(block[0]))
+        queries, keys = blocks[0]
+        lead = _length(keys) - _length(queries)
         while blocks:
             rows = _filled(blocks[0][0])
-            fit = max(slabs.BLOCK // (len(q_HTD) * rows * (rows + lead) * q_HTD.dtype.itemsize), 1)
-            yield blocks[:fit]
+            size = len(q_HTD) * rows * (rows + lead + q_HTD.shape[-1]) * q_HTD.dtype.itemsize
+            fit = max(slabs.BLOCK // size, 1)
+            batches.append(blocks[:fit])
+            sizes.append(size * len(batches[-1]))
             blocks = blocks[fit:]
+    return slabs.counted(batches, sizes)
 
 
 def _length(part: slice) -> int:
@@ -111,7 +118,7 @@ def _stacked(x_HTD: torch.Tensor, parts: Sequence[slice], rows: int) -> torch.Te
 
 def _put(x_HTD: torch.Tensor, parts: Sequence[slice], y_SHRD: torch.Tensor) -> None:
     """Puts the rows of `y` where `_stacked` takes them from."""
-    if loops.takes(y_SHRD) and loops.takes(x_HTD):
+    if loops.takes(x_HTD, y_SHRD):
         loops.scatter_into(x_HTD, y_SHRD, parts)
         return
     for part, y_HRD in zip(parts, y_SHRD, strict=True):

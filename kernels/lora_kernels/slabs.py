@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ BLOCK = 2**21
 near yet when the next reads it, and blocks are few enough for their calls not to count."""
 
 _last_block: int | None = None
+_Part = TypeVar("_Part")
 
 
 def row_blocks(x_MK: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
@@ -38,6 +40,11 @@ def one_block() -> Iterator[None]:
         yield
     finally:
         _last_block = before
+
+
+def counted(parts: list[_Part], sizes: Sequence[int]) -> list[_Part]:
+    """Returns the parts that are worked on one after the other; in `one_block` that of the largest size, for all."""
+    return parts if _last_block is None else parts[max(range(len(parts)), key=sizes.__getitem__) :][:1]
 
 
 def dense_slabs(weight: Frozen, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

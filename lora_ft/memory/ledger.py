@@ -57,7 +57,8 @@ _HOLD = dict.fromkeys(
     WORKSPACE,
 )
 _HOLD["linear_cross_entropy"] = LOGITS
-# On a GPU these work in registers, on a CPU on a block of rows, or on the scores of some examples, at a time.
+# On a GPU these work in registers, or have a kernel of torch go before them; on a CPU on a block of rows, or on the
+# scores of some examples, at a time.
 _HOLD_ON_CPU = dict.fromkeys(
     ("rms_norm_lora", "rms_norm_lora_backward", "swiglu_lora", "rope", "packed_attention_backward"), WORKSPACE
 )
@@ -163,8 +164,11 @@ class Ledger(TorchDispatchMode):
         return found
 
     def _inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self.flops
         with self, self.counting(self._hold[name]), slabs.one_block():
             found = operators.bodies[name](*args, **kwargs)
+        if name == "packed_attention_backward":
+            self.flops = before + _of_attention_backward(*args, out_val=found)
         for tensor in tree_leaves(found):
             if isinstance(tensor, FakeTensor):
                 self._recount(tensor.untyped_storage(), self.kind)

@@ -161,8 +161,8 @@ def structural_refusal(model: Any) -> str | None:
     if not unwrapped(model)._can_set_attn_implementation():
         return "its attention is its own, not one of AttentionInterface"
     if any(isinstance(layer, bnb.nn.Linear8bitLt) and layer.state.threshold for layer in model.modules()):
-        # Columns with large numbers in any row: those of the probe need have none.
-        return "which columns LLM.int8 multiplies in 16 bits goes by all rows together"
+        # Those with large numbers in any row: the probe's need have none. Of padded rows they are of all, too.
+        return "that examples stay apart cannot be shown: LLM.int8 chooses what it keeps in 16 bits by all of them"
     return None
 
 

@@ -150,7 +150,7 @@ class _Whole(nn.Module):
     """Whether the layer has shapes only and stands for one on a GPU."""
 
     def active(self) -> _Adapters | str:
-        """Returns the adapters to compute the layer whole with as it stands, or why it is computed a part at a time."""
+        """Returns the adapters to compute the layer whole with, or why it is computed a part at a time."""
         return self.unproven or self._adapters()
 
     def _adapters(self) -> _Adapters | str:

@@ -73,21 +73,34 @@ def rotation(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def scores(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
     found = []
-    for window in (0, 5):
-        s, dp = (torch.randn(2, 3 * (columns // 2), columns).to(dtype) for _ in range(2))
-        loops.differentiate_scores_(s, dp, columns // 2, window, 0.3)
-        found += [s, dp]
+    for keys in (columns, columns // 32 * 32):
+        for window in (0, 5):
+            s, dp = (torch.randn(2, 3 * (keys // 2), keys).to(dtype) for _ in range(2))
+            loops.differentiate_scores_(s, dp, keys // 2, window, 0.3)
+            found += [s, dp]
     return found
 
 
-def parts(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    taken = [slice(0, rows - 2), slice(rows + 1, 2 * rows + 1)]
-    x, y, sums = (_random(2 * rows + 1, 3, columns, dtype=of).transpose(0, 1) for of in (dtype, dtype, torch.float32))
+def _parts(rows: int) -> list[slice]:
+    return [slice(0, rows - 2), slice(rows + 1, 2 * rows + 1)]
+
+
+def gathering(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
     stacked = torch.empty(2, 3, rows, columns, dtype=dtype)
-    loops.gather_into(stacked, x, taken)
-    loops.scatter_into(y, stacked, taken)
-    loops.scatter_add(sums, stacked, taken)
-    return [stacked, y, sums]
+    loops.gather_into(stacked, _random(2 * rows + 1, 3, columns, dtype=dtype).transpose(0, 1), _parts(rows))
+    return [stacked]
+
+
+def scattering(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    x = _random(2 * rows + 1, 3, columns, dtype=dtype).transpose(0, 1)
+    loops.scatter_into(x, torch.randn(2, 3, rows, columns).to(dtype), _parts(rows))
+    return [x]
+
+
+def adding(rows: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    x = _random(2 * rows + 1, 3, columns, dtype=torch.float32).transpose(0, 1)
+    loops.scatter_add(x, torch.randn(2, 3, rows, columns).to(dtype), _parts(rows))
+    return [x]
 
 
 CASES: dict[str, Callable[[int, int, torch.dtype], list[torch.Tensor]]] = {
@@ -98,7 +111,9 @@ CASES: dict[str, Callable[[int, int, torch.dtype], list[torch.Tensor]]] = {
     "norm_gradients": norm_gradients,
     "rotation": rotation,
     "scores": scores,
-    "parts": parts,
+    "gathering": gathering,
+    "scattering": scattering,
+    "adding": adding,
 }
 
 

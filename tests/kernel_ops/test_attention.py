@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import attention, reference
+from lora_kernels import attention, backend, reference
 from tests.kernel_ops import forms
 from tests.kernel_ops.compare import assert_like_its_twin
 
@@ -52,7 +52,40 @@ def test_outputs_and_gradients(case):
     assert_like_its_twin(op, twin, inputs(heads, key_heads, width, lengths, dtype))
 
 
-@pytest.mark.parametrize("lengths", [[20, 30, 10], [200, 150]], ids=str)
+def test_products_wider_than_the_numbers(monkeypatch):
+    """Of a processor without instructions for 16 bits."""
+    monkeypatch.setattr(backend, "_cpu_multiplies", lambda dtype: False)
+    op, twin = (
+        functools.partial(f, bounds=[0, 20, 150], scale=0.25)
+        for f in (lora_kernels.packed_attention, reference.packed_attention)
+    )
+    assert_like_its_twin(op, twin, inputs(4, 2, 16, [20, 130], BF16))
+
+
+def test_gradients_of_keys_that_several_blocks_see_are_the_same_with_any_number_of_threads():
+    q, k, v = inputs(4, 2, 32, [700, 300], BF16)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = lora_kernels.packed_attention(q, k, v, [0, 700, 1000], scale=0.25, window=100)
+            found.append(torch.autograd.grad(out.sum(), (q, k, v)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_blocks_that_are_differentiated_together_are_of_different_examples():
+    q = torch.empty(4, 1000, 16)
+    for batch in attention._alike([0, 700, 1000], 100, q):
+        assert len({queries.start < 700 for queries, _ in batch}) == len(batch)
+    assert sum(map(len, attention._alike([0, 700, 1000], 100, q))) == len(
+        list(attention._blocks([0, 700, 1000], 100, FP32))
+    )
+
+
+@pytest.mark.parametrize("lengths", [[20, 30, 10], [200, 150], [20, 120, 10]], ids=str)
 def test_an_example_is_computed_as_if_alone(lengths):
     q, k, v = inputs(4, 2, 16, lengths, BF16)
     ends = bounds_of(lengths)

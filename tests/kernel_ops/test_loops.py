@@ -143,6 +143,12 @@ def test_what_is_no_number_stays_none():
             for found in activated:
                 assert found.isnan().sum() == 1
                 assert found[1, 7].isnan()
+            # In a row that registers fill, too, not where nothing is seen.
+            p, ds = torch.zeros(1, 64, 64, dtype=dtype), torch.ones(1, 64, 64, dtype=dtype)
+            p[0, 7, 3] = sign * nan
+            loops.differentiate_scores_(p, ds, 64, 0, 1.0)
+            for found in (p[0], ds[0]):
+                assert found.isnan().nonzero().tolist() == [[7, key] for key in range(8)]
 
 
 def test_an_infinite_logit_is_one_that_cannot_be():

@@ -248,7 +248,7 @@ void differentiate_scores(int threads, Number* scores, Number* dp, long rows, lo
             for (int j = 0; j < size; j++) {
                 bool seen = j >= first && j < last;
                 float p = e[j] * share;
-                put(s[j], p);
+                put(s[j], seen ? p : 0.0f);
                 put(d[j], seen ? p * (g[j] - dot) * scale : 0.0f);
             }
         }
@@ -263,9 +263,9 @@ void gather(int threads, Number* out, const Number* x, long rows, long parts, lo
         for (long n = 0; n < heads; n++) {
             const Number* from = x + n * head_stride + ends[2 * i] * row_stride;
             Number* to = out + (i * heads + n) * rows * width;
-            long filled = ends[2 * i + 1] - ends[2 * i];
-            for (long j = 0; j < filled; j++) std::memcpy(to + j * width, from + j * row_stride, width * sizeof(Number));
-            std::memset(to + filled * width, 0, (rows - filled) * width * sizeof(Number));
+            long size = ends[2 * i + 1] - ends[2 * i];
+            for (long j = 0; j < size; j++) std::memcpy(to + j * width, from + j * row_stride, width * sizeof(Number));
+            std::memset(to + size * width, 0, (rows - size) * width * sizeof(Number));
         }
 }
 
