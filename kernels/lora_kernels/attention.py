@@ -256,24 +256,41 @@ def _packed_attention_backward(
     dq_HTD = _empty_like(q_HTD)
     # A key is seen from several blocks.
     dk_JTD, dv_JTD = (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-    in_loops, heads, group = not softcap and scale > 0 and loops.takes(q, k, v, do), len(k), len(q) // len(k)
     for blocks in _alike(bounds, window, q):
-        queries, keys = zip(*blocks, strict=True)
-        rows = _filled(queries[0])
-        seen = rows + _length(keys[0]) - _length(queries[0])
-        q_BGRD, do_BGRD = (_stacked(x, queries, rows).view(-1, group, rows, x.shape[-1]) for x in (q, do))
-        k_BLD, v_BLD = (_stacked(x, keys, seen).flatten(0, 1) for x in (k, v))
-        q_BRD, do_BRD = q_BGRD.flatten(1, 2), do_BGRD.flatten(1, 2)
-        if in_loops:
-            p_BRL, ds_BRL = torch.bmm(q_BRD, k_BLD.transpose(1, 2)), torch.bmm(do_BRD, v_BLD.transpose(1, 2))
-            loops.differentiate_scores_(p_BRL, ds_BRL, rows, window, scale)
-        else:
-            block = _Block(q_BGRD, k_BLD, window, scale, softcap)
-            p_BRL, ds_BRL = block.differentiated(do_BRD, v_BLD)
-        _put(dq_HTD, queries, torch.bmm(ds_BRL, k_BLD).view(len(blocks), -1, rows, q.shape[-1]))
-        for sums_JTD, left_BRL, right_BRD in ((dk_JTD, ds_BRL, q_BRD), (dv_JTD, p_BRL, do_BRD)):
-            _add(sums_JTD, keys, _over_queries(left_BRL, right_BRD, group).unflatten(0, (-1, heads)))
+        _add_gradients(dq_HTD, dk_JTD, dv_JTD, do, q, k, v, blocks, scale, window, softcap)
     return dq_HTD, _empty_like(k_JTD).copy_(dk_JTD), _empty_like(v_JTD).copy_(dv_JTD)
+
+
+def _add_gradients(
+    dq_HTD: torch.Tensor,
+    dk_JTD: torch.Tensor,
+    dv_JTD: torch.Tensor,
+    do_HTD: torch.Tensor,
+    q_HTD: torch.Tensor,
+    k_JTD: torch.Tensor,
+    v_JTD: torch.Tensor,
+    blocks: Sequence[tuple[slice, slice]],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Writes what some of `_alike` make of the gradient of q, and adds what they make of those of k and v."""
+    heads, group, width = len(k_JTD), len(q_HTD) // len(k_JTD), q_HTD.shape[-1]
+    queries, keys = zip(*blocks, strict=True)
+    rows = _filled(queries[0])
+    seen = rows + _length(keys[0]) - _length(queries[0])
+    q_BGRD, do_BGRD = (_stacked(x, queries, rows).view(-1, group, rows, width) for x in (q_HTD, do_HTD))
+    k_BLD, v_BLD = (_stacked(x, keys, seen).flatten(0, 1) for x in (k_JTD, v_JTD))
+    q_BRD, do_BRD = q_BGRD.flatten(1, 2), do_BGRD.flatten(1, 2)
+    if not softcap and scale > 0 and loops.takes(q_BRD, k_BLD, v_BLD, do_BRD):
+        p_BRL, ds_BRL = torch.bmm(q_BRD, k_BLD.transpose(1, 2)), torch.bmm(do_BRD, v_BLD.transpose(1, 2))
+        loops.differentiate_scores_(p_BRL, ds_BRL, rows, window, scale)
+    else:
+        block = _Block(q_BGRD, k_BLD, window, scale, softcap)
+        p_BRL, ds_BRL = block.differentiated(do_BRD, v_BLD)
+    _put(dq_HTD, queries, torch.bmm(ds_BRL, k_BLD).view(len(blocks), -1, rows, width))
+    for sums_JTD, left_BRL, right_BRD in ((dk_JTD, ds_BRL, q_BRD), (dv_JTD, p_BRL, do_BRD)):
+        _add(sums_JTD, keys, _over_queries(left_BRL, right_BRD, group).unflatten(0, (-1, heads)))
 
 
 @_packed_attention_backward.register_fake

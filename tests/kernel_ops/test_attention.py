@@ -77,12 +77,11 @@ def test_gradients_of_keys_that_several_blocks_see_are_the_same_with_any_number_
 
 
 def test_blocks_that_are_differentiated_together_are_of_different_examples():
-    q = torch.empty(4, 1000, 16)
-    for batch in attention._alike([0, 700, 1000], 100, q):
+    ends = [0, 700, 1000]
+    batches = attention._alike(ends, 100, torch.empty(4, 1000, 16))
+    for batch in batches:
         assert len({queries.start < 700 for queries, _ in batch}) == len(batch)
-    assert sum(map(len, attention._alike([0, 700, 1000], 100, q))) == len(
-        list(attention._blocks([0, 700, 1000], 100, FP32))
-    )
+    assert sum(map(len, batches)) == len(list(attention._blocks(ends, 100, FP32)))
 
 
 @pytest.mark.parametrize("lengths", [[20, 30, 10], [200, 150], [20, 120, 10]], ids=str)
