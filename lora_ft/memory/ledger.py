@@ -150,7 +150,7 @@ class Ledger(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         space, _, name = func._schema.name.partition("::")
         if space == "lora_kernels" and name in self._hold:
-            return self._inside(name, args, kwargs)
+            return self._inside(func, args, kwargs)
         if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -163,12 +163,14 @@ class Ledger(TorchDispatchMode):
             self.flops += count(*args, **kwargs, out_val=found)
         return found
 
-    def _inside(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before = self.flops
+    def _inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name, before = func._schema.name.partition("::")[2], self.flops
         with self, self.counting(self._hold[name]), slabs.one_block():
             found = operators.bodies[name](*args, **kwargs)
-        if name == "packed_attention_backward":
-            self.flops = before + _of_attention_backward(*args, out_val=found)
+        count = _FLOPS.get(func._overloadpacket)
+        if count is not None:
+            # Of one block only those were counted.
+            self.flops = before + count(*args, **kwargs, out_val=found)
         for tensor in tree_leaves(found):
             if isinstance(tensor, FakeTensor):
                 self._recount(tensor.untyped_storage(), self.kind)

@@ -85,8 +85,9 @@ def test_blocks_that_are_differentiated_together_are_of_different_examples():
 
 
 @pytest.mark.parametrize("lengths", [[20, 30, 10], [200, 150], [20, 120, 10]], ids=str)
-def test_an_example_is_computed_as_if_alone(lengths):
-    q, k, v = inputs(4, 2, 16, lengths, BF16)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_an_example_is_computed_as_if_alone(lengths, dtype):
+    q, k, v = inputs(4, 2, 16, lengths, dtype)
     ends = bounds_of(lengths)
     whole = lora_kernels.packed_attention(q, k, v, ends, scale=0.25)
     upstream = torch.randn_like(whole)

@@ -79,6 +79,18 @@ inline long filled(long numbers) { return (numbers + FULL - 1) / FULL * FULL; }
 
 inline float sigmoid(float x) { return 1 / (1 + exponential(-x)); }
 
+// Does something with each head of each part: told where it begins among all tokens and among the parts, and its rows.
+template <class Work>
+inline void each_part(int threads, long rows, long parts, long heads, long width, const long* ends, long head_stride,
+                      long row_stride, Work work) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (parts * heads * rows * width > SHARED)
+    for (long i = 0; i < parts; i++)
+        for (long n = 0; n < heads; n++) {
+            long begin = ends[2 * i], end = ends[2 * i + 1];
+            work(n * head_stride + begin * row_stride, (i * heads + n) * rows * width, end - begin);
+        }
+}
+
 }  // namespace
 
 extern "C" {
@@ -258,40 +270,32 @@ void differentiate_scores(int threads, Number* scores, Number* dp, long rows, lo
 
 void gather(int threads, Number* out, const Number* x, long rows, long parts, long heads, long width, const long* ends,
             long head_stride, long row_stride) {
-#pragma omp parallel for collapse(2) num_threads(threads) if (parts * heads * rows * width > SHARED)
-    for (long i = 0; i < parts; i++)
-        for (long n = 0; n < heads; n++) {
-            const Number* from = x + n * head_stride + ends[2 * i] * row_stride;
-            Number* to = out + (i * heads + n) * rows * width;
-            long size = ends[2 * i + 1] - ends[2 * i];
-            for (long j = 0; j < size; j++) std::memcpy(to + j * width, from + j * row_stride, width * sizeof(Number));
-            std::memset(to + size * width, 0, (rows - size) * width * sizeof(Number));
-        }
+    each_part(threads, rows, parts, heads, width, ends, head_stride, row_stride, [=](long in_x, long in_y, long size) {
+        Number* to = out + in_y;
+        for (long j = 0; j < size; j++)
+            std::memcpy(to + j * width, x + in_x + j * row_stride, width * sizeof(Number));
+        std::memset(to + size * width, 0, (rows - size) * width * sizeof(Number));
+    });
 }
 
 void scatter(int threads, const Number* y, Number* x, long rows, long parts, long heads, long width, const long* ends,
              long head_stride, long row_stride) {
-#pragma omp parallel for collapse(2) num_threads(threads) if (parts * heads * rows * width > SHARED)
-    for (long i = 0; i < parts; i++)
-        for (long n = 0; n < heads; n++) {
-            Number* to = x + n * head_stride + ends[2 * i] * row_stride;
-            const Number* from = y + (i * heads + n) * rows * width;
-            for (long j = 0; j < ends[2 * i + 1] - ends[2 * i]; j++)
-                std::memcpy(to + j * row_stride, from + j * width, width * sizeof(Number));
-        }
+    each_part(threads, rows, parts, heads, width, ends, head_stride, row_stride, [=](long in_x, long in_y, long size) {
+        for (long j = 0; j < size; j++)
+            std::memcpy(x + in_x + j * row_stride, y + in_y + j * width, width * sizeof(Number));
+    });
 }
 
 void scatter_add(int threads, const Number* y, float* x, long rows, long parts, long heads, long width,
                  const long* ends, long head_stride, long row_stride) {
-#pragma omp parallel for collapse(2) num_threads(threads) if (parts * heads * rows * width > SHARED)
-    for (long i = 0; i < parts; i++)
-        for (long n = 0; n < heads; n++) {
-            float* to = x + n * head_stride + ends[2 * i] * row_stride;
-            const Number* from = y + (i * heads + n) * rows * width;
-            for (long j = 0; j < ends[2 * i + 1] - ends[2 * i]; j++)
+    each_part(threads, rows, parts, heads, width, ends, head_stride, row_stride, [=](long in_x, long in_y, long size) {
+        for (long j = 0; j < size; j++) {
+            float* to = x + in_x + j * row_stride;
+            const Number* from = y + in_y + j * width;
 #pragma omp simd
-                for (long m = 0; m < width; m++) to[j * row_stride + m] += wide(from[j * width + m]);
+            for (long m = 0; m < width; m++) to[m] += wide(from[m]);
         }
+    });
 }
 
 }  // extern "C"
